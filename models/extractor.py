@@ -1,0 +1,47 @@
+"""What an extractor and a decoder are, and how to get the extractor of an artifact.
+
+Knows nothing of batching or requests.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from models.artifact import Artifact
+
+
+class Decoder(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __call__(self, payload: bytes) -> np.ndarray:
+        """One encoded example -> uint8 array of `shape`. Raises UndecodableExample or TooLarge."""
+        ...
+
+
+class Extractor(Protocol):
+    """Safe to call from several threads at once."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        """uint8 [n, *shape] -> float32 features [n, dim]."""
+        ...
+
+
+def load_extractor(artifact: Artifact, *, device: str = "cpu", precision: str = "float32") -> Extractor:
+    """onnxruntime on a CPU, torch on any other device ("torch-cpu" is torch on the CPU).
+
+    Raises ArtifactInvalid when the artifact has no graph of that precision.
+    """
+    if device == "cpu":
+        from models.extractor_onnx import OnnxExtractor
+
+        return OnnxExtractor(artifact, precision=precision)
+    from models.extractor_torch import TorchExtractor
+
+    return TorchExtractor(artifact, device=device.removeprefix("torch-"))

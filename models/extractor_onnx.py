@@ -1,0 +1,37 @@
+"""The extractor of an artifact on onnxruntime: one session of one thread, called by as many threads as there are cores.
+
+The only importer of onnxruntime while serving. A pool of onnxruntime's own, with spinning threads, collapses as soon
+as something else needs a core; callers that bring their own thread do not.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from models.artifact import GRAPH, INT8_GRAPH, Artifact
+from models.errors import ArtifactInvalid
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is first imported
+
+import onnxruntime
+
+
+class OnnxExtractor:
+    def __init__(self, artifact: Artifact, *, precision: str = "float32"):
+        file = artifact.path / {"float32": GRAPH, "int8": INT8_GRAPH}[precision]
+        if file.name not in artifact.manifest.files:
+            raise ArtifactInvalid(f"The artifact {artifact.manifest.name!r} has no {precision} graph.")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.dim = artifact.manifest.dim
+        self.precision = precision
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        (features,) = self._session.run(["features"], {"images": batch})
+        return np.asarray(features, dtype=np.float32)

@@ -1,0 +1,36 @@
+"""The extractor of an artifact on torch: for a GPU, and on a CPU to hold the two runtimes to each other.
+
+Calls are made one at a time: a device has one queue, and whoever waits decodes meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from models.artifact import WEIGHTS, Artifact
+from models.resnet import ImageExtractor, ResNet, Shape, fold
+
+
+class TorchExtractor:
+    def __init__(self, artifact: Artifact, *, device: str = "cuda"):
+        shape = artifact.manifest.shape
+        lists = {name: tuple(shape[name]) for name in ("blocks", "strides")}
+        module = ImageExtractor(fold(ResNet(Shape(**{**shape, **lists}))))
+        weights = load_file(artifact.path / WEIGHTS)  # stored in half precision
+        module.load_state_dict({name: value.float() for name, value in weights.items()})
+        # torch's stub of Module.to leaves out memory_format.
+        self._module = module.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._device = device
+        self._lock = threading.Lock()
+        self.dim = artifact.manifest.dim
+        self.precision = "float32"
+
+    @torch.inference_mode()
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        with self._lock:
+            features = self._module(torch.from_numpy(np.ascontiguousarray(batch)).to(self._device))
+            return np.asarray(features.float().cpu().numpy())

@@ -1,0 +1,45 @@
+"""Prototypes, with soft refinement by unlabelled examples.
+
+Snell, Swersky and Zemel, "Prototypical Networks for Few-shot Learning", 2017, https://arxiv.org/abs/1703.05175: a class
+is the mean of its examples, a query belongs to the nearest mean; here by the cosine, which suits features of unit
+length. Ren et al., "Meta-Learning for Semi-Supervised Few-Shot Classification", 2018,
+https://arxiv.org/abs/1803.00676: unlabelled examples move the means by soft k-means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from array_api_compat import array_namespace
+
+from models.arrays import Array, class_means, normalise, one_hot, softmax
+from models.episode import Support
+from models.head import Affine
+
+REFINEMENTS = 2
+
+
+def prototypes(support: Support, scale: Array) -> Array:
+    """Class means [way, dim]; with unlabelled examples, refined by soft k-means at that scale of the cosine."""
+    features = support.features
+    xp = array_namespace(features)
+    labels = one_hot(support.labels, support.way, features)
+    means = class_means(features, labels)
+    if support.unlabelled is None or support.unlabelled.shape[0] == 0:
+        return means
+    everything = xp.concat([features, support.unlabelled], axis=0)
+    for _ in range(REFINEMENTS):
+        guess = softmax(scale * (support.unlabelled @ normalise(means).T))
+        means = class_means(everything, xp.concat([labels, guess], axis=0))
+    return means
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prototype:
+    log_scale: Array  # []
+
+    def adapt(self, support: Support) -> Affine:
+        xp = array_namespace(support.features)
+        scale = xp.exp(self.log_scale)
+        weight = scale * normalise(prototypes(support, scale))
+        return Affine(weight, xp.zeros_like(weight[:, 0]))
