@@ -1,0 +1,76 @@
+"""`python -m training pretrain | metatrain | evaluate | export | demo`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Threads that spin while they wait collapse as soon as something else needs a core. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+from pathlib import Path  # noqa: E402
+
+from pydantic import Field  # noqa: E402
+
+from training.config import (  # noqa: E402
+    Config,
+    EvaluateConfig,
+    ExportConfig,
+    MetatrainConfig,
+    PretrainConfig,
+    parse,
+)
+from training.data import DataError  # noqa: E402
+
+
+class DemoConfig(Config):
+    """All four commands on drawn shapes, in about a minute: shows what they print and leave behind."""
+
+    out: Path = Field(Path("runs/demo"), description="folder for data, checkpoints and the artifact")
+
+
+def demo(config: DemoConfig) -> None:
+    from training import evaluate, export, metatrain, pretrain, synthetic
+
+    shapes = synthetic.write(config.out / "shapes", classes=30, images=20)
+    run, artifact = config.out / "run", config.out / "artifact"
+    pretrain.main(PretrainConfig(data=shapes, out=run, shape="tiny", size=32, epochs=6, batch=32, lr=0.05,
+                                 precision="float32"))
+    metatrain.main(MetatrainConfig(data=shapes, out=run, steps=60, check_steps=20, max_way=8, max_shot=5, slots=32))
+    if not artifact.exists():
+        export.main(ExportConfig(checkpoint=run, data=shapes, out=artifact, name="demo", episodes=20))
+    evaluate.main(EvaluateConfig(artifact=artifact, data=shapes, shot="1,5", episodes=200))
+
+
+COMMANDS: dict[str, tuple[type[Config], str]] = {
+    "pretrain": (PretrainConfig, "learn an extractor"),
+    "metatrain": (MetatrainConfig, "train the learners on episodes"),
+    "evaluate": (EvaluateConfig, "measure an artifact on frozen episodes"),
+    "export": (ExportConfig, "turn checkpoints into an artifact"),
+    "demo": (DemoConfig, "all of them on drawn shapes"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        print("python -m training COMMAND [--help]\n", file=sys.stderr)
+        print("\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()), file=sys.stderr)
+        return 2
+    name = arguments[0]
+    config = parse(COMMANDS[name][0], arguments[1:], prog=f"python -m training {name}")
+    try:
+        if isinstance(config, DemoConfig):
+            demo(config)
+        else:
+            import importlib
+
+            importlib.import_module(f"training.{name}").main(config)
+    except DataError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

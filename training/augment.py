@@ -1,0 +1,113 @@
+"""Batched augmentation as tensor operations, on whatever device the batch is.
+
+Two kinds: photos (crops, flips, colour, as in Chen et al., "SimCLR", 2020, https://arxiv.org/abs/2002.05709) and
+characters (small affine and elastic distortion and stroke width, which keep a character what it is; flips and hard
+crops would make it another). All randomness comes from the generator given, on the CPU, so that a resumed run sees
+what an unbroken one sees. Knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Photos:
+    """Random resized crop, flip, colour and, sometimes, grey. `crop` is the smallest share of the area kept."""
+
+    crop: float = 0.35
+    colour: float = 0.4
+    grey: float = 0.1
+
+    def __call__(self, images: Tensor, size: int, rng: torch.Generator) -> Tensor:
+        """float [n, 3, H, W] in [0, 1] -> [n, 3, size, size]."""
+        n, device = len(images), images.device
+        uniform = _uniform(rng, device)
+        area = uniform(n, self.crop, 1.0)
+        ratio = torch.exp(uniform(n, math.log(3 / 4), math.log(4 / 3)))
+        width = (area * ratio).sqrt().clamp(max=1.0)
+        height = (area / ratio).sqrt().clamp(max=1.0)
+        left = uniform(n, 0.0, 1.0) * (1 - width)
+        top = uniform(n, 0.0, 1.0) * (1 - height)
+        flip = torch.where(uniform(n, 0.0, 1.0) < 0.5, -1.0, 1.0)
+        theta = torch.zeros(n, 2, 3, device=device)
+        theta[:, 0, 0] = width * flip
+        theta[:, 1, 1] = height
+        theta[:, 0, 2] = 2 * left + width - 1
+        theta[:, 1, 2] = 2 * top + height - 1
+        views = _warp(images, theta, size)
+        # Brightness, contrast and saturation are one affine map of the three channels: x -> M x + b.
+        bright = uniform(n, 1 - self.colour, 1 + self.colour)
+        contrast = uniform(n, 1 - self.colour, 1 + self.colour)
+        saturation = uniform(n, 1 - self.colour, 1 + self.colour)
+        saturation = torch.where(uniform(n, 0.0, 1.0) < self.grey, 0.0, saturation)
+        luma = torch.tensor([0.299, 0.587, 0.114], device=device)
+        mean = (views.mean(dim=(2, 3)) @ luma)[:, None]
+        eye = torch.eye(3, device=device)
+        matrix = saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * luma.expand(3, 3)
+        matrix = (bright * contrast)[:, None, None] * matrix
+        bias = (bright * (1 - contrast))[:, None] * mean
+        flat = torch.baddbmm(bias[:, :, None].expand(n, 3, 1), matrix, views.flatten(2))
+        return flat.clamp(0, 1).view_as(views)
+
+
+@dataclass(frozen=True, slots=True)
+class Characters:
+    """Affine and elastic distortion, stroke width and contrast of grey drawings, dark ink on light paper."""
+
+    rotate: float = 15.0  # degrees
+    shear: float = 0.3
+    scale: float = 0.2
+    shift: float = 0.12  # of half the picture
+    elastic: float = 0.10  # of half the picture
+    stroke: float = 0.5  # how far towards the thinner or the thicker stroke
+
+    def __call__(self, images: Tensor, size: int, rng: torch.Generator) -> Tensor:
+        """float [n, 1, H, W] in [0, 1] -> [n, 1, size, size]."""
+        n, device = len(images), images.device
+        uniform = _uniform(rng, device)
+        angle = uniform(n, -self.rotate, self.rotate) * math.pi / 180
+        shear = uniform(n, -self.shear, self.shear)
+        scale_x = 1 / uniform(n, 1 - self.scale, 1 + self.scale)
+        scale_y = 1 / uniform(n, 1 - self.scale, 1 + self.scale)
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        theta = torch.stack(
+            [
+                torch.stack([cos * scale_x, (shear * cos - sin) * scale_y, uniform(n, -self.shift, self.shift)], 1),
+                torch.stack([sin * scale_x, (shear * sin + cos) * scale_y, uniform(n, -self.shift, self.shift)], 1),
+            ],
+            1,
+        )
+        ink = 1 - images
+        coarse = torch.rand(n, 2, 4, 4, generator=rng).to(device) * 2 - 1
+        bend = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True) * self.elastic
+        views = _warp(ink, theta, size, bend.permute(0, 2, 3, 1))
+        thick = F.max_pool2d(views, 3, 1, 1)
+        thin = -F.max_pool2d(-views, 3, 1, 1)
+        amount = uniform(n, -self.stroke, self.stroke)[:, None, None, None]
+        views = torch.where(amount > 0, views + amount * (thick - views), views - amount * (thin - views))
+        return 1 - views.clamp(0, 1)
+
+
+Augmentation = Photos | Characters
+AUGMENTATIONS: dict[str, Augmentation] = {"photos": Photos(), "characters": Characters()}
+
+
+def _uniform(rng: torch.Generator, device: torch.device):  # type: ignore[no-untyped-def]
+    def draw(n: int, low: float, high: float) -> Tensor:
+        return (torch.rand(n, generator=rng) * (high - low) + low).to(device)
+
+    return draw
+
+
+def _warp(images: Tensor, theta: Tensor, size: int, bend: Tensor | None = None) -> Tensor:
+    grid = F.affine_grid(theta, [len(images), images.shape[1], size, size], align_corners=False)
+    if bend is not None:
+        grid = grid + bend
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection" if bend is None else "zeros",
+                         align_corners=False)

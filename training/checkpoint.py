@@ -1,0 +1,69 @@
+"""Checkpoints: nested dictionaries of tensors and plain values, in one safetensors file, written atomically.
+
+No pickle, so that a checkpoint from a stranger runs nothing. Knows nothing of what the values mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+_TENSOR = "tensor:"
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return _TENSOR + path
+    if isinstance(value, dict):
+        # JSON turns integer keys into text, and optimizers use them: say what they were.
+        return {
+            "items": [
+                [key if isinstance(key, str) else int(key), _flatten(item, f"{path}/{key}", tensors)]
+                for key, item in value.items()
+            ]
+        }
+    if isinstance(value, (list, tuple)):
+        return [_flatten(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, str) and value.startswith(_TENSOR):
+        return tensors[value.removeprefix(_TENSOR)]
+    if isinstance(value, dict):
+        return {key: _unflatten(item, tensors) for key, item in value["items"]}
+    if isinstance(value, list):
+        return [_unflatten(item, tensors) for item in value]
+    return value
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes `state` so that after a kill or a power cut either the old file or the new one is there, whole."""
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _flatten(state, "", tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"tree": json.dumps(tree)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state given to `save`; tensors on the CPU, tuples as lists."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        tree = json.loads(file.metadata()["tree"])
+    state = _unflatten(tree, tensors)
+    assert isinstance(state, dict)
+    return state
