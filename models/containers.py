@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 MAX_PARTS = 10_000  # JPEG segments, PNG or WEBP chunks; an encoder that writes 8 MB in pieces of 4 kB makes 2,000
 MAX_SCANS = 64  # of a progressive JPEG; encoders write about ten, and each costs a pass over all pixels
+MAX_JUNK = 65_536  # bytes between two JPEG segments; some cameras leave a few
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def _jpeg(payload: bytes) -> Container:
     kept = [payload[:2]]
     at = 2
     for _ in range(MAX_PARTS):
-        found = _MARKER.search(payload, at)
+        found = _MARKER.search(payload, at, at + MAX_JUNK)
         if found is None:
             raise ValueError("no scan")
         at, kind = found.start(), found[1][0]

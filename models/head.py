@@ -43,22 +43,24 @@ class Head:
     def to_bytes(self) -> bytes:
         text = {
             "format": FORMAT,
-            "labels": json.dumps(self.labels),
-            "shots": json.dumps(self.shots),
+            "labels": self.labels,
+            "shots": self.shots,
             "method": self.method,
             "artifact": self.artifact,
         }
-        return save({"weight": self.affine.weight, "bias": self.affine.bias}, metadata=text)
+        # safetensors writes the memory behind a view as it lies there: a transposed one would come back scrambled.
+        arrays = {name: np.ascontiguousarray(value) for name, value in self.affine._asdict().items()}
+        # One entry holds all text: of several, the order in the file would differ from call to call.
+        return save(arrays, metadata={"head": json.dumps(text)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Head:
         """Raises HeadInvalid unless format, shapes, dtypes, finiteness and counts all fit."""
         try:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            text = header["__metadata__"]
+            text = json.loads(header["__metadata__"]["head"])
             arrays = load(data)
-            labels = tuple(json.loads(text["labels"]))
-            shots = tuple(json.loads(text["shots"]))
+            labels, shots = tuple(text["labels"]), tuple(text["shots"])
             weight, bias = arrays["weight"], arrays["bias"]
             method, artifact = text["method"], text["artifact"]
             known = text["format"] == FORMAT
@@ -70,7 +72,7 @@ class Head:
             and weight.ndim == 2
             and bias.shape == (len(labels),)
             and weight.shape[0] == len(labels) == len(shots) >= 2
-            and all(isinstance(label, str) for label in labels)
+            and all(isinstance(value, str) for value in (*labels, method, artifact))
             and all(isinstance(shot, int) for shot in shots)
             and bool(np.isfinite(weight).all() and np.isfinite(bias).all())
         )

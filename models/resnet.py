@@ -10,6 +10,7 @@ Knows nothing of training, files or runtimes. Needs torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Shape:
 
 SHAPES: dict[str, Shape] = {
     "resnet18": Shape(stem_kernel=5, strides=(1, 2, 2, 1)),
-    "resnet18-grey": Shape(width=32, stem_kernel=3, stem_pool=False, channels=1),
+    "resnet10-grey": Shape(width=32, blocks=(1, 1, 1, 1), stem_kernel=3, stem_pool=False, channels=1),
     "tiny": Shape(width=4, blocks=(1, 1), strides=(1, 2), stem_kernel=3, stem_pool=False),
     "tiny-grey": Shape(width=4, blocks=(1, 1), strides=(1, 2), stem_kernel=3, stem_pool=False, channels=1),
 }
@@ -126,12 +127,14 @@ class ImageExtractor(nn.Module):
 
 def fold(backbone: ResNet) -> ResNet:
     """Puts each batch normalisation into its convolution, in place: the form in which weights are exported."""
-    fuse = torch.nn.utils.fusion.fuse_conv_bn_eval
+    fuse: Any = torch.nn.utils.fusion.fuse_conv_bn_eval
     backbone.eval()
-    backbone.conv, backbone.bn = fuse(backbone.conv, backbone.bn), nn.Identity()
-    for block in backbone.stages:
-        block.conv1, block.bn1 = fuse(block.conv1, block.bn1), nn.Identity()
-        block.conv2, block.bn2 = fuse(block.conv2, block.bn2), nn.Identity()
-        if isinstance(block.shortcut, nn.Sequential):
-            block.shortcut = nn.Sequential(fuse(block.shortcut[0], block.shortcut[1]))
+    parts: list[Any] = [backbone, *backbone.stages]
+    for part in parts:
+        for name in ("", "1", "2"):
+            if hasattr(part, f"conv{name}"):
+                setattr(part, f"conv{name}", fuse(getattr(part, f"conv{name}"), getattr(part, f"bn{name}")))
+                setattr(part, f"bn{name}", nn.Identity())
+        if isinstance(getattr(part, "shortcut", None), nn.Sequential):
+            part.shortcut = nn.Sequential(fuse(*part.shortcut))
     return backbone

@@ -9,11 +9,12 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-from pydantic import Field  # noqa: E402
+from pydantic import Field
 
-from training.config import (  # noqa: E402
+from models.errors import FewshotError
+from training.config import (
     Config,
     EvaluateConfig,
     ExportConfig,
@@ -21,7 +22,7 @@ from training.config import (  # noqa: E402
     PretrainConfig,
     parse,
 )
-from training.data import DataError  # noqa: E402
+from training.data import DataError
 
 
 class DemoConfig(Config):
@@ -35,8 +36,9 @@ def demo(config: DemoConfig) -> None:
 
     shapes = synthetic.write(config.out / "shapes", classes=30, images=20)
     run, artifact = config.out / "run", config.out / "artifact"
-    pretrain.main(PretrainConfig(data=shapes, out=run, shape="tiny", size=32, epochs=6, batch=32, lr=0.05,
-                                 precision="float32"))
+    pretrain.main(
+        PretrainConfig(data=shapes, out=run, shape="tiny", size=32, epochs=6, batch=32, lr=0.05, precision="float32")
+    )
     metatrain.main(MetatrainConfig(data=shapes, out=run, steps=60, check_steps=20, max_way=8, max_shot=5, slots=32))
     if not artifact.exists():
         export.main(ExportConfig(checkpoint=run, data=shapes, out=artifact, name="demo", episodes=20))
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> int:
             import importlib
 
             importlib.import_module(f"training.{name}").main(config)
-    except DataError as error:
+    except (DataError, FewshotError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -9,6 +9,7 @@ what an unbroken one sees. Knows nothing of losses.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +99,7 @@ Augmentation = Photos | Characters
 AUGMENTATIONS: dict[str, Augmentation] = {"photos": Photos(), "characters": Characters()}
 
 
-def _uniform(rng: torch.Generator, device: torch.device):  # type: ignore[no-untyped-def]
+def _uniform(rng: torch.Generator, device: torch.device) -> Callable[[int, float, float], Tensor]:
     def draw(n: int, low: float, high: float) -> Tensor:
         return (torch.rand(n, generator=rng) * (high - low) + low).to(device)
 
@@ -109,5 +110,6 @@ def _warp(images: Tensor, theta: Tensor, size: int, bend: Tensor | None = None) 
     grid = F.affine_grid(theta, [len(images), images.shape[1], size, size], align_corners=False)
     if bend is not None:
         grid = grid + bend
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection" if bend is None else "zeros",
-                         align_corners=False)
+    return F.grid_sample(
+        images, grid, mode="bilinear", padding_mode="reflection" if bend is None else "zeros", align_corners=False
+    )

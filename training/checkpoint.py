@@ -19,8 +19,9 @@ _TENSOR = "tensor:"
 
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return _TENSOR + path
+        name = f"{len(tensors)}{path}"  # the number, since a key may hold a slash and two paths be spelled alike
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return _TENSOR + name
     if isinstance(value, dict):
         # JSON turns integer keys into text, and optimizers use them: say what they were.
         return {
@@ -64,6 +65,5 @@ def load(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         tree = json.loads(file.metadata()["tree"])
-    state = _unflatten(tree, tensors)
-    assert isinstance(state, dict)
+    state: dict[str, Any] = _unflatten(tree, tensors)
     return state

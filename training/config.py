@@ -20,6 +20,8 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+NUMBERS = r"^[1-9]\d*(,[1-9]\d*)*$"
+
 
 class PretrainConfig(Config):
     """Learn an extractor."""
@@ -31,7 +33,11 @@ class PretrainConfig(Config):
     size: int = Field(84, ge=16, description="pixels of the input, height and width")
     small: int = Field(0, ge=0, description="pixels in the first part of the training; 0 = the same throughout")
     small_share: float = Field(0.6, ge=0, le=1, description="how long that first part is, as a share")
-    objectives: str = Field("contrastive=1", description="name=weight, with commas: contrastive, supervised")
+    objectives: str = Field(
+        "contrastive=1",
+        pattern=r"^\w+=\d*\.?\d+(,\w+=\d*\.?\d+)*$",
+        description="name=weight, with commas: contrastive, supervised",
+    )
     augment: Literal["photos", "characters"] = "photos"
     rotations: bool = Field(False, description="turns by 90, 180, 270 degrees are images (and classes) of their own")
     epochs: int = Field(20, ge=1)
@@ -55,7 +61,9 @@ class MetatrainConfig(Config):
     data: Path = Field(description="folder or zip with one folder per class")
     out: Path = Field(description="folder with the pretrained checkpoint; the learners are put beside it")
     split: str = "train"
-    tasks: Literal["labels", "pseudo"] = Field("labels", description="pseudo: every image a class of its own, no label read")
+    tasks: Literal["labels", "pseudo"] = Field(
+        "labels", description="pseudo: every image a class of its own, no label read"
+    )
     rotations: bool = False
     views: int = Field(4, ge=1, description="augmented views of each image whose features are cached")
     learners: str = Field("prototype,ridge,whitened,gradient,lstm", description="which to train")
@@ -80,8 +88,8 @@ class EvaluateConfig(Config):
     artifact: Path = Field(description="artifact folder")
     data: Path = Field(description="folder or zip with one folder per class")
     split: str = "test"
-    way: str = Field("5", description="with commas")
-    shot: str = Field("1,5,10", description="with commas")
+    way: str = Field("5", pattern=NUMBERS, description="with commas")
+    shot: str = Field("1,5,10", pattern=NUMBERS, description="with commas")
     queries: int = Field(15, ge=1, description="questions per class")
     episodes: int = Field(2000, ge=2)
     learners: str = Field("", description="with commas; empty = all of the artifact")

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from models.errors import FewshotError
 from models.images import ImageDecoder
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -50,7 +51,10 @@ def members(source: Path) -> Iterator[tuple[str, str, zipfile.ZipFile | None]]:
         raise DataError(f"{source} does not exist.")
     if archives:
         for path in archives:
-            archive = zipfile.ZipFile(path)
+            try:
+                archive = zipfile.ZipFile(path)
+            except zipfile.BadZipFile:
+                raise DataError(f"{path} is no zip, or a damaged one.") from None
             for name in sorted(archive.namelist()):
                 member = PurePosixPath(name)
                 if member.suffix.lower() in SUFFIXES and len(member.parts) > 1:
@@ -74,14 +78,15 @@ def split_classes(source: Path, names: list[str], *, seed: int = 0) -> dict[str,
     return dict(zip(SPLITS, (sorted(part) for part in parts), strict=True))
 
 
-def load(
-    source: Path, split: str, decoder: ImageDecoder, *, per_class: int | None = None, group: str = ""
-) -> Images:
+def load(source: Path, split: str, decoder: ImageDecoder, *, per_class: int | None = None, group: str = "") -> Images:
     """Decodes every image of one split ("train", "val", "test" or "all") into memory.
 
     `group`: an expression; images of a class whose file names give the same match show one physical thing. Without
-    it, `piece` in splits.json tells, where there is such an entry. Raises DataError when nothing is left, naming what was looked for.
+    it, `piece` in splits.json tells, where there is such an entry. Raises DataError when nothing is left, naming what
+    was looked for.
     """
+    if split not in (*SPLITS, "all"):
+        raise DataError(f"'{split}' is no split; known are {', '.join(SPLITS)} and all.")
     found: dict[str, list[tuple[str, zipfile.ZipFile | None]]] = {}
     for name, member, archive in members(source):
         # Lake's one-shot runs lie beside Omniglot in an archive of another layout.
@@ -97,18 +102,21 @@ def load(
         chosen = sorted(wanted & set(found))
     if not chosen:
         raise DataError(f"{source} has no classes in its split '{split}'.")
-    group_of = _Grouper(_pieces(source), group)
+    group_of = Grouper(pieces(source), group)
     pixels, labels, groups = [], [], []
     for label, name in enumerate(chosen):
         for member, archive in found[name][:per_class]:
             data = archive.read(member) if archive is not None else Path(member).read_bytes()
-            pixels.append(decoder(data))
+            try:
+                pixels.append(decoder(data))
+            except FewshotError as error:
+                raise DataError(f"{member}: {error.detail}") from None
             labels.append(label)
             groups.append(group_of(name, PurePosixPath(member).name))
     return Images(np.stack(pixels), np.array(labels, np.int64), tuple(chosen), np.array(groups, np.int64))
 
 
-class _Grouper:
+class Grouper:
     """Numbers the physical things that several images show, as far as the names tell."""
 
     def __init__(self, pieces: dict[str, str], pattern: str):
@@ -124,6 +132,7 @@ class _Grouper:
         return self.numbers.setdefault((name, piece), len(self.numbers))
 
 
-def _pieces(source: Path) -> dict[str, str]:
+def pieces(source: Path) -> dict[str, str]:
+    """Which images show one thing, `class/file` -> a name, as far as splits.json tells."""
     file = (source if source.is_dir() else source.parent) / "splits.json"
     return dict(json.loads(file.read_text()).get("piece", {})) if file.exists() else {}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.data import DataError
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Indices:
@@ -33,16 +35,19 @@ class Pool:
 
     @classmethod
     def of(cls, labels: np.ndarray, groups: np.ndarray | None = None) -> Pool:
-        """`groups`: rows of one class with the same number, not negative, stay on one side of an episode."""
-        found = []
+        """`groups`: rows of one class with the same number, not negative, stay on one side of an episode.
+
+        Raises DataError for a class of only one thing: an example would leave nothing to ask about.
+        """
+        found: list[tuple[np.ndarray, ...]] = []
         for label in range(int(labels.max()) + 1):
             rows = np.flatnonzero(labels == label)
-            if groups is None:
-                found.append(tuple(rows[:, None]))
-                continue
-            alone = [row[None] for row in rows if groups[row] < 0]
-            together = [rows[groups[rows] == group] for group in np.unique(groups[rows]) if group >= 0]
+            numbers = np.full(len(rows), -1) if groups is None else groups[rows]
+            alone = rows[numbers < 0][:, None]
+            together = [rows[numbers == number] for number in np.unique(numbers) if number >= 0]
             found.append((*alone, *together))
+            if len(found[-1]) < 2:
+                raise DataError(f"Class {label} shows {len(found[-1])} thing; an episode needs two of each class.")
         return cls(tuple(found))
 
     def episode(
@@ -89,7 +94,15 @@ def digest(episodes: list[Indices]) -> str:
 
 
 def varied(
-    pool: Pool, seed: int, step: int, *, count: int, max_way: int, max_shot: int, queries: int, near: np.ndarray | None = None
+    pool: Pool,
+    seed: int,
+    step: int,
+    *,
+    count: int,
+    max_way: int,
+    max_shot: int,
+    queries: int,
+    near: np.ndarray | None = None,
 ) -> Iterator[Indices]:
     """Training episodes of one step: way and shots vary, shots also within a task.
 

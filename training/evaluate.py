@@ -89,9 +89,20 @@ def measure(
                 values = run(learner, features, episodes)
                 single[method, way, shot] = values
                 rows.append(
-                    Row(config.data.name, config.split, method, way, shot, round(100 * float(values.mean()), 2),
-                        round(100 * interval(values), 2), len(values), config.queries, config.seed, name,
-                        config.precision)
+                    Row(
+                        config.data.name,
+                        config.split,
+                        method,
+                        way,
+                        shot,
+                        round(100 * float(values.mean()), 2),
+                        round(100 * interval(values), 2),
+                        len(values),
+                        config.queries,
+                        config.seed,
+                        name,
+                        config.precision,
+                    )
                 )
     return rows, single
 
@@ -101,8 +112,10 @@ def table(rows: Sequence[Row]) -> str:
     cells = sorted({(row.way, row.shot) for row in rows})
     methods = list(dict.fromkeys(row.method for row in rows))
     value = {(row.method, row.way, row.shot): f"{row.accuracy:.2f} ± {row.interval:.2f}" for row in rows}
-    lines = ["| learner | " + " | ".join(f"{way}-way {shot}-shot" for way, shot in cells) + " |",
-             "|---|" + "---|" * len(cells)]
+    lines = [
+        "| learner | " + " | ".join(f"{way}-way {shot}-shot" for way, shot in cells) + " |",
+        "|---|" + "---|" * len(cells),
+    ]
     lines += [f"| {m} | " + " | ".join(value[m, way, shot] for way, shot in cells) + " |" for m in methods]
     return "\n".join(lines)
 
@@ -121,15 +134,20 @@ def main(config: EvaluateConfig) -> list[Row]:
         images = turned(images)
     learners = artifact.learners()
     if config.learners:
+        if not set(config.learners.split(",")) <= set(learners):
+            sys.exit(f"--learners: {config.artifact} has {', '.join(learners)}.")
         learners = {name: learners[name] for name in config.learners.split(",")}
     if max(_numbers(config.way)) > len(images.classes):
         sys.exit(f"--way: {config.data} has only {len(images.classes)} classes in its split '{config.split}'.")
     print(f"{len(images)} images of {len(images.classes)} classes: {config.data} ({config.split})", file=sys.stderr)
     features = embed(extractor, images.pixels)
     rows, _ = measure(learners, features, Pool.of(images.labels, images.groups), config)
-    print(f"\n{artifact.manifest.name} on {config.data.name} ({config.split}), {config.precision}, "
-          f"{config.episodes} episodes, {config.queries} queries a class, 95 % intervals\n\n{table(rows)}\n")
+    print(
+        f"\n{artifact.manifest.name} on {config.data.name} ({config.split}), {config.precision}, "
+        f"{config.episodes} episodes, {config.queries} queries a class, 95 % intervals\n\n{table(rows)}\n"
+    )
     if config.json_out:
+        config.json_out.parent.mkdir(parents=True, exist_ok=True)
         with config.json_out.open("a") as file:
             file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     return rows

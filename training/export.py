@@ -55,12 +55,16 @@ def graph(extractor: ImageExtractor, size: int) -> onnx.ModelProto:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            extractor, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},),
-            input_names=["images"], output_names=["features"], verbose=False,
+        program: Any = torch.onnx.export(
+            extractor,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            input_names=["images"],
+            output_names=["features"],
+            verbose=False,
         )
-    assert program is not None
-    proto = program.model_proto
+    proto: onnx.ModelProto = program.model_proto
     for node in proto.graph.node:  # where in the source a node came from is nobody's business
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
@@ -115,9 +119,15 @@ def quantise(proto: onnx.ModelProto, pixels: np.ndarray, out: Path) -> None:
         onnx.save(proto, plain)
         quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
         quantize_static(
-            str(ready), str(out), _Reader(pixels), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "Add", "MaxPool"], nodes_to_exclude=after_pool[pools[0] :],
+            str(ready),
+            str(out),
+            _Reader(pixels),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "Add", "MaxPool"],
+            nodes_to_exclude=after_pool[pools[0] :],
         )
 
 
@@ -166,8 +176,9 @@ def _calibration_tasks(
     """Held-out tasks: classes with labels, or images with their views."""
     images = data.load(config.data, config.calibration_split, decoder, per_class=config.per_class or None)
     views = max(SHOTS) + 5 if config.tasks == "pseudo" else 1
-    made = MetatrainConfig(data=config.data, out=config.checkpoint, tasks=config.tasks, views=views,
-                           rotations=config.rotations)
+    made = MetatrainConfig(
+        data=config.data, out=config.checkpoint, tasks=config.tasks, views=views, rotations=config.rotations
+    )
     tasks = metatrain.cached(extractor, images, made, pretrained, seed=config.seed)
     if config.tasks == "labels":  # the images as they are, without augmented views
         count = len(tasks.labels) // (views + 1)
@@ -186,14 +197,15 @@ def main(config: ExportConfig) -> Path:
     tasks, images = _calibration_tasks(config, extractor, pretrained, decoder)
     stored = {method: {n: _stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
     learners = {method: build(method, fields) for method, fields in stored.items()}
-    temperatures, scores = calibrate(learners, tasks.features, tasks.pool, episodes=config.episodes, queries=5,
-                                     seed=config.seed)
+    temperatures, scores = calibrate(
+        learners, tasks.features, tasks.pool, episodes=config.episodes, queries=5, seed=config.seed
+    )
     default = config.default or max(scores, key=lambda method: scores[method])
 
     work = config.out.with_name(config.out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    weights = {name: value.half().numpy() for name, value in extractor.state_dict().items()}
+    weights = {name: np.ascontiguousarray(value.half().numpy()) for name, value in extractor.state_dict().items()}
     save_file(weights, work / WEIGHTS)
     proto = graph(extractor, pretrained.size)
     onnx.save(share_weights(proto, work / WEIGHTS), work / GRAPH)
@@ -211,17 +223,29 @@ def main(config: ExportConfig) -> Path:
         "description": config.description,
         "dim": extractor.backbone.shape.dim,
         "shape": dataclasses.asdict(extractor.backbone.shape),
-        "input": {"kind": "image", "height": pretrained.size, "width": pretrained.size,
-                  "channels": extractor.backbone.shape.channels},
+        "input": {
+            "kind": "image",
+            "height": pretrained.size,
+            "width": pretrained.size,
+            "channels": extractor.backbone.shape.channels,
+        },
         "methods": {method: {"temperature": temperatures[method]} for method in stored},
         "default": default,
         "training": {
-            "data": pretrained.data.name, "split": pretrained.split, "shape": pretrained.shape,
-            "objectives": pretrained.objectives, "labels_used": "supervised" in pretrained.objectives,
-            "epochs": pretrained.epochs, "seed": pretrained.seed, "calibration": f"{config.tasks} of {config.calibration_split}",
+            "data": pretrained.data.name,
+            "split": pretrained.split,
+            "shape": pretrained.shape,
+            "objectives": pretrained.objectives,
+            "labels_used": "supervised" in pretrained.objectives,
+            "epochs": pretrained.epochs,
+            "seed": pretrained.seed,
+            "calibration": f"{config.tasks} of {config.calibration_split}",
         },
-        "accuracy": [json.loads(line) for file in filter(None, config.metrics.split(","))
-                     for line in Path(file).read_text().splitlines()],
+        "accuracy": [
+            json.loads(line)
+            for file in filter(None, config.metrics.split(","))
+            for line in Path(file).read_text().splitlines()
+        ],
         "int8": None,
     }
     artifact = _seal(work, manifest)
@@ -233,7 +257,9 @@ def main(config: ExportConfig) -> Path:
         _seal(work, manifest)
     work.rename(config.out)
     for method, value in sorted(scores.items(), key=lambda item: -item[1]):
-        print(f"{method:10} {100 * value:.2f} % on calibration tasks{' (default)' * (method == default)}", file=sys.stderr)
+        print(
+            f"{method:10} {100 * value:.2f} % on calibration tasks{' (default)' * (method == default)}", file=sys.stderr
+        )
     size = sum(file.stat().st_size for file in config.out.iterdir()) / 1e6
     print(f"{config.out}: {size:.1f} MB, {Artifact.load(config.out).digest}", file=sys.stderr)
     return config.out
@@ -241,7 +267,7 @@ def main(config: ExportConfig) -> Path:
 
 def _stored(value: np.ndarray) -> np.ndarray:
     """Matrices in half precision, numbers and vectors as they are."""
-    return value.astype(np.float16 if value.ndim > 1 else np.float32)
+    return np.ascontiguousarray(value.astype(np.float16 if value.ndim > 1 else np.float32))
 
 
 def _torch(extractor: ImageExtractor, pixels: np.ndarray) -> np.ndarray:
@@ -260,7 +286,7 @@ def _seal(folder: Path, manifest: dict[str, Any]) -> Artifact:
 
 
 def _parity(artifact: Artifact, pixels: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference between what was trained and what both runtimes give from the files. Ends the process if large."""
+    """Largest difference between the features expected and what the runtimes give from the files; must be small."""
     found = (OnnxExtractor(artifact)(pixels), TorchExtractor(artifact, device="cpu")(pixels))
     difference = max(float(np.abs(features - expected).max()) for features in found)
     if not difference <= PARITY:
@@ -286,5 +312,3 @@ def int8_loss(artifact: Artifact, images: data.Images, config: ExportConfig) -> 
         found[f"loss_{way}w{shot}s"] = round(-100 * float(paired.mean()), 3)
         found[f"interval_{way}w{shot}s"] = round(100 * evaluate.interval(paired), 3)
     return found
-
-

@@ -88,7 +88,7 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
     dim = tasks.features.shape[1]
 
     def normal(*shape: int) -> np.ndarray:
-        return (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+        return np.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), np.float32)
 
     def number(value: float) -> np.ndarray:
         return np.array(value, np.float32)
@@ -102,7 +102,11 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
         return {"log_scale": scale, "log_steps": np.full(STEPS, np.log(0.5), np.float32)}
     basis, spectrum = memory.within_class(tasks.features, tasks.labels)
     remembered = {
-        "basis": basis, "spectrum": spectrum, "log_shrink": number(0.0), "log_scale": scale, "norm": number(1.0),
+        "basis": basis,
+        "spectrum": spectrum,
+        "log_shrink": number(0.0),
+        "log_scale": scale,
+        "norm": number(1.0),
     }
     if method == "whitened":
         return remembered
@@ -163,8 +167,10 @@ class Training:
         scalars = [value for value in self.learned.values() if value.ndim <= 1 and value.numel() <= STEPS]
         matrices = [value for value in self.learned.values() if not any(value is scalar for scalar in scalars)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": scalars, "lr": 10 * config.lr, "weight_decay": 0.0},
-             {"params": matrices, "lr": config.lr, "weight_decay": 0.05}]
+            [
+                {"params": scalars, "lr": 10 * config.lr, "weight_decay": 0.0},
+                {"params": matrices, "lr": config.lr, "weight_decay": 0.05},
+            ]
         )
         self.rates = [10 * config.lr, config.lr]
         self.step = 0
@@ -183,14 +189,16 @@ class Training:
         losses = []
         for episode in episodes:
             support = Support(
-                features[torch.from_numpy(episode.support)], torch.from_numpy(episode.labels).to(self.device), episode.way
+                features[torch.from_numpy(episode.support)],
+                torch.from_numpy(episode.labels).to(self.device),
+                episode.way,
             )
             affine = learner.adapt(support)
             logits = features[torch.from_numpy(episode.query)] @ affine.weight.T + affine.bias
             losses.append(F.cross_entropy(logits, torch.from_numpy(episode.answers).to(self.device)))
         loss = torch.stack(losses).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.learned.values(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -228,15 +236,19 @@ class Training:
 
 def main(config: MetatrainConfig) -> Path:
     """Trains the learners one after the other, or goes on; returns the path of the checkpoint."""
+    if not set(config.learners.split(",")) <= set(LEARNERS):
+        sys.exit(f"--learners: known learners are {', '.join(LEARNERS)}.")
     device = choose_device(config.device)
     extractor, pretrained = load_extractor(config.out)
     extractor.to(device)
     decoder = ImageDecoder(pretrained.size, pretrained.size, extractor.backbone.shape.channels)
     limit = config.per_class or None
-    tasks = cached(extractor, data.load(config.data, config.split, decoder, per_class=limit), config, pretrained,
-                   seed=config.seed)
-    check_tasks = cached(extractor, data.load(config.data, "val", decoder, per_class=limit), config, pretrained,
-                         seed=config.seed + 1)
+    tasks = cached(
+        extractor, data.load(config.data, config.split, decoder, per_class=limit), config, pretrained, seed=config.seed
+    )
+    check_tasks = cached(
+        extractor, data.load(config.data, "val", decoder, per_class=limit), config, pretrained, seed=config.seed + 1
+    )
     episodes = held_out(check_tasks, config)
     path = config.out / CHECKPOINT
     state: dict[str, Any] = {"config": config.model_dump(mode="json"), "learners": {}}
@@ -256,14 +268,27 @@ def main(config: MetatrainConfig) -> Path:
             training = Training(method, arrays, config, device)
             if method in state["learners"]:
                 training.restore(state["learners"][method])
-            for _ in tqdm(range(training.step, config.steps), initial=training.step, total=config.steps, desc=method,
-                          mininterval=2):
+            for _ in tqdm(
+                range(training.step, config.steps),
+                initial=training.step,
+                total=config.steps,
+                desc=method,
+                mininterval=2,
+            ):
                 if training.step % config.check_steps == 0:
                     value = training.check(check_tasks, episodes)
                     log.write(json.dumps({"learner": method, "step": training.step, "check": round(value, 5)}) + "\n")
                     log.flush()
-                drawn = varied(tasks.pool, config.seed * 100 + number, training.step, count=config.episodes,
-                               max_way=config.max_way, max_shot=config.max_shot, queries=config.queries, near=near)
+                drawn = varied(
+                    tasks.pool,
+                    config.seed * 100 + number,
+                    training.step,
+                    count=config.episodes,
+                    max_way=config.max_way,
+                    max_shot=config.max_shot,
+                    queries=config.queries,
+                    near=near,
+                )
                 loss = training.advance(features, list(drawn))
                 if training.step % 20 == 0:
                     log.write(json.dumps({"learner": method, "step": training.step, "loss": round(loss, 5)}) + "\n")

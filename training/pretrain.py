@@ -82,11 +82,12 @@ class Run:
         dim = self.backbone.shape.dim
         self.heads = nn.ModuleDict({name: OBJECTIVES[name](dim, classes) for name in self.weights})
         self.network = nn.ModuleDict({"backbone": self.backbone, "heads": self.heads})
-        self.network.to(self.device, memory_format=torch.channels_last)
+        # torch's stub of Module.to leaves out memory_format.
+        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.views = max(OBJECTIVES[name].views for name in self.weights)
         self.optimizer = self._optimizer()
         self.step = 0
-        self.precision = config.precision
+        self.precision: str = config.precision
         self.augment = AUGMENTATIONS[config.augment]
         count = len(self.labels) * self.turns
         self.steps_per_epoch = max(1, count // config.batch)
@@ -131,7 +132,9 @@ class Run:
         with autocast(self.device, self.precision):
             pooled = list(self.backbone(views.contiguous(memory_format=torch.channels_last)).chunk(self.views))
             losses = {name: self.heads[name](pooled, labels) for name in self.weights}
-        total = sum((self.weights[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device))
+        total = sum(
+            (self.weights[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device)
+        )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()
@@ -176,7 +179,7 @@ class Run:
         picked = self.pixels[:: max(1, len(self.pixels) // 10_000)]
         total = torch.zeros(self.backbone.shape.dim, device=self.device)
         for turn in range(self.turns):
-            for part in picked.split(256):
+            for part in torch.split(picked, 256):
                 x = part.to(self.device).permute(0, 3, 1, 2).float() / 255
                 pooled = self.backbone(torch.rot90(x, turn, (2, 3)))
                 total += torch.sqrt(pooled + 1e-6).sum(dim=0)
@@ -208,7 +211,11 @@ def main(config: PretrainConfig) -> Path:
     elif run.precision == "auto":
         run.precision = run.time_precision()
     start = last = time.monotonic()
-    with (config.out / "pretrain.jsonl").open("a") as log, tqdm(total=run.steps, initial=run.step, mininterval=2) as bar:
+    with (
+        (config.out / "pretrain.jsonl").open("a") as log,
+        tqdm(total=run.steps, initial=run.step, mininterval=2) as bar,
+    ):
+
         def write(**line: Any) -> None:
             log.write(json.dumps({"step": run.step, "epoch": run.step / run.steps_per_epoch, **line}) + "\n")
             log.flush()
@@ -222,8 +229,12 @@ def main(config: PretrainConfig) -> Path:
             if run.step % 20 == 0:
                 bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
                 rate = config.batch / (time.perf_counter() - began)
-                write(losses=losses, lr=run.optimizer.param_groups[0]["lr"], images_per_s=round(rate, 1),
-                      precision=run.precision)
+                write(
+                    losses=losses,
+                    lr=run.optimizer.param_groups[0]["lr"],
+                    images_per_s=round(rate, 1),
+                    precision=run.precision,
+                )
             epoch, at = divmod(run.step, run.steps_per_epoch)
             if check is not None and at == 0 and epoch % config.check_epochs == 0:
                 write(check=quick_look(run, check))
@@ -265,8 +276,10 @@ def quick_look(run: Run, images: data.Images) -> dict[str, float]:
 def embed(extractor: nn.Module, pixels: np.ndarray, device: torch.device, *, batch: int = 128) -> np.ndarray:
     """uint8 [n, H, W, C] -> float32 features [n, dim]."""
     extractor.eval()
-    parts = [extractor(torch.from_numpy(pixels[at : at + batch]).to(device)).float().cpu()
-             for at in range(0, len(pixels), batch)]
+    parts = [
+        extractor(torch.from_numpy(pixels[at : at + batch]).to(device)).float().cpu()
+        for at in range(0, len(pixels), batch)
+    ]
     return torch.cat(parts).numpy()
 
 

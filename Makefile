@@ -1,0 +1,51 @@
+# run    sets up what serving needs and starts the service: make run PORT=8001
+# test   sets up everything and runs every test that this computer can run
+# lint   ruff and mypy
+# bench  measures speed against the floor of the same run
+# train  trains the two artifacts that ship, from data in $FEWSHOT_DATA (see README)
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: run test lint bench train redis-server clean
+
+$(VENV)/serve: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing what serving needs into $(VENV)..."
+	@$(PIP) -e '.[serve]'
+	@touch $@
+
+$(VENV)/dev: pyproject.toml deploy/constraints.txt $(VENV)/serve
+	@echo "Installing what training and tests need into $(VENV)..."
+	@$(PIP) -c deploy/constraints.txt -e '.[serve,train,dev]'
+	@touch $@
+
+run: $(VENV)/serve
+	@FEWSHOT_PORT=$(PORT) exec $(BIN)/python -m service
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Redis is part of what is tested; Debian and its kin can install it.
+redis-server:
+	@command -v redis-server >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends redis-server; } \
+	  || { echo "redis-server is missing and cannot be installed here: install it and run make test again."; exit 1; }
+
+test: $(VENV)/dev redis-server lint
+	FEWSHOT_TEST_REQUIRE=$${FEWSHOT_TEST_REQUIRE:-torch,redis} $(BIN)/python -m pytest -m '' -q --durations=10
+
+bench: $(VENV)/dev
+	$(BIN)/python deploy/bench.py
+
+train: $(VENV)/dev
+	PATH="$(abspath $(BIN)):$$PATH" bash deploy/train.sh
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,95 @@
+"""`python -m service`: reads the settings, starts the server, prints an address and a command that works."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# One thread for the small products of heads and learners: the lanes already use every core. Read by numpy when it is
+# first imported, so it stands before everything else.
+for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import logging  # noqa: E402
+import socket  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import uvicorn  # noqa: E402
+
+from models.errors import ArtifactInvalid, FewshotError  # noqa: E402
+from service.settings import Settings, SettingsError, read  # noqa: E402
+from service.web.app import create_app  # noqa: E402
+
+SAMPLE = Path(__file__).resolve().parent / "sample"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a word for people once it listens."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings):
+        super().__init__(config)
+        self.settings = settings
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+            print(welcome(self.settings, self.servers[0].sockets[0].getsockname()[1]), flush=True)
+
+
+def welcome(settings: Settings, port: int) -> str:
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "127.0.0.1", "::") else settings.host  # noqa: S104
+    address = f"http://{host}:{port}"
+    sample = os.path.relpath(SAMPLE)
+    return (
+        f"\nfewshot is ready at {address} (API reference: {address}/docs)\n"
+        f"Teach it two characters from three examples each, and ask about a new one, in one call:\n\n"
+        f"  curl -s {address}/v1/classify"
+        + "".join(f" -F {label}=@{sample}/{label}/{n}.png" for label in ("alpha", "omega") for n in (1, 2, 3))
+        + f" -F query=@{sample}/omega/9.png\n"
+    )
+
+
+def main() -> int:
+    try:
+        settings = read()
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        app = create_app(settings)
+    except (SettingsError, ArtifactInvalid) as error:
+        print(f"fewshot cannot start: {error}", file=sys.stderr)
+        return 2
+    except FewshotError as error:
+        print(f"fewshot cannot start: {error.detail}", file=sys.stderr)
+        return 2
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=25,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=16_384,
+    )
+    server = Server(config, settings)
+    # Until it listens, what went wrong is told in one line of ours rather than by uvicorn's traceback.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        return 0
+    except SystemExit:
+        print(
+            f"fewshot cannot listen on {settings.host}:{settings.port}: is the port taken? "
+            f"FEWSHOT_PORT (make run PORT=...) chooses another.",
+            file=sys.stderr,
+        )
+        return 3
+    return 0 if server.started else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Micro-batching: images of all requests share one queue, and lanes turn them into features.
+
+A lane is a thread that takes what waits, up to `max_batch` images, decodes them, calls the extractor once and hands
+the features back. There is no timer: an idle service adds no delay and a busy one fills its batches. Requests are
+served in turns, so that a large support set does not keep single questions waiting. On a CPU there are as many lanes
+as cores; on a GPU the extractor itself takes one call at a time, and the other lanes decode meanwhile.
+
+What hurts elsewhere is settled here: a full queue refuses at the door; one bad image fails alone; a failed batch tells
+each of its callers and the lane goes on; a caller who left is skipped when a batch is formed; a lane that dies tells
+everyone who waits, and `alive` turns false. Knows nothing of tasks, heads or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from models.errors import ExtractorFailed, FewshotError, Overloaded
+from models.extractor import Decoder, Extractor
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedded:
+    """Features, or the error, of each image of a request, and where its time went (seconds)."""
+
+    items: list[np.ndarray | FewshotError]
+    queued_s: float
+    decode_s: float  # summed over images
+    embed_s: float  # summed over this request's share of each batch
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One request: the images that no lane has taken yet and the answers so far."""
+
+    payloads: Sequence[bytes]
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+    entered: float
+    call: Callable[[], Any] | None = None
+    taken: int = 0
+    left: int = 0
+    items: list[np.ndarray | FewshotError | None] = field(default_factory=list)
+    queued_s: float = 0.0
+    decode_s: float = 0.0
+    embed_s: float = 0.0
+
+
+class Batcher:
+    """Owns the lanes. Create and use it on one event loop; `close` before the loop ends."""
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        decoder: Decoder,
+        *,
+        lanes: int,
+        max_batch: int,
+        max_waiting: int,
+        metrics: Metrics | None = None,
+    ):
+        self._extractor = extractor
+        self._decoder = decoder
+        self._max_batch = max_batch
+        self._max_waiting = max_waiting
+        self._metrics = metrics or Metrics()
+        self._jobs: deque[_Job] = deque()
+        self._calls: deque[_Job] = deque()
+        self._waiting = 0  # images in self._jobs
+        self._idle = 0
+        self._closing = False
+        self._dead = False
+        self._changed = threading.Condition()
+        self._active: set[_Job] = set()  # everyone who would have to be told
+        self._lanes = [threading.Thread(target=self._lane, name=f"lane-{n}", daemon=True) for n in range(lanes)]
+        for lane in self._lanes:
+            lane.start()
+
+    @property
+    def alive(self) -> bool:
+        return not self._dead and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    async def embed(self, payloads: Sequence[bytes]) -> Embedded:
+        """Features of encoded images, in order. Raises Overloaded at once when there is no room for them."""
+        job = self._job(payloads)
+        with self._changed:
+            self._admit(len(payloads))
+            self._jobs.append(job)
+            self._waiting += len(payloads)
+            self._active.add(job)
+            # Wake no more lanes than there are batches, else each gets a sliver.
+            self._changed.notify(min(len(payloads), len(self._lanes)))
+        await self._wait(job)
+        return Embedded(job.items, job.queued_s, job.decode_s, job.embed_s)  # type: ignore[arg-type]
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Runs a function on a lane, before waiting images: adaptation, which is short and ends a request."""
+        job = self._job(())
+        job.call = call
+        with self._changed:
+            self._admit(0)
+            self._calls.append(job)
+            self._active.add(job)
+            self._changed.notify()
+        result: T = await self._wait(job)
+        return result
+
+    async def close(self) -> None:
+        """Takes no more, finishes what waits, ends the lanes."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for lane in self._lanes:
+            await asyncio.to_thread(lane.join)
+
+    def _job(self, payloads: Sequence[bytes]) -> _Job:
+        loop = asyncio.get_running_loop()
+        job = _Job(payloads, loop.create_future(), loop, time.perf_counter())
+        job.left = len(payloads)
+        job.items = [None] * len(payloads)
+        return job
+
+    def _admit(self, images: int) -> None:
+        if self._dead:
+            raise ExtractorFailed("The extractor has stopped; this process needs a restart.")
+        if self._closing:
+            raise Overloaded("The service is shutting down.", retry_after=2)
+        if self._waiting and self._waiting + images > self._max_waiting:
+            raise Overloaded(f"{self._waiting} images are waiting; the limit is {self._max_waiting} (MAX_WAITING).")
+
+    async def _wait(self, job: _Job) -> Any:
+        try:
+            return await job.future
+        finally:
+            with self._changed:
+                self._active.discard(job)
+
+    # What follows runs on the lanes.
+
+    def _lane(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._idle += 1
+                    while not self._jobs and not self._calls:
+                        if self._closing:
+                            return
+                        self._changed.wait()
+                    job = self._calls.popleft() if self._calls else None
+                    batch = [] if job else self._take()
+                    self._idle -= 1
+                if job and job.call:
+                    self._do_call(job, job.call)
+                elif batch:
+                    self._do_batch(batch)
+        except BaseException:
+            log.exception("A lane ended; refusing further work.")
+            self._die()
+            raise
+
+    def _take(self) -> list[tuple[_Job, int]]:
+        """The next batch: a share of every waiting request in turn. Leaves some for other idle lanes."""
+        limit = min(self._max_batch, max(1, -(-self._waiting // max(1, self._idle))))
+        batch: list[tuple[_Job, int]] = []
+        while self._jobs and len(batch) < limit:
+            job = self._jobs.popleft()
+            rest = len(job.payloads) - job.taken
+            if job.future.cancelled():
+                self._waiting -= rest
+                self._metrics.abandoned.inc(rest)
+                continue
+            share = min(rest, max(1, (limit - len(batch)) // (len(self._jobs) + 1)))
+            if job.taken == 0:
+                job.queued_s = time.perf_counter() - job.entered
+            batch.extend((job, index) for index in range(job.taken, job.taken + share))
+            job.taken += share
+            self._waiting -= share
+            if share < rest:
+                self._jobs.append(job)
+        return batch
+
+    def _do_call(self, job: _Job, call: Callable[[], Any]) -> None:
+        if job.future.cancelled():
+            return
+        try:
+            result = call()
+        except Exception as error:  # belongs to the caller, not to the lane
+            self._tell([(job, error)])
+        else:
+            self._tell([(job, result)])
+
+    def _do_batch(self, batch: list[tuple[_Job, int]]) -> None:
+        arrays: list[np.ndarray] = []
+        places: list[tuple[_Job, int]] = []
+        finished: dict[_Job, int] = {}
+        for job, index in batch:
+            start = time.perf_counter()
+            finished[job] = finished.get(job, 0) + 1
+            try:
+                arrays.append(self._decoder(job.payloads[index]))
+                places.append((job, index))
+            except FewshotError as error:
+                error.index = index
+                job.items[index] = error
+            job.decode_s += time.perf_counter() - start
+        if arrays:
+            start = time.perf_counter()
+            try:
+                features: np.ndarray | None = self._extractor(np.stack(arrays))
+            except Exception:  # the one place where any failure of a runtime is survived
+                log.exception("The extractor failed on a batch of %d.", len(arrays))
+                features = None
+            share = (time.perf_counter() - start) / len(arrays)
+            self._metrics.batch_size.observe(len(arrays))
+            for row, (job, index) in enumerate(places):
+                job.embed_s += share
+                if features is not None and np.isfinite(features[row]).all():
+                    job.items[index] = features[row]
+                else:
+                    job.items[index] = ExtractorFailed("The extractor failed on this image.", index=index)
+        done = []
+        with self._changed:  # two lanes may hold parts of one request
+            for job, count in finished.items():
+                job.left -= count
+                if job.left == 0:
+                    done.append((job, None))
+        self._tell(done)
+
+    def _tell(self, answers: list[tuple[_Job, Any]]) -> None:
+        """Hands results to their callers with one wake-up of each event loop."""
+        for loop in {job.loop for job, _ in answers}:
+            mine = [(job.future, answer) for job, answer in answers if job.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_settle, mine)
+            except RuntimeError:  # the loop has ended, and with it everyone who waited there
+                log.warning("%d answers came after their event loop had ended.", len(mine))
+
+    def _die(self) -> None:
+        with self._changed:
+            self._dead = True
+            orphans = [(job, ExtractorFailed("The extractor has stopped.")) for job in self._active]
+            self._jobs.clear()
+            self._calls.clear()
+            self._waiting = 0
+        self._tell(orphans)
+
+
+def _settle(answers: list[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, answer in answers:
+        if future.done():
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)

@@ -1,0 +1,43 @@
+"""Counters and timings in Prometheus form. No label of any of them comes from a client."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+
+
+class Metrics:
+    """One registry per app, so that two apps in one process do not meet."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "fewshot_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
+        )
+        self.duration = Histogram(
+            "fewshot_request_duration_seconds", "Time to answer.", ["route"], buckets=SECONDS, registry=self.registry
+        )
+        self.stage = Histogram(
+            "fewshot_stage_duration_seconds",
+            "Time in one stage.",
+            ["op", "stage"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.images = Counter("fewshot_images", "Images by use and outcome.", ["op", "outcome"], registry=self.registry)
+        self.batch_size = Histogram(
+            "fewshot_batch_size",
+            "Images in one call of the extractor.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=self.registry,
+        )
+        self.waiting = Gauge("fewshot_queue_depth", "Images waiting for the extractor.", registry=self.registry)
+        self.abandoned = Counter("fewshot_abandoned_images", "Images whose caller had left.", registry=self.registry)
+        self.heads = Counter(
+            "fewshot_head_lookups", "Heads found, or made again from their record.", ["result"], registry=self.registry
+        )
+        self.store_up = Gauge("fewshot_store_up", "Whether the store answered last.", registry=self.registry)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,94 @@
+"""Every setting of the service: one class, read once in `__main__` and passed down.
+
+No other module reads the environment, so two differently configured apps live in one process. A wrong value or an
+unknown variable with our prefix stops the start with its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PREFIX = "FEWSHOT_"
+PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the message names the variable."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on; without keys, think before leaving loopback")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    artifact: Path = Field(PRETRAINED / "photos", description="folder of the artifact to serve")
+    device: Literal["auto", "cpu", "torch-cpu", "cuda"] = Field(
+        "auto", description="where the extractor runs; auto = cuda where torch finds one, else cpu (onnxruntime)"
+    )
+    adapt_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where learners run; auto = cpu, which is faster for support sets of up to some hundreds"
+    )
+    precision: Literal["float32", "int8"] = Field("float32", description="which graph of the artifact runs on a CPU")
+    default_method: str = Field("", description="learner used when a request names none; empty = the artifact's own")
+    redis_url: str = Field("", description="redis://host:port/db of the shared store; empty = SQLite in DATA_DIR")
+    redis_password_file: Path | None = Field(None, description="file that holds the password of Redis")
+    redis_user: str = Field("", description="user name at Redis, when it has one")
+    data_dir: Path = Field(Path("data"), description="folder of the embedded store")
+    store_key_file: Path | None = Field(
+        None, description="file with the key that seals stored values; default: made in DATA_DIR, or none for Redis"
+    )
+    store_timeout_s: float = Field(0.5, gt=0, description="longest wait for one answer of Redis")
+    stale_ok_s: float = Field(300, ge=0, description="how long a known task is still trusted while the store is away")
+    head_ttl_s: int = Field(
+        7 * 24 * 3600, ge=60, description="how long a head is kept in Redis; it is made again when gone"
+    )
+    lru_heads: int = Field(4096, ge=1, description="heads kept in memory")
+    lanes: int = Field(0, ge=0, description="threads that decode and extract; 0 = as many as cores, at most 8")
+    max_batch: int = Field(16, ge=1, description="most images in one call of the extractor")
+    max_waiting: int = Field(1024, ge=1, description="most images waiting; beyond that requests are refused")
+    max_body_bytes: int = Field(16_000_000, ge=1000, description="largest body of a request")
+    body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
+    max_example_bytes: int = Field(8_000_000, ge=1000, description="largest encoded image")
+    max_pixels: int = Field(16_800_000, ge=1000, description="most pixels of an image, read from its header")
+    max_examples: int = Field(512, ge=2, description="most images of one support set")
+    max_queries: int = Field(64, ge=1, description="most images of one classify request")
+    max_way: int = Field(256, ge=2, description="most classes of a task")
+    max_label: int = Field(256, ge=1, description="most characters of a label")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def secret(self, path: Path | None) -> str:
+        """The content of a secret file, without the line end."""
+        if path is None:
+            return ""
+        try:
+            return path.read_text().strip()
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be read ({error.strerror}).") from None
+
+
+def read(environment: Mapping[str, str] | None = None) -> Settings:
+    """Settings from the environment. Raises SettingsError, with the variable's name."""
+    given = os.environ if environment is None else environment
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    # FEWSHOT_DATA and FEWSHOT_TEST_* belong to training and tests.
+    unknown = sorted(
+        name
+        for name in given
+        if name.startswith(PREFIX)
+        and name not in known
+        and name != "FEWSHOT_DATA"
+        and not name.startswith("FEWSHOT_TEST_")
+    )
+    if unknown:
+        raise SettingsError(f"{unknown[0]} is no setting. Settings are {', '.join(sorted(known))}.")
+    values = {name: given[PREFIX + name.upper()] for name in Settings.model_fields if PREFIX + name.upper() in given}
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"{PREFIX}{str(first['loc'][0]).upper()}: {first['msg']}.") from None

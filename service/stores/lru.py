@@ -1,0 +1,142 @@
+"""What was used recently, in front of any store: decoded heads, and where each task was when it was last read.
+
+A head never changes under its id, so it is answered from memory. A pointer does change, so the store is asked each
+time; while it is away, the last known one is answered, marked stale, until it is too old to be trusted. Knows nothing
+of what lies beneath.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from models.errors import StoreUnavailable
+from models.head import Head
+from service.stores import Pointer, Record, Scope, Store
+
+log = logging.getLogger(__name__)
+Key = tuple[str, str]  # tenant, and task or head id
+V = TypeVar("V")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """Compared by identity: whoever finds another one in its place than before has been overtaken."""
+
+    pointer: Pointer | None  # None: there is no such task, or nobody can say where it is
+    asked: float  # when the store was asked
+
+
+class Recent:
+    def __init__(
+        self, store: Store, *, most: int, stale_ok_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Keeps up to `most` heads and as many pointers; trusts a pointer for `stale_ok_s` seconds."""
+        self.name = store.name
+        self.beneath = store
+        self.stale_ok_s = stale_ok_s
+        self.clock = clock
+        self.heads: OrderedDict[Key, Head] = OrderedDict()
+        self.known: OrderedDict[Key, Known] = OrderedDict()
+        self._most = most
+        self._writing: set[asyncio.Task[Any]] = set()
+
+    async def open(self) -> None:
+        await self.beneath.open()
+
+    async def ping(self) -> bool:
+        return await self.beneath.ping()
+
+    async def close(self) -> None:
+        if self._writing:
+            await asyncio.wait(self._writing)
+        await self.beneath.close()
+
+    def scope(self, tenant: str) -> RecentScope:
+        return RecentScope(self, tenant)
+
+    def put(self, cache: OrderedDict[Key, V], key: Key, *, value: V) -> V:
+        cache[key] = value
+        cache.move_to_end(key)
+        if len(cache) > self._most:
+            cache.popitem(last=False)
+        return value
+
+    async def whole(self, write: Coroutine[Any, Any, T]) -> T:
+        """Lets a write end and be noted here even when its caller leaves."""
+        task = asyncio.create_task(write)
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        # Its caller may leave: the shield then takes note of an error that nobody is told.
+        return await asyncio.shield(task)
+
+
+class RecentScope:
+    def __init__(self, recent: Recent, tenant: str):
+        self._recent = recent
+        self._tenant = tenant
+        self._beneath: Scope = recent.beneath.scope(tenant)
+
+    async def pointer(self, task: str) -> Pointer | None:
+        recent, key = self._recent, (self._tenant, task)
+        before, asked = recent.known.get(key), recent.clock()
+        try:
+            pointer = await self._beneath.pointer(task)
+        except StoreUnavailable:
+            known = recent.known.get(key)
+            if known is None or known.pointer is None or recent.clock() - known.asked >= recent.stale_ok_s:
+                raise
+            return replace(known.pointer, stale=True)
+        if recent.known.get(key) is before:  # else a write ended meanwhile, and this answer may be older
+            recent.put(recent.known, key, value=Known(pointer, asked))
+        return pointer
+
+    async def record(self, task: str) -> tuple[Pointer, Record] | None:
+        return await self._beneath.record(task)
+
+    async def head(self, head_id: str) -> Head | None:
+        recent, key = self._recent, (self._tenant, head_id)
+        head = recent.heads.get(key) or await self._beneath.head(head_id)
+        return None if head is None else recent.put(recent.heads, key, value=head)
+
+    async def keep_head(self, head_id: str, head: Head) -> None:
+        self._recent.put(self._recent.heads, (self._tenant, head_id), value=head)
+        try:
+            await self._beneath.keep_head(head_id, head)
+        except StoreUnavailable:
+            log.warning("The head %s is kept in memory only.", head_id)  # it can be made again: no reason to fail
+
+    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+        pointer = await self._recent.whole(
+            self._write(task, self._beneath.commit(task, record, head_id, head, expect=expect), lambda pointer: pointer)
+        )
+        self._recent.put(self._recent.heads, (self._tenant, head_id), value=head)
+        return pointer
+
+    async def delete(self, task: str) -> bool:
+        return await self._recent.whole(self._write(task, self._beneath.delete(task), lambda _: None))
+
+    async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
+        return await self._beneath.tasks(limit=limit, after=after)
+
+    async def _write(self, task: str, change: Coroutine[Any, Any, T], after: Callable[[T], Pointer | None]) -> T:
+        """Does a change and notes where the task is `after` it; of writes that overlap, nobody knows which was last.
+
+        A change that fails leaves what was known: it was not acknowledged, and while the store is away that is what
+        the task is classified with.
+        """
+        recent, key = self._recent, (self._tenant, task)
+        known = recent.known.get(key)
+        mine = recent.put(recent.known, key, value=replace(known) if known else Known(None, recent.clock()))
+        result = await change
+        pointer = after(result) if recent.known.get(key) is mine else None
+        if pointer is None and mine.pointer is not None:
+            recent.heads.pop((self._tenant, mine.pointer.head), None)
+        recent.put(recent.known, key, value=Known(pointer, recent.clock()))
+        return result

@@ -1,0 +1,230 @@
+"""The embedded store: one SQLite file for one process. What is acknowledged is on disk (WAL, synchronous=FULL).
+
+Writes go through one connection in one thread of its own, so they queue and never meet; the pointer of a task is read
+on the event loop. Knows nothing of learners, nor of other processes: its folder is locked against them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from models.errors import StoreUnavailable
+from models.head import Head
+from service.stores import Pointer, Record, SealBroken, Sealer, StoreMisconfigured, folder
+from service.stores.sealed import Sealed, next_version
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FORMAT = 1  # PRAGMA user_version
+SCHEMA = """
+BEGIN;
+-- The pointer comes before the record, so reading it never touches the pages of a large record.
+CREATE TABLE tasks (tenant TEXT, task TEXT, version INTEGER NOT NULL, expires REAL, pointer BLOB NOT NULL,
+                    record BLOB NOT NULL, PRIMARY KEY (tenant, task));
+CREATE INDEX tasks_by_expiry ON tasks (expires) WHERE expires IS NOT NULL;
+CREATE TABLE heads (tenant TEXT, head TEXT, expires REAL NOT NULL, value BLOB NOT NULL, PRIMARY KEY (tenant, head));
+CREATE INDEX heads_by_expiry ON heads (expires);
+CREATE TABLE seal (value BLOB NOT NULL);
+"""
+POINTER = "SELECT pointer FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
+VERSION = "SELECT version FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
+RECORD = "SELECT pointer, record FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
+TASKS = (
+    "SELECT task, pointer FROM tasks WHERE tenant = ? AND task > ? AND (expires IS NULL OR expires > ?) ORDER BY task"
+)
+HEAD = "SELECT value FROM heads WHERE tenant = ? AND head = ? AND expires > ?"
+
+
+def unavailable(error: sqlite3.Error) -> StoreUnavailable:
+    log.warning("SQLite failed: %s", error)  # its messages name no values
+    return StoreUnavailable("The store cannot read or write its file.")
+
+
+class SqliteStore:
+    name = "sqlite"
+    sealer: Sealer
+    reader: sqlite3.Connection
+    _writer: sqlite3.Connection
+    _worker: ThreadPoolExecutor
+
+    def __init__(self, data_dir: Path, *, key: bytes | None = None, head_ttl_s: float = 7 * 24 * 3600):
+        self.head_ttl_s = head_ttl_s
+        self._dir = data_dir
+        self._key = key
+        self._held = ExitStack()
+
+    async def open(self) -> None:
+        """Raises StoreMisconfigured when the folder cannot be used."""
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="store")
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._worker, self._prepare)
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, OSError | sqlite3.Error):
+                raise StoreMisconfigured(f"The folder {self._dir} cannot be used as a store ({error}).") from error
+            raise
+
+    def _prepare(self) -> None:
+        self._held.enter_context(folder.lock(self._dir))
+        path = (self._dir / "fewshot.sqlite3").absolute()
+        self.sealer = Sealer(self._key or folder.own_key(self._dir, new=not path.exists()))
+        db = self._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._held.callback(db.close)
+        if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+            raise StoreMisconfigured(f"The file system of {self._dir} does not let SQLite keep a write-ahead log.")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = ON")  # what is deleted leaves no bytes behind
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            db.executescript(SCHEMA)
+            db.execute("INSERT INTO seal VALUES (?)", (self.sealer.seal(b"", "store"),))
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+            db.execute("COMMIT")
+        elif version != FORMAT:
+            raise StoreMisconfigured(f"{path} has format {version}; this program reads format {FORMAT}.")
+        try:
+            self.sealer.open(*db.execute("SELECT value FROM seal").fetchone(), "store")
+        except SealBroken:
+            # With another key every task would look damaged, and its owner would be asked to replace it.
+            raise StoreMisconfigured(f"{path} was sealed with another key.") from None
+        uri = f"{path.as_uri()}?mode=ro"
+        self.reader = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        self._held.callback(self.reader.close)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._worker.shutdown)  # what waits in its queue is written first
+        self._held.close()
+
+    async def ping(self) -> bool:
+        with suppress(sqlite3.Error):
+            return self.reader.execute("SELECT 1 FROM seal").fetchone() is not None
+        return False
+
+    def scope(self, tenant: str) -> SqliteScope:
+        return SqliteScope(self, tenant)
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Does work in the writer's thread; to its end, even when the caller leaves."""
+
+        def safely() -> T:
+            try:
+                return work(self._writer)
+            except sqlite3.Error as error:
+                raise unavailable(error) from error
+
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, safely))
+
+    async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Does work as one transaction."""
+
+        def whole(db: sqlite3.Connection) -> T:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                result = work(db)
+                db.execute("COMMIT")
+                return result
+            finally:
+                # After some errors SQLite has rolled back by itself; where it has not, nothing could begin again.
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+
+        return await self.run(whole)
+
+
+class SqliteScope:
+    def __init__(self, store: SqliteStore, tenant: str):
+        self._store = store
+        self._tenant = tenant
+
+    @cached_property
+    def _sealed(self) -> Sealed:
+        return Sealed(self._store.sealer, self._tenant)  # a scope may be made before the store, and its key, are opened
+
+    def _now(self, name: str) -> tuple[str, str, float]:
+        return self._tenant, name, time.time()
+
+    async def pointer(self, task: str) -> Pointer | None:
+        # On the event loop on purpose: every classify comes here. In WAL mode a reader waits for nobody, and one row
+        # by its primary key takes a few microseconds, much less than the way to another thread and back.
+        try:
+            row = self._store.reader.execute(POINTER, self._now(task)).fetchone()
+        except sqlite3.Error as error:
+            raise unavailable(error) from error
+        return None if row is None else self._sealed.open_pointer(task, row[0])
+
+    async def record(self, task: str) -> tuple[Pointer, Record] | None:
+        def work(db: sqlite3.Connection) -> tuple[Pointer, Record] | None:
+            row = db.execute(RECORD, self._now(task)).fetchone()
+            if row is None:
+                return None
+            pointer = self._sealed.open_pointer(task, row[0])
+            return pointer, self._sealed.open_record(task, pointer.version, data=row[1])
+
+        return await self._store.run(work)
+
+    async def head(self, head_id: str) -> Head | None:
+        row = await self._store.run(lambda db: db.execute(HEAD, self._now(head_id)).fetchone())
+        return None if row is None else self._sealed.open_head(head_id, row[0])
+
+    async def keep_head(self, head_id: str, head: Head) -> None:
+        await self._store.change(lambda db: self._put_head(db, head_id, head=head))
+
+    def _put_head(self, db: sqlite3.Connection, head_id: str, *, head: Head) -> None:
+        tenant, _, now = self._now(head_id)
+        value = self._sealed.seal_head(head_id, head)
+        db.execute("DELETE FROM heads WHERE expires <= ?", (now,))
+        db.execute("REPLACE INTO heads VALUES (?, ?, ?, ?)", (tenant, head_id, now + self._store.head_ttl_s, value))
+
+    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+        def work(db: sqlite3.Connection) -> Pointer:
+            tenant, _, now = self._now(task)
+            db.execute("DELETE FROM tasks WHERE expires <= ?", (now,))
+            # The version has a column of its own, so a damaged pointer does not lose the count.
+            row = db.execute(VERSION, (tenant, task, now)).fetchone()
+            version = next_version(row[0] if row else 0, expect)
+            pointer = Pointer(version, head_id)
+            sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_record(task, version, record=record)
+            db.execute("REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)", (tenant, task, version, record.expires, *sealed))
+            self._put_head(db, head_id, head=head)
+            return pointer
+
+        return await self._store.change(work)
+
+    async def delete(self, task: str) -> bool:
+        def work(db: sqlite3.Connection) -> bool:
+            row = db.execute(POINTER, self._now(task)).fetchone()
+            if row is None:
+                return False
+            pointer = self._sealed.list_pointer(task, row[0])
+            if pointer is not None:  # should another task share this head, it is made again
+                db.execute("DELETE FROM heads WHERE tenant = ? AND head = ?", (self._tenant, pointer.head))
+            db.execute("DELETE FROM tasks WHERE tenant = ? AND task = ?", (self._tenant, task))
+            return True
+
+        found = await self._store.change(work)
+        with suppress(StoreUnavailable):  # deleted it is; this only clears its bytes from the log as well
+            await self._store.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
+        return found
+
+    async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
+        def work(db: sqlite3.Connection) -> list[tuple[str, Pointer]]:
+            found: list[tuple[str, Pointer]] = []
+            for task, data in db.execute(TASKS, self._now(after)):
+                if len(found) == limit:
+                    break
+                pointer = self._sealed.list_pointer(task, data)
+                if pointer is not None:
+                    found.append((task, pointer))
+            return found
+
+        return await self._store.run(work)

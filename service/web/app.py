@@ -1,0 +1,144 @@
+"""Puts the app together: engine, store, routes, error handlers, the outer boundary.
+
+`create_app` reads nothing from the environment; two apps with different settings live in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp
+
+from models.artifact import Artifact
+from models.errors import FewshotError, InvalidRequest
+from models.extractor import Extractor, load_extractor
+from service.batcher import Batcher
+from service.engine import Engine, Limits
+from service.metrics import Metrics
+from service.settings import Settings
+from service.stores import Store, StoreMisconfigured
+from service.stores.opening import open_store
+from service.web import docs, problems
+from service.web.boundary import Boundary
+from service.web.routes import create_router
+
+log = logging.getLogger(__name__)
+VERSION = "0.1.0"
+MAX_LANES = 8
+
+
+def choose_device(settings: Settings) -> str:
+    """ "cuda" where torch is installed and finds a device, else "cpu"."""
+    if settings.device != "auto":
+        return settings.device
+    try:
+        import importlib
+
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def create_app(
+    settings: Settings,
+    *,
+    artifact: Artifact | None = None,
+    extractor: Extractor | None = None,
+    store: Store | None = None,
+) -> ASGIApp:
+    """The service as an ASGI app. Raises ArtifactInvalid or SettingsError before anything is served."""
+    artifact = artifact or Artifact.load(settings.artifact)
+    if extractor is None:
+        device = choose_device(settings)
+        extractor = load_extractor(artifact, device=device, precision=settings.precision)
+        difference = artifact.check(extractor, precision=settings.precision)
+        log.info(
+            "artifact %s (%s) on %s, probe within %.1e", artifact.manifest.name, artifact.digest, device, difference
+        )
+    metrics = Metrics()
+    store = store or open_store(settings)
+    # Lanes are threads and threads belong to a running app: they start with the event loop.
+    batcher = Batcher(
+        extractor,
+        artifact.decoder(max_pixels=settings.max_pixels, max_bytes=settings.max_example_bytes),
+        lanes=settings.lanes or min(os.cpu_count() or 1, MAX_LANES),
+        max_batch=settings.max_batch,
+        max_waiting=settings.max_waiting,
+        metrics=metrics,
+    )
+    limits = Limits(settings.max_examples, settings.max_queries, settings.max_way, settings.max_label)
+    engine = Engine(
+        artifact,
+        batcher,
+        limits=limits,
+        default_method=settings.default_method,
+        metrics=metrics,
+        adapt_device="cuda" if settings.adapt_device == "cuda" else "cpu",
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await store.open()
+        except (FewshotError, StoreMisconfigured) as error:
+            await batcher.close()
+            log.error("fewshot cannot start: %s", error)
+            raise
+        try:
+            yield
+        finally:
+            await batcher.close()
+            await store.close()
+
+    app = FastAPI(
+        title="fewshot",
+        version=VERSION,
+        summary="Learns a new image-classification task from a handful of labelled photos, at once.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    router = create_router(engine, store, settings, precision=settings.precision)
+    app.include_router(router)
+    app.include_router(docs.create_router())
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return Response(status_code=307, headers={"Location": "docs"})
+
+    @app.exception_handler(FewshotError)
+    async def ours(request: Request, error: FewshotError) -> Response:
+        return problems.of_error(error, request_id=request.state.request_id)
+
+    @app.exception_handler(HTTPException)
+    async def theirs(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the router names the methods of one route only
+            routes = [route for route in (*router.routes, *app.routes) if isinstance(route, Route)]
+            allowed = {
+                m for route in routes if route.matches(request.scope)[0] != Match.NONE for m in route.methods or ()
+            }
+            headers["Allow"] = ", ".join(sorted(allowed))
+        return problems.of_status(
+            error.status_code, str(error.detail), request_id=request.state.request_id, headers=headers
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = first["loc"][-1] if first["type"] != "extra_forbidden" else ""
+        text = f"`{where}`: {first['msg']}." if where else "An unknown query parameter is not allowed here."
+        return problems.of_error(InvalidRequest(text), request_id=request.state.request_id)
+
+    return Boundary(
+        app, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s, metrics=metrics
+    )

@@ -1,0 +1,276 @@
+"""Bodies of requests -> support sets and queries: multipart, JSON, archives and raw bytes are spellings of one thing.
+
+Everything is bounded before it is read: the number of parts, the entries of an archive and what they unpack to. No
+name that a client made reaches the file system. Knows nothing of adaptation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from models.errors import InvalidRequest, InvalidSupport, TooLarge, UnsupportedMedia
+from service.engine import Example
+from service.web.schemas import OneCallBody, QueryBody, SupportBody
+
+T = TypeVar("T")
+SUPPORT_TYPES = "multipart/form-data, application/json, application/zip or application/x-tar"
+QUERY_TYPES = "image/jpeg, image/png, image/webp, multipart/form-data or application/json"
+ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
+TAR_TYPES = ("application/x-tar", "application/tar")
+UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
+JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a request brought."""
+
+    examples: list[Example]
+    unlabelled: list[bytes]
+    queries: list[bytes]
+    method: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    parts: int  # files of a multipart body, or entries of an archive
+    unpacked: int  # bytes of all entries of an archive together
+    entry: int  # bytes of one entry
+
+
+class _Parser(MultiPartParser):
+    # Uploads stay in memory, which the limit on the body bounds: nothing of a client's is written to a disk.
+    spool_max_size = 1 << 40
+
+
+def media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+async def read_support(request: Request, bounds: Bounds, *, with_queries: bool = False) -> Given:
+    """The support set of a request, and its questions where the call is stateless."""
+    kind = media_type(request)
+    if kind == "multipart/form-data":
+        given = _from_fields(await _multipart(request, bounds), with_queries)
+    elif kind == "application/json":
+        model = OneCallBody if with_queries else SupportBody
+        given = await _aside(await request.body(), lambda body: _from_json(_parse(model, body)))
+    elif kind in ZIP_TYPES + TAR_TYPES and not with_queries:
+        entries = _zip_entries if kind in ZIP_TYPES else _tar_entries
+        given = await _aside(await request.body(), lambda body: _from_entries(entries(body, bounds)))
+    elif not kind:
+        raise UnsupportedMedia(f"The request has no Content-Type; send {SUPPORT_TYPES}.")
+    else:
+        hint = " For one image without a label there is nothing to learn." if kind.startswith("image/") else ""
+        raise UnsupportedMedia(f"A support set comes as {SUPPORT_TYPES}.{hint}")
+    return given
+
+
+async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
+    """The images to classify. A raw body is one image, whatever its declared type; the content decides."""
+    kind = media_type(request)
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        return [await request.body()]
+    if kind == "multipart/form-data":
+        return [data for _, data in await _multipart(request, bounds)]
+    if kind == "application/json":
+        body = await request.body()
+
+        def decode(body: bytes) -> list[bytes]:
+            images = _parse(QueryBody, body).images
+            return [_base64(text, f"/images/{index}") for index, text in enumerate(images)]
+
+        return await _aside(body, decode)
+    if kind == "application/x-www-form-urlencoded":
+        raise UnsupportedMedia("curl's --data-binary needs -H 'Content-Type: image/jpeg'; or use -F image=@FILE.")
+    raise UnsupportedMedia(f"Images come as {QUERY_TYPES}.")
+
+
+async def _aside(body: bytes, work: Callable[[bytes], T]) -> T:
+    """Large bodies are taken apart off the event loop, small ones at once."""
+    return work(body) if len(body) < 100_000 else await asyncio.to_thread(work, body)
+
+
+async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, bytes]]:
+    """(field name, content) of every file of a form, in order."""
+
+    body = await request.body()  # whole, so that what is refused on its way in never reaches the parser
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        parser = _Parser(request.headers, stream(), max_files=bounds.parts, max_fields=bounds.parts, max_part_size=1024)
+        form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many"):
+            raise TooLarge(f"The form has too many parts; the limit is {bounds.parts}.") from None
+        if "header size" in str(error.__cause__):  # names of fields are in the headers of parts
+            raise InvalidSupport("A label is far too long; see MAX_LABEL.") from None
+        raise InvalidRequest("The multipart body cannot be read; is its boundary right, and does it end?") from None
+    except (HTTPException, KeyError, ValueError, UnicodeError):
+        raise InvalidRequest("The multipart body cannot be read; is its boundary right, and does it end?") from None
+    files: list[tuple[str, bytes]] = []
+    try:
+        for index, (name, value) in enumerate(form.multi_items()):
+            if not isinstance(value, UploadFile):
+                raise InvalidRequest(
+                    "A form field holds text where a file belongs; with curl, write -F label=@file, with the @.",
+                    index=index,
+                )
+            files.append((name, await value.read()))
+    finally:
+        await form.close()
+    return files
+
+
+def _from_fields(files: list[tuple[str, bytes]], with_queries: bool) -> Given:
+    given = Given([], [], [])
+    for name, data in files:
+        if name == UNLABELLED:
+            given.unlabelled.append(data)
+        elif name == QUERY and with_queries:
+            given.queries.append(data)
+        else:
+            given.examples.append(Example(name.removeprefix(LABEL), data))
+    return given
+
+
+Body = TypeVar("Body", SupportBody, QueryBody, OneCallBody)
+
+
+def _parse(model: type[Body], body: bytes) -> Body:
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # Keys that a client made are not echoed: the path is cut where ours end.
+        fields = {"support", "unlabelled", "method", "images", "queries", "label", "image"}
+        path = [part for part in first["loc"] if isinstance(part, int) or part in fields]
+        message = {"extra_forbidden": "An unknown field is not allowed here", "json_invalid": "The JSON cannot be read"}
+        text = message.get(first["type"], first["msg"])
+        raise InvalidRequest(f"{text}.", pointer="/" + "/".join(str(part) for part in path) if path else None) from None
+    except (ValueError, RecursionError):
+        raise InvalidRequest("The JSON cannot be read.") from None
+
+
+def _from_json(body: SupportBody) -> Given:
+    examples = [
+        Example(item.label, _base64(item.image, f"/support/{index}/image")) for index, item in enumerate(body.support)
+    ]
+    unlabelled = [_base64(text, f"/unlabelled/{index}") for index, text in enumerate(body.unlabelled)]
+    queries = []
+    if isinstance(body, OneCallBody):
+        queries = [_base64(text, f"/queries/{index}") for index, text in enumerate(body.queries)]
+    return Given(examples, unlabelled, queries, body.method)
+
+
+def _base64(text: str, pointer: str) -> bytes:
+    if text.startswith("data:"):
+        raise InvalidRequest("This is a data URL; send only what follows the comma.", pointer=pointer)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("This is not base64.", pointer=pointer) from None
+
+
+def _from_entries(entries: Iterator[tuple[PurePosixPath, bytes]]) -> Given:
+    """One folder per label; folders that all share are left out of the label."""
+    found = [(path, data) for path, data in entries]
+    if not found:
+        raise InvalidSupport("The archive holds no files; put the images of each class into a folder of its name.")
+    folders = [path.parent.parts for path, _ in found]
+    if any(not folder for folder in folders):
+        raise InvalidSupport("The archive has a file outside of any folder; the folder's name is the label.")
+    shared = 0
+    while len({folder[: shared + 1] for folder in folders}) == 1 and all(len(f) > shared + 1 for f in folders):
+        shared += 1
+    given = Given([], [], [])
+    for (_, data), folder in zip(found, folders, strict=True):
+        label = "/".join(folder[shared:])
+        if label == UNLABELLED:
+            given.unlabelled.append(data)
+        else:
+            given.examples.append(Example(label.removeprefix(LABEL), data))
+    return given
+
+
+def _checked(name: str, index: int) -> PurePosixPath | None:
+    """The path of an archive entry; None for what operating systems leave behind. Raises InvalidRequest."""
+    path = PurePosixPath(name)
+    if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or ":" in (path.parts or ("",))[0]:
+        raise InvalidRequest("An entry of the archive leads out of it.", index=index)
+    if any(part in JUNK or part.startswith(".") for part in path.parts):
+        return None
+    return path
+
+
+def _zip_entries(body: bytes, bounds: Bounds) -> Iterator[tuple[PurePosixPath, bytes]]:
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(body))
+        infos = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError):
+        raise InvalidRequest("The body is not a zip archive, or it is cut off.") from None
+    _check_entries([info.file_size for info in infos if not info.is_dir()], bounds)
+    for index, info in enumerate(infos):
+        path = _checked(info.filename, index)
+        if info.is_dir() or path is None:
+            continue
+        mode = info.external_attr >> 16
+        if info.flag_bits & 1 or (mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG)):
+            raise InvalidRequest("An entry of the archive is encrypted, a link or a device.", index=index)
+        try:
+            with archive.open(info) as file:
+                data = file.read(bounds.entry + 1)  # the header's size may lie
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, RuntimeError, OSError):
+            raise InvalidRequest("An entry of the archive is damaged.", index=index) from None
+        yield path, data
+
+
+def _tar_entries(body: bytes, bounds: Bounds) -> Iterator[tuple[PurePosixPath, bytes]]:
+    if body[:2] == b"\x1f\x8b":
+        raise UnsupportedMedia("The archive is compressed; send a plain tar, images hardly shrink.")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(body), mode="r:") as archive:
+            infos = []
+            for info in archive:
+                infos.append(info)
+                if len(infos) > bounds.parts + 1000:
+                    raise TooLarge(f"The archive has too many entries; the limit is {bounds.parts}.")
+            _check_entries([info.size for info in infos if info.isreg()], bounds)
+            for index, info in enumerate(infos):
+                path = _checked(info.name, index)
+                if info.isdir() or path is None:
+                    continue
+                if not info.isreg():
+                    raise InvalidRequest("An entry of the archive is a link or a device.", index=index)
+                file = archive.extractfile(info)
+                yield path, file.read() if file else b""
+    except (tarfile.TarError, EOFError, ValueError, OSError):
+        raise InvalidRequest("The body is not a tar archive, or it is cut off.") from None
+
+
+def _check_entries(sizes: list[int], bounds: Bounds) -> None:
+    if len(sizes) > bounds.parts:
+        raise TooLarge(f"The archive has {len(sizes)} files; the limit is {bounds.parts}.")
+    if sum(sizes) > bounds.unpacked:
+        raise TooLarge(f"The archive unpacks to {sum(sizes)} bytes; the limit is {bounds.unpacked}.")
+    if any(size > bounds.entry for size in sizes):
+        raise TooLarge(f"A file of the archive has more than {bounds.entry} bytes (MAX_EXAMPLE_BYTES).")

@@ -1,0 +1,136 @@
+"""The outermost layer of the app: one plain ASGI callable that every request passes.
+
+Gives each request an id, bounds its body in bytes and in time while it arrives, adds the headers that every answer
+has, counts and logs, and answers 500 for a bug, without a word of what went wrong. Knows nothing of routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from models.errors import BodyTimeout, FewshotError, TooLarge
+from service.metrics import Metrics
+from service.web import problems
+
+log = logging.getLogger("fewshot.access")
+REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
+ALWAYS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+]
+
+
+class Boundary:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, body_timeout_s: float, metrics: Metrics):
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.body_timeout_s = body_timeout_s
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        request_id = _request_id(scope)
+        state: MutableMapping[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        seen = 0
+        deadline = start + self.body_timeout_s
+        complete = False
+        status = 0
+
+        async def bounded() -> Message:
+            nonlocal seen, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.perf_counter())):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTimeout(f"The body did not arrive within {self.body_timeout_s:g} s.") from None
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if seen > self.max_body_bytes:
+                    raise _too_large(self.max_body_bytes)
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], *ALWAYS, (b"x-request-id", request_id.encode())]
+                total = (time.perf_counter() - start) * 1e3
+                timing = f"{state['timing']}, total;dur={total:.1f}" if "timing" in state else f"total;dur={total:.1f}"
+                headers.append((b"server-timing", timing.encode()))
+                if not complete and (seen or _declared(scope)):
+                    headers.append((b"connection", b"close"))  # the rest of the body is not read
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            if _declared(scope) > self.max_body_bytes:
+                raise _too_large(self.max_body_bytes)
+            await self.app(scope, bounded, answer)
+        except FewshotError as error:
+            if not status:
+                await problems.of_error(error, request_id=request_id)(scope, receive, answer)
+        except Exception:  # a bug: the client learns its number, the log the rest
+            log.exception("request %s failed", request_id)
+            if not status:
+                response = problems.problem(
+                    500,
+                    "internal_error",
+                    "Internal error",
+                    "Something is wrong here; the log has more.",
+                    request_id=request_id,
+                )
+                await response(scope, receive, answer)
+        finally:
+            self._observe(scope, status, time.perf_counter() - start, request_id)
+
+    def _observe(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.duration.labels(route).observe(seconds)
+        if log.isEnabledFor(logging.INFO):
+            line = {
+                "event": "request",
+                "request_id": request_id,
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "duration_ms": round(seconds * 1e3, 2),
+            }
+            log.info(json.dumps(line))
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's own id where it is a harmless one, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            return str(value.decode())
+    return uuid.uuid4().hex
+
+
+def _declared(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() and len(value) < 20 else 0
+        if name == b"transfer-encoding":
+            return 1
+    return 0
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body has more bytes than the limit of {limit} (MAX_BODY_BYTES).")

@@ -1,0 +1,153 @@
+"""Bodies of requests and answers. Unknown fields are refused on the way in; answers hold these fields and no others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Base64 = Annotated[str, Field(description="an encoded JPEG, PNG or WEBP, in base64", examples=["iVBORw0KGgo..."])]
+
+
+class LabelledImage(Closed):
+    label: str
+    image: Base64
+
+
+class SupportBody(Closed):
+    """A support set as JSON."""
+
+    support: list[LabelledImage]
+    unlabelled: list[Base64] = []
+    method: str = ""
+
+
+class QueryBody(Closed):
+    """Images to classify, as JSON."""
+
+    images: list[Base64]
+
+
+class OneCallBody(SupportBody):
+    """A support set and images to classify, in one call."""
+
+    queries: list[Base64]
+
+
+class ClassInfo(Closed):
+    label: str
+    shots: int
+
+
+class ExampleInfo(Closed):
+    id: str
+    label: str
+
+
+class RejectedInfo(Closed):
+    index: int
+    code: str
+    detail: str
+
+
+class Task(Closed):
+    task: str
+    version: int
+    head: str
+    artifact: str
+    method: str
+    classes: list[ClassInfo]
+    examples: list[ExampleInfo]
+    unlabelled: int
+    rejected: list[RejectedInfo]
+    created_at: str
+    expires_at: str | None
+    timings_ms: dict[str, float]
+
+
+class TaskItem(Closed):
+    task: str
+    version: int
+    head: str
+
+
+class TaskList(Closed):
+    items: list[TaskItem]
+    next_cursor: str | None
+
+
+class Prediction(Closed):
+    """The answer for one image: a label with its probability, or an error."""
+
+    index: int
+    label: str | None = None
+    probability: float | None = None
+    probabilities: dict[str, float] | None = None
+    error: RejectedInfo | None = None
+
+
+class Predictions(Closed):
+    task: str | None
+    version: int | None
+    head: str
+    stale: bool = False
+    predictions: list[Prediction]
+    rejected: list[RejectedInfo] = []
+    timings_ms: dict[str, float]
+
+
+class Problem(BaseModel):
+    """RFC 9457. `code` is part of the API, `detail` is for people."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    index: int | None = None
+    pointer: str | None = None
+
+
+class MethodInfo(Closed):
+    name: str
+    default: bool
+    unlabelled: bool = Field(description="whether unlabelled examples refine it")
+
+
+class ArtifactInfo(Closed):
+    digest: str
+    name: str
+    description: str
+    input: dict[str, str | int]
+    dim: int
+    methods: list[MethodInfo]
+    precision: str
+    accuracy: list[dict[str, str | int | float]]
+    training: dict[str, str | int | float | bool | None]
+
+
+class LimitsInfo(Closed):
+    max_body_bytes: int
+    body_timeout_s: float
+    max_example_bytes: int
+    max_pixels: int
+    min_edge: int
+    max_aspect: int
+    max_examples: int
+    max_queries: int
+    max_way: int
+    max_label: int
+    max_waiting: int
+    formats: list[str]
+
+
+class Health(Closed):
+    status: Literal["ok", "degraded", "unavailable"]
+    lane: bool | None = None
+    store: bool | None = None

@@ -1,0 +1,243 @@
+"""The batcher, for what hurts: failures, leavers, full queues, large requests, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+
+from models.errors import ExtractorFailed, Overloaded, UndecodableExample
+from models.images import ImageDecoder
+from service.batcher import Batcher, Embedded
+from tests.fakes import Failing, Gated, MeanColour, picture
+
+DECODER = ImageDecoder(16, 16, 3)
+RED, BLUE = picture("red"), picture("blue")
+
+
+def run(
+    work: Callable[[Batcher], Awaitable[None]],
+    extractor: MeanColour,
+    *,
+    lanes: int = 1,
+    max_batch: int = 4,
+    max_waiting: int = 64,
+) -> None:
+    async def main() -> None:
+        batcher = Batcher(extractor, DECODER, lanes=lanes, max_batch=max_batch, max_waiting=max_waiting)
+        try:
+            async with asyncio.timeout(10):
+                await work(batcher)
+        finally:
+            if isinstance(extractor, Gated):
+                extractor.gate.set()
+            await batcher.close()
+
+    asyncio.run(main())
+
+
+def features(embedded: Embedded) -> np.ndarray:
+    assert all(isinstance(item, np.ndarray) for item in embedded.items)
+    return np.stack(embedded.items)  # type: ignore[arg-type]
+
+
+def test_features_come_back_in_the_order_of_the_images() -> None:
+    async def work(batcher: Batcher) -> None:
+        found = features(await batcher.embed([RED, BLUE, RED]))
+        assert found[0].argmax() == 0
+        assert found[1].argmax() == 2
+        np.testing.assert_array_equal(found[0], found[2])
+
+    run(work, MeanColour())
+
+
+def test_requests_that_wait_together_share_a_batch() -> None:
+    extractor = Gated()
+
+    async def work(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.embed([RED]))
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        rest = [asyncio.create_task(batcher.embed([image])) for image in (RED, BLUE, RED)]
+        await asyncio.sleep(0)
+        extractor.gate.set()
+        await asyncio.gather(first, *rest)
+        assert extractor.batches == [1, 3]
+
+    run(work, extractor)
+
+
+def test_a_request_larger_than_a_batch_is_split() -> None:
+    extractor = MeanColour()
+
+    async def work(batcher: Batcher) -> None:
+        found = features(await batcher.embed([RED] * 10))
+        assert found.shape == (10, 3)
+        assert max(extractor.batches) <= 4
+        assert sum(extractor.batches) == 10
+
+    run(work, extractor)
+
+
+def test_a_large_request_does_not_keep_a_single_question_waiting() -> None:
+    extractor = Gated()
+
+    async def work(batcher: Batcher) -> None:
+        done: list[str] = []
+
+        async def ask(name: str, images: list[bytes]) -> None:
+            await batcher.embed(images)
+            done.append(name)
+
+        large = asyncio.create_task(ask("large", [RED] * 20))
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        small = asyncio.create_task(ask("small", [BLUE]))
+        await asyncio.sleep(0)
+        extractor.gate.set()
+        await asyncio.gather(large, small)
+        assert done == ["small", "large"]
+
+    run(work, extractor)
+
+
+def test_one_bad_image_fails_alone_and_its_neighbours_do_not_notice() -> None:
+    async def work(batcher: Batcher) -> None:
+        alone = features(await batcher.embed([RED, BLUE]))
+        mixed = (await batcher.embed([RED, b"not an image", BLUE])).items
+        assert isinstance(mixed[1], UndecodableExample)
+        assert mixed[1].index == 1
+        np.testing.assert_array_equal(mixed[0], alone[0])
+        np.testing.assert_array_equal(mixed[2], alone[1])
+
+    run(work, MeanColour())
+
+
+def test_a_failing_batch_answers_each_caller_and_the_lane_goes_on() -> None:
+    extractor = Failing()
+
+    async def work(batcher: Batcher) -> None:
+        answers = await asyncio.gather(*(batcher.embed([RED]) for _ in range(3)))
+        assert all(isinstance(answer.items[0], ExtractorFailed) for answer in answers)
+        assert "0x" not in str(answers[0].items[0])
+        extractor.broken = False
+        assert batcher.alive
+        features(await batcher.embed([RED]))
+
+    run(work, extractor)
+
+
+def test_features_that_are_not_finite_are_a_failure_of_that_image() -> None:
+    class Poisoned(MeanColour):
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            found = super().__call__(batch)
+            found[0] = np.nan
+            return found
+
+    async def work(batcher: Batcher) -> None:
+        items = (await batcher.embed([RED, BLUE])).items
+        assert isinstance(items[0], ExtractorFailed)
+        assert isinstance(items[1], np.ndarray)
+
+    run(work, Poisoned())
+
+
+def test_a_full_queue_refuses_at_the_door_and_serves_those_inside() -> None:
+    extractor = Gated()
+
+    async def work(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.embed([RED]))
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        inside = asyncio.create_task(batcher.embed([RED] * 4))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="MAX_WAITING"):
+            await batcher.embed([RED])
+        extractor.gate.set()
+        await asyncio.gather(first, inside)
+
+    run(work, extractor, max_waiting=4)
+
+
+def test_a_caller_who_left_costs_nothing() -> None:
+    extractor = Gated()
+
+    async def work(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.embed([RED]))
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        leaver = asyncio.create_task(batcher.embed([BLUE] * 3))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        extractor.gate.set()
+        await first
+        await batcher.embed([RED])
+        assert extractor.batches == [1, 1]
+        assert batcher.waiting == 0
+
+    run(work, extractor)
+
+
+def test_a_lane_that_dies_tells_everyone_and_refuses_what_comes() -> None:
+    class Deadly(Gated):
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            super().__call__(batch)
+            raise SystemExit
+
+    extractor = Deadly()
+    # The thread's own end is what is tested, so its traceback is no news.
+    hook, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+
+        async def work(batcher: Batcher) -> None:
+            waiting = [asyncio.create_task(batcher.embed([RED])) for _ in range(3)]
+            await asyncio.to_thread(extractor.begun.wait, 5)
+            extractor.gate.set()
+            for answer in await asyncio.gather(*waiting, return_exceptions=True):
+                assert isinstance(answer, ExtractorFailed)
+            assert not batcher.alive
+            with pytest.raises(ExtractorFailed, match="restart"):
+                await batcher.embed([RED])
+
+        run(work, extractor)
+    finally:
+        threading.excepthook = hook
+
+
+def test_closing_finishes_what_waits_and_takes_no_more() -> None:
+    extractor = Gated()
+
+    async def work(batcher: Batcher) -> None:
+        waiting = [asyncio.create_task(batcher.embed([RED])) for _ in range(3)]
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded, match="shutting down"):
+            await batcher.embed([RED])
+        extractor.gate.set()
+        await closing
+        for embedded in await asyncio.gather(*waiting):
+            features(embedded)
+
+    run(work, extractor)
+
+
+def test_a_function_runs_on_a_lane_and_its_error_is_the_callers() -> None:
+    async def work(batcher: Batcher) -> None:
+        assert (await batcher.run(lambda: threading.current_thread().name)).startswith("lane-")
+        with pytest.raises(ZeroDivisionError):
+            await batcher.run(lambda: 1 // 0)
+        assert batcher.alive
+
+    run(work, MeanColour())
+
+
+def test_two_lanes_work_at_once_and_lose_nothing() -> None:
+    async def work(batcher: Batcher) -> None:
+        answers = await asyncio.gather(*(batcher.embed([RED, BLUE] * (1 + k % 5)) for k in range(40)))
+        for k, answer in enumerate(answers):
+            found = features(answer)
+            assert len(found) == 2 * (1 + k % 5)
+            assert (found.argmax(axis=1) == [0, 2] * (1 + k % 5)).all()
+
+    run(work, MeanColour(), lanes=2, max_waiting=1000)

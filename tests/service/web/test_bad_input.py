@@ -1,0 +1,271 @@
+"""What a client can get wrong: a 4xx that names it, nothing stored, and the next request unharmed."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.fakes import picture
+from tests.service.web.asks import colours, folders, refused, support_json, tarred, text, zipped
+
+pytestmark = pytest.mark.usefixtures("nothing_stored", "unharmed")
+RED, BLUE = picture("red", seed=70), picture("blue", seed=70)
+ZIP, TAR, JSON = ({"Content-Type": f"application/{kind}"} for kind in ("zip", "x-tar", "json"))
+
+
+@pytest.fixture
+def unharmed(http: httpx.Client) -> Iterator[None]:
+    yield
+    answer = http.post("/v1/classify", files=[*colours("red", "blue"), ("query", RED)])
+    assert answer.status_code == 200
+    assert answer.json()["predictions"][0]["label"] == "red"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def test_an_unreadable_image(http: httpx.Client) -> None:
+    problem = refused(http.post("/v1/tasks", files=[("a", b"hello"), ("b", BLUE)]), 422, "invalid_support", "'a'")
+    assert problem["index"] == 0
+    assert "not an image" in problem["detail"]
+
+
+def test_one_class_only(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks", files=colours("red")), 422, "invalid_support", "two classes")
+
+
+def test_no_example_at_all(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks", json={"support": []}), 422, "invalid_support", "empty")
+
+
+def test_text_where_a_file_belongs(http: httpx.Client) -> None:
+    response = http.post("/v1/tasks", files=colours("red"), data={"blue": "photo.jpg"})
+    refused(response, 422, "invalid_request", "with the @")
+
+
+def test_an_unknown_method(http: httpx.Client) -> None:
+    refused(
+        http.post("/v1/tasks?method=magic", files=colours("red", "blue")), 422, "unknown_method", "prototype, ridge"
+    )
+
+
+def test_an_unknown_query_parameter(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks?metod=ridge", files=colours("red", "blue")), 422, "invalid_request", "unknown query")
+
+
+def test_a_query_parameter_of_the_wrong_kind(http: httpx.Client) -> None:
+    refused(http.get("/v1/tasks?limit=many"), 422, "invalid_request", "`limit`")
+
+
+def test_a_label_of_ten_kilobytes(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks", files=[("x" * 10_000, RED), ("b", BLUE)]), 422, "invalid_support", "MAX_LABEL")
+
+
+def test_an_empty_label(http: httpx.Client) -> None:
+    support = [{"label": " ", "image": text(RED)}, {"label": "b", "image": text(BLUE)}]
+    refused(http.post("/v1/tasks", json={"support": support}), 422, "invalid_support", "label is empty")
+
+
+def test_a_header_of_65000_by_65000_pixels_is_refused_in_no_time(http: httpx.Client) -> None:
+    start = time.perf_counter()
+    response = http.post("/v1/tasks?on_bad_image=fail", files=[("a", png_header(65_000, 65_000)), ("b", BLUE)])
+    refused(response, 413, "too_large", "MAX_PIXELS")
+    assert time.perf_counter() - start < 1
+
+
+def test_a_body_over_the_limit(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks", files=[("a", b"x" * 500_000)]), 413, "too_large", "400000")
+
+
+def test_a_body_over_the_limit_that_comes_in_chunks(http: httpx.Client) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(10):
+            yield b"x" * 50_000
+
+    try:
+        response = http.post("/v1/tasks/x/classify", content=chunks(), headers={"Content-Type": "image/png"})
+    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
+        return  # the connection was closed while we were still sending
+    refused(response, 413, "too_large", "MAX_BODY_BYTES")
+
+
+def test_a_body_that_never_ends_is_cut_in_time(http: httpx.Client) -> None:
+    host, port = http.base_url.host, http.base_url.port
+    with socket.create_connection((host, port), timeout=10) as raw:
+        raw.sendall(
+            b"POST /v1/tasks/x/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nab"
+        )
+        start = time.perf_counter()
+        answer = raw.recv(65536)
+        assert b" 408 " in answer.split(b"\r\n")[0]
+        assert b"body_timeout" in answer + raw.recv(65536)
+        assert time.perf_counter() - start < 5
+
+
+def test_too_many_images(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks", files=colours("red", "blue", shots=21)), 413, "too_large", "MAX_EXAMPLES")
+    many = [("i", RED)] * 9
+    refused(http.post("/v1/tasks/x/classify", files=many), 413, "too_large", "MAX_QUERIES")
+
+
+def test_too_many_parts(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks", files=[("a", b"x")] * 60), 413, "too_large", "48")
+
+
+def test_too_many_classes(http: httpx.Client) -> None:
+    files = [(f"c{k}", picture("red", seed=k)) for k in range(7)]
+    refused(http.post("/v1/tasks", files=files), 413, "too_large", "MAX_WAY")
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "cats/../../evil.png", "/etc/evil.png", "..\\evil\\1.png", "C:/evil/1.png"]
+)
+def test_an_archive_entry_that_leads_out(http: httpx.Client, name: str) -> None:
+    entries = {**folders("red", "blue"), name: RED}
+    refused(http.post("/v1/tasks", content=zipped(entries), headers=ZIP), 422, "invalid_request", "leads out")
+    refused(http.post("/v1/tasks", content=tarred(entries), headers=TAR), 422, "invalid_request", "leads out")
+
+
+def test_an_archive_that_unpacks_to_too_much(http: httpx.Client) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for k in range(30):
+            archive.writestr(f"a/{k}.png", b"\0" * 190_000)
+    refused(http.post("/v1/tasks", content=out.getvalue(), headers=ZIP), 413, "too_large", "unpacks")
+
+
+def test_an_archive_whose_header_lies_about_a_size(http: httpx.Client) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/1.png", b"\0" * 3_000_000)
+        archive.writestr("b/1.png", BLUE)
+    body = bytearray(out.getvalue())
+    for magic, at in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
+        struct.pack_into("<I", body, body.index(magic) + at, 1000)
+    response = http.post("/v1/tasks", content=bytes(body), headers=ZIP)
+    assert response.status_code in (413, 422), response.text
+
+
+def test_an_archive_that_is_none_or_is_cut(http: httpx.Client) -> None:
+    whole = zipped(folders("red", "blue"))
+    refused(http.post("/v1/tasks", content=b"junk", headers=ZIP), 422, "invalid_request", "not a zip")
+    refused(http.post("/v1/tasks", content=whole[: len(whole) // 2], headers=ZIP), 422, "invalid_request", "cut off")
+    refused(http.post("/v1/tasks", content=b"junk" * 200, headers=TAR), 422, "invalid_request", "not a tar")
+    refused(
+        http.post("/v1/tasks", content=b"\x1f\x8b" + b"x" * 600, headers=TAR),
+        415,
+        "unsupported_media_type",
+        "compressed",
+    )
+
+
+def test_an_archive_without_folders(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks", content=zipped({"1.png": RED}), headers=ZIP), 422, "invalid_support", "folder")
+    refused(http.post("/v1/tasks", content=zipped({}), headers=ZIP), 422, "invalid_support", "no files")
+
+
+def test_an_archive_with_a_link(http: httpx.Client) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        link = zipfile.ZipInfo("a/1.png")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    refused(http.post("/v1/tasks", content=out.getvalue(), headers=ZIP), 422, "invalid_request", "a link")
+
+
+GOOD = {"support": support_json("red", "blue", shots=1)}
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        (b"", None),
+        (b"{", None),
+        (b"[]", None),
+        (b"NaN", None),
+        (b'{"support": NaN}', "/support"),
+        (b'{"support": 1e999}', "/support"),
+        (b'{"support": "x"}', "/support"),
+        (b'{"support": [{"label": "a"}]}', "/support/0/image"),
+        (b'{"support": [{"label": 1, "image": ""}]}', "/support/0/label"),
+        (b'{"support": [{"label": "\\ud800", "image": ""}]}', None),
+        (b"\xff\xfe", None),
+        (b"[" * 100_000, None),
+        (json.dumps({**GOOD, "colour": 1}).encode(), None),
+        (json.dumps({**GOOD, "method": 7}).encode(), "/method"),
+        (json.dumps({**GOOD, "unlabelled": "x"}).encode(), "/unlabelled"),
+        (json.dumps({**GOOD, "unlabelled": ["%%%"]}).encode(), "/unlabelled/0"),
+    ],
+)
+def test_json_that_is_wrong_somewhere(http: httpx.Client, body: bytes, pointer: str | None) -> None:
+    problem = refused(http.post("/v1/tasks", content=body, headers=JSON), 422, "invalid_request")
+    assert problem.get("pointer") == pointer
+
+
+def test_base64_that_is_none(http: httpx.Client) -> None:
+    for image, words in (("not base64!", "not base64"), ("data:image/png;base64,AAAA", "data URL"), ("AAA", "base64")):
+        support = [{"label": "a", "image": image}]
+        problem = refused(http.post("/v1/tasks", json={"support": support}), 422, "invalid_request", words)
+        assert problem["pointer"] == "/support/0/image"
+
+
+def test_a_support_set_of_another_type(http: httpx.Client) -> None:
+    for kind in ("text/html", "application/x-www-form-urlencoded", "image/jpeg", "application/octet-stream"):
+        refused(http.post("/v1/tasks", content=RED, headers={"Content-Type": kind}), 415, "unsupported_media_type")
+    refused(http.post("/v1/tasks", content=RED), 415, "unsupported_media_type", "no Content-Type")
+
+
+def test_a_question_of_another_type(http: httpx.Client) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    response = http.post("/v1/tasks/x/classify", content=RED, headers=form)
+    refused(response, 415, "unsupported_media_type", "--data-binary")
+    refused(
+        http.post("/v1/tasks/x/classify", content=RED, headers={"Content-Type": "text/csv"}),
+        415,
+        "unsupported_media_type",
+    )
+
+
+def test_a_multipart_body_that_is_broken(http: httpx.Client) -> None:
+    for kind in ("multipart/form-data", "multipart/form-data; boundary=x"):
+        response = http.post("/v1/tasks", content=b"--y\r\nnonsense", headers={"Content-Type": kind})
+        assert response.status_code == 422, response.text
+        assert response.json()["code"] in ("invalid_request", "invalid_support")
+
+
+def test_method_given_twice_and_differently(http: httpx.Client) -> None:
+    response = http.post("/v1/tasks?method=ridge", json={**GOOD, "method": "prototype"})
+    refused(response, 422, "invalid_request", "twice")
+
+
+def test_no_question(http: httpx.Client) -> None:
+    refused(http.post("/v1/classify", files=colours("red", "blue")), 422, "invalid_request", "no image")
+
+
+@pytest.mark.parametrize("name", ["a%20b", "..%2f..%2fetc", "x" * 65, "%00", "caf%C3%A9"])
+def test_a_task_name_that_is_none(http: httpx.Client, name: str) -> None:
+    response = http.put(f"/v1/tasks/{name}", files=colours("red", "blue"))
+    assert response.status_code in (404, 422), response.text
+    assert response.headers["content-type"] == "application/problem+json"
+
+
+def test_an_unknown_path_and_a_wrong_method(http: httpx.Client) -> None:
+    refused(http.get("/v1/nothing"), 404, "not_found")
+    refused(http.patch("/v1/tasks"), 405, "method_not_allowed")
+    assert "GET" in http.patch("/v1/tasks").headers["allow"]

@@ -1,0 +1,220 @@
+"""Each route, as a client meets it."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from service.web import schemas
+from tests.fakes import picture
+from tests.service.web.asks import colours, folders, refused, support_json, tarred, text, zipped
+
+RED = picture("red", seed=50)
+
+
+def taught(http: httpx.Client, name: str) -> schemas.Task:
+    response = http.put(f"/v1/tasks/{name}", files=colours("red", "blue"))
+    assert response.status_code in (200, 201), response.text
+    return schemas.Task.model_validate_json(response.text)
+
+
+def test_a_support_set_becomes_a_task_named_after_its_head(http: httpx.Client) -> None:
+    response = http.post("/v1/tasks", files=colours("red", "green"))
+    assert response.status_code == 201, response.text
+    task = schemas.Task.model_validate_json(response.text)
+    assert task.task == "t_" + task.head[3:27]
+    assert response.headers["location"] == f"/v1/tasks/{task.task}"
+    assert response.headers["etag"] == f'"v1-{task.head}"'
+    assert task.classes == [schemas.ClassInfo(label="green", shots=3), schemas.ClassInfo(label="red", shots=3)]
+    assert set(task.timings_ms) == {"queue", "decode", "embed", "adapt", "store"}
+    again = http.post("/v1/tasks", files=colours("red", "green"))
+    assert again.status_code == 200
+    assert again.json()["version"] == 1
+
+
+def test_all_spellings_of_a_support_set_give_the_same_head(http: httpx.Client) -> None:
+    bodies = {
+        "fields": http.put("/v1/tasks/s1", files=colours("red", "blue")),
+        "json": http.put("/v1/tasks/s2", json={"support": support_json("red", "blue")}),
+        "zip": http.put(
+            "/v1/tasks/s3", content=zipped(folders("red", "blue")), headers={"Content-Type": "application/zip"}
+        ),
+        "tar": http.put(
+            "/v1/tasks/s4",
+            content=tarred(folders("red", "blue", under="photos/")),
+            headers={"Content-Type": "application/x-tar"},
+        ),
+    }
+    for name, response in bodies.items():
+        assert response.status_code == 201, (name, response.text)
+    assert len({response.json()["head"] for response in bodies.values()}) == 1
+
+
+def test_all_spellings_of_a_question_give_the_same_answer(http: httpx.Client) -> None:
+    taught(http, "q")
+    path = "/v1/tasks/q/classify"
+    answers = [
+        http.post(path, content=RED, headers={"Content-Type": "image/png"}),
+        http.post(path, content=RED, headers={"Content-Type": "application/octet-stream"}),
+        http.post(path, files=[("image", ("x.png", RED))]),
+        http.post(path, json={"images": [text(RED)]}),
+    ]
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        found = schemas.Predictions.model_validate_json(answer.text)
+        assert found.predictions[0].label == "red"
+        assert found.predictions == schemas.Predictions.model_validate_json(answers[0].text).predictions
+        assert "embed;dur=" in answer.headers["server-timing"]
+        assert "total;dur=" in answer.headers["server-timing"]
+
+
+def test_probabilities_sum_to_one_and_the_best_is_the_label(http: httpx.Client) -> None:
+    taught(http, "p")
+    row = http.post("/v1/tasks/p/classify", files=[("image", RED)]).json()["predictions"][0]
+    assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    assert row["probability"] == row["probabilities"][row["label"]] == max(row["probabilities"].values())
+
+
+def test_one_bad_image_of_a_batch_has_its_own_error(http: httpx.Client) -> None:
+    taught(http, "batch")
+    files = [("a", RED), ("b", b"%PDF-1.7"), ("c", picture("blue", seed=51))]
+    answer = http.post("/v1/tasks/batch/classify", files=files)
+    assert answer.status_code == 200
+    found = schemas.Predictions.model_validate_json(answer.text).predictions
+    assert [row.label for row in found] == ["red", None, "blue"]
+    assert found[1].error is not None
+    assert "PDF" in found[1].error.detail
+    problem = refused(http.post("/v1/tasks/batch/classify?on_bad_image=fail", files=files), 422, "undecodable_example")
+    assert problem["index"] == 1
+
+
+def test_one_call_learns_and_answers(http: httpx.Client, nothing_stored: None) -> None:
+    answer = http.post("/v1/classify", files=[*colours("red", "blue"), ("query", RED)])
+    found = schemas.Predictions.model_validate_json(answer.text)
+    assert (found.task, found.version, found.predictions[0].label) == (None, None, "red")
+    body = {"support": support_json("red", "blue"), "queries": [text(RED)], "method": "ridge"}
+    assert http.post("/v1/classify", json=body).json()["predictions"][0]["label"] == "red"
+
+
+def test_a_reserved_label_can_be_written_with_a_prefix(http: httpx.Client) -> None:
+    files = [("label:query", picture("red")), ("label:unlabelled", picture("blue")), ("query", RED)]
+    assert http.post("/v1/classify", files=files).json()["predictions"][0]["label"] == "query"
+
+
+def test_unlabelled_files_are_examples_without_a_label(http: httpx.Client) -> None:
+    task = http.put("/v1/tasks/semi", files=[*colours("red", "blue"), ("unlabelled", picture("orange"))]).json()
+    assert task["unlabelled"] == 1
+    assert len(task["examples"]) == 6
+
+
+def test_a_name_is_replaced_and_its_version_counts(http: httpx.Client) -> None:
+    first = taught(http, "door")
+    same = http.put("/v1/tasks/door", files=colours("red", "blue"))
+    assert (same.status_code, same.json()["version"]) == (200, first.version)
+    other = http.put("/v1/tasks/door", files=colours("red", "green"))
+    assert (other.status_code, other.json()["version"]) == (200, first.version + 1)
+    ridge = http.put("/v1/tasks/door?method=ridge", files=colours("red", "green")).json()
+    assert (ridge["version"], ridge["method"]) == (first.version + 2, "ridge")
+
+
+def test_conditions_on_the_version_are_held(http: httpx.Client) -> None:
+    url, files = "/v1/tasks/guarded", colours("red", "blue")
+    assert http.put(url, files=files, headers={"If-None-Match": "*"}).status_code == 201
+    refused(http.put(url, files=files, headers={"If-None-Match": "*"}), 412, "version_conflict")
+    etag = http.get(url).headers["etag"]
+    moved = http.put(url, files=colours("red", "green"), headers={"If-Match": etag})
+    assert moved.json()["version"] == 2
+    refused(http.put(url, files=files, headers={"If-Match": etag}), 412, "version_conflict")
+    refused(http.put(url, files=files, headers={"If-Match": '"nonsense"'}), 412, "version_conflict")
+
+
+def test_a_task_is_described_and_not_sent_again_unchanged(http: httpx.Client) -> None:
+    task = taught(http, "told")
+    response = http.get("/v1/tasks/told")
+    found = schemas.Task.model_validate_json(response.text)
+    assert (found.head, found.examples, found.expires_at) == (task.head, task.examples, None)
+    again = http.get("/v1/tasks/told", headers={"If-None-Match": response.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_a_task_with_an_end_says_when(http: httpx.Client) -> None:
+    assert http.put("/v1/tasks/brief?ttl=3600", files=colours("red", "blue")).json()["expires_at"].endswith("+00:00")
+
+
+def test_tasks_are_listed_page_by_page(http: httpx.Client) -> None:
+    for name in ("list-a", "list-b", "list-c"):
+        taught(http, name)
+    names: list[str] = []
+    cursor = "list"
+    while cursor:
+        page = schemas.TaskList.model_validate_json(http.get(f"/v1/tasks?limit=2&cursor={cursor}").text)
+        names += [item.task for item in page.items]
+        cursor = page.next_cursor or ""
+    assert [name for name in names if name.startswith("list-")] == ["list-a", "list-b", "list-c"]
+    assert names == sorted(names)
+
+
+def test_a_deleted_task_is_gone(http: httpx.Client) -> None:
+    taught(http, "brief-life")
+    assert http.delete("/v1/tasks/brief-life").status_code == 204
+    refused(http.delete("/v1/tasks/brief-life"), 404, "task_not_found")
+    refused(http.get("/v1/tasks/brief-life"), 404, "task_not_found")
+    refused(http.post("/v1/tasks/brief-life/classify", files=[("i", RED)]), 404, "task_not_found")
+
+
+def test_artifact_and_limits_are_data(http: httpx.Client) -> None:
+    artifact = schemas.ArtifactInfo.model_validate_json(http.get("/v1/artifact").text)
+    assert [(method.name, method.default) for method in artifact.methods] == [("prototype", True), ("ridge", False)]
+    limits = schemas.LimitsInfo.model_validate_json(http.get("/v1/limits").text)
+    assert (limits.max_examples, limits.max_body_bytes) == (40, 400_000)
+
+
+def test_health_readiness_and_metrics(http: httpx.Client) -> None:
+    assert http.get("/healthz").json() == {"status": "ok"}
+    assert http.get("/readyz").json() == {"status": "ok", "lane": True, "store": True}
+    taught(http, "measured")
+    http.post("/v1/tasks/measured/classify", files=[("i", RED)])
+    text = http.get("/metrics").text
+    assert 'fewshot_requests_total{route="/v1/tasks/{task}/classify",status="200"}' in text
+    assert "measured" not in text.replace("measured_", "")
+
+
+def test_the_reference_and_its_assets_are_served_from_here(http: httpx.Client) -> None:
+    assert http.get("/").headers["location"] == "docs"
+    page = http.get("/docs")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js", "favicon.png"):
+        assert f"docs/{name}" in page.text
+        assert http.get(f"/docs/{name}").status_code == 200
+    assert http.get("/docs/../settings.py").status_code == 404
+
+
+def test_the_openapi_file_names_every_route_and_operation(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    operations = {op["operationId"] for path in document["paths"].values() for op in path.values()}
+    assert operations == {
+        "adapt",
+        "adapt_named",
+        "list_tasks",
+        "get_task",
+        "delete_task",
+        "classify",
+        "classify_once",
+        "get_artifact",
+        "get_limits",
+        "live",
+        "ready",
+        "metrics",
+    }
+    for path in document["paths"].values():
+        for operation in path.values():
+            if "422" in operation["responses"]:
+                assert "application/problem+json" in operation["responses"]["422"]["content"]
+
+
+def test_every_answer_carries_a_request_id_and_the_callers_own_is_kept(http: httpx.Client) -> None:
+    assert len(http.get("/healthz").headers["x-request-id"]) == 32
+    assert http.get("/healthz", headers={"X-Request-ID": "mine-7"}).headers["x-request-id"] == "mine-7"
+    assert http.get("/healthz", headers={"X-Request-ID": "a b<script>"}).headers["x-request-id"] != "a b<script>"

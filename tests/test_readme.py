@@ -1,0 +1,104 @@
+"""The README is held to the code: its commands run, and it names every setting, route and code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from models import errors
+from service.settings import PREFIX, Settings
+from tests.service.test_main import started
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+QUICK = README.split("## Quick start")[1].split("\n## ")[0]
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", QUICK, re.DOTALL)
+
+
+def settings_table() -> str:
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        if isinstance(default, Path) and default.is_absolute():
+            default = default.relative_to(ROOT)
+        text = "" if default in ("", None) else f"`{default}`"
+        description = field.description or f"one of {', '.join(getattr(field.annotation, '__args__', ()))}"
+        lines.append(f"| `{PREFIX}{name.upper()}` | {text} | {description} |")
+    return "\n".join(lines)
+
+
+def passage(name: str) -> str:
+    return README.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0].strip()
+
+
+def test_the_table_of_settings_is_that_of_the_code() -> None:
+    assert passage("settings") == settings_table(), "python -m tests.test_readme writes it anew"
+
+
+def test_every_error_code_is_explained() -> None:
+    codes = {
+        kind.code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.FewshotError) and kind is not errors.FewshotError
+    }
+    missing = {code for code in codes - {"artifact_invalid"} if f"`{code}`" not in README}
+    assert not missing
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with started(tmp_path_factory.mktemp("readme")) as (_, address, _said):
+        yield address
+
+
+def test_every_route_is_in_the_table(address: str) -> None:
+    done = subprocess.run(["curl", "-s", address + "/openapi.json"], capture_output=True, timeout=30)
+    routes = {(method.upper(), path) for path, item in json.loads(done.stdout)["paths"].items() for method in item}
+    missing = {f"{method} {path}" for method, path in routes if f"`{method} {path}`" not in README}
+    assert not missing
+
+
+def test_the_quick_start_runs_as_it_is_written(address: str) -> None:
+    assert len(BLOCKS) >= 8
+    for kind, block in BLOCKS:
+        block = block.replace("http://localhost:8000", address).replace("localhost:8000", address)
+        program = (
+            ["bash", "-euo", "pipefail", "-c", block]
+            if kind == "sh"
+            else [sys.executable, "-W", "error::SyntaxWarning", "-c", block]
+        )
+        done = subprocess.run(program, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, (block, done.stderr)
+        if kind == "python":
+            assert done.stdout.strip() == "theta"
+            continue
+        if "-X DELETE" in block:
+            assert '"task_not_found"' not in done.stdout
+            continue
+        answer = json.loads(done.stdout)
+        assert "code" not in answer, (block, answer)
+        for prediction in answer.get("predictions", []):
+            assert prediction["label"] in ("alpha", "omega")
+
+
+def test_the_quick_start_tells_the_letters_apart(address: str) -> None:
+    sample = ROOT / "service" / "sample"
+    fields = [f"-F{label}=@{sample}/{label}/{n}.png" for label in ("alpha", "omega") for n in (1, 2, 3)]
+    queries = [f"-Fquery=@{sample}/{label}/{n}.png" for label in ("alpha", "omega") for n in range(4, 10)]
+    done = subprocess.run(["curl", "-s", address + "/v1/classify", *fields, *queries], capture_output=True, timeout=60)
+    labels = [row["label"] for row in json.loads(done.stdout)["predictions"]]
+    right = sum(label == want for label, want in zip(labels, ["alpha"] * 6 + ["omega"] * 6, strict=True))
+    assert right >= 11, labels
+
+
+if __name__ == "__main__":
+    start, rest = README.split("<!-- settings -->\n")
+    end = rest.split("<!-- /settings -->")[1]
+    (ROOT / "README.md").write_text(f"{start}<!-- settings -->\n{settings_table()}\n<!-- /settings -->{end}")
