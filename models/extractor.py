@@ -33,6 +33,15 @@ class Extractor(Protocol):
         ...
 
 
+def best_device() -> str:
+    """ "cuda" where torch is installed and finds a device, else "cpu"."""
+    try:
+        from models.extractor_torch import has_cuda
+    except ImportError:
+        return "cpu"
+    return "cuda" if has_cuda() else "cpu"
+
+
 def load_extractor(artifact: Artifact, *, device: str = "cpu", precision: str = "float32") -> Extractor:
     """onnxruntime on a CPU, torch on any other device ("torch-cpu" is torch on the CPU).
 

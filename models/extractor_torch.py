@@ -15,6 +15,10 @@ from models.artifact import WEIGHTS, Artifact
 from models.resnet import ImageExtractor, ResNet, Shape, fold
 
 
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
 class TorchExtractor:
     def __init__(self, artifact: Artifact, *, device: str = "cuda"):
         shape = artifact.manifest.shape

@@ -5,36 +5,30 @@
     fs:{tenant}:h:{head id}          head, with TTL
     fs:{tenant}:tasks                sorted set of the names, all with score 0
 
-Every operation runs to its end in a task of its own and the socket timeouts bound it, so redis-py never meets a
-cancellation: no connection goes back with an unread reply, and no commit is cut half way. Knows nothing of learners.
+Commands in use: GET SET DEL MGET ZADD ZREM ZRANGEBYLEX WATCH UNWATCH MULTI EXEC PING, SCAN where a pointer is damaged,
+INFO and CONFIG GET where they are allowed. Knows nothing of connections (`redis_link.py`) or learners.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from redis import exceptions as redis_errors
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import Pointer, Record, SealBroken, Sealer, StoreMisconfigured
+from service.stores import Pointer, Record, SealBroken, Sealer
+from service.stores.redis_link import Link
 from service.stores.sealed import Sealed, next_version
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PAUSE_S = 1.0  # between two attempts to reach a Redis that did not answer
 TRIES = 8  # of a change that others keep overtaking
-AWAY = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError, StoreMisconfigured)
 
 
 async def fetch(client: Redis, key: str) -> Any:
@@ -49,7 +43,6 @@ async def fetch(client: Redis, key: str) -> Any:
 
 class RedisStore:
     name = "redis"
-    client: Redis
 
     def __init__(
         self,
@@ -64,106 +57,22 @@ class RedisStore:
     ):
         self.sealer = Sealer(key)
         self.head_ttl_s = head_ttl_s
-        self._url = url
-        self._timeout_s = timeout_s
-        self._credentials = {"username": user or None, "password": password or None}
-        self._connections = connections
-        self._checked = False
-        self._closed_until = 0.0  # monotonic; 0 while Redis answers
-        self._running: set[asyncio.Task[Any]] = set()
+        self.link = Link(url, timeout_s=timeout_s, user=user, password=password, connections=connections)
 
     async def open(self) -> None:
         """Raises StoreMisconfigured when Redis may throw records away."""
-        pool = BlockingConnectionPool.from_url(
-            self._url,
-            max_connections=self._connections,
-            timeout=self._timeout_s,
-            socket_timeout=self._timeout_s,
-            socket_connect_timeout=self._timeout_s,
-            # Nothing is retried, and with no error named as retryable a connection that is lost under WATCH stays
-            # what it is: redis-py would turn it into a WatchError, as if another writer had come first.
-            retry=Retry(NoBackoff(), 0, supported_errors=()),
-            protocol=2,  # only then redis-py looks for unread data before it lends a connection
-            **{name: value for name, value in self._credentials.items() if value is not None},
-        )
-        self.client = Redis.from_pool(pool)
-        try:
-            await self.call(lambda client: client.ping(), answers=3)
-        except StoreMisconfigured:
-            await self.close()
-            raise
-        except StoreUnavailable:
-            log.warning("Redis does not answer yet; its settings will be checked when it does.")
+        await self.link.open()
 
     async def close(self) -> None:
-        if self._running:
-            await asyncio.wait(self._running, timeout=4 * self._timeout_s)
-        await self.client.aclose()
+        await self.link.close()
 
     async def ping(self) -> bool:
         with suppress(StoreUnavailable):
-            return bool(await self.call(lambda client: client.ping()))
+            return await self.link.call(lambda client: client.ping())
         return False
 
     def scope(self, tenant: str) -> RedisScope:
         return RedisScope(self, tenant)
-
-    async def call(self, operation: Callable[[Redis], Awaitable[T]], *, answers: int = 1) -> T:
-        """Runs an operation that needs so many answers of Redis, and waits for it no longer than those may take."""
-        if self._closed_until:
-            if time.monotonic() < self._closed_until:
-                raise StoreUnavailable("The store does not answer.")
-            self._closed_until = time.monotonic() + PAUSE_S  # this caller tries; the others still fail at once
-        task = asyncio.create_task(self._guarded(operation))
-        self._running.add(task)
-        task.add_done_callback(self._ended)
-        done, _ = await asyncio.wait((task,), timeout=answers * self._timeout_s)
-        if not done:
-            self._closed_until = time.monotonic() + PAUSE_S
-            raise StoreUnavailable("The store does not answer in time.")
-        return task.result()
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # its caller may have left; then nobody else asks
-
-    async def _guarded(self, operation: Callable[[Redis], Awaitable[T]]) -> T:
-        closed_until = 0.0
-        try:
-            if not self._checked:
-                await self._check()
-            return await operation(self.client)
-        except AWAY as error:
-            closed_until = time.monotonic() + PAUSE_S
-            self._checked = False  # what comes back may be another Redis
-            log.warning("Redis cannot be used: %s", error)
-            if isinstance(error, StoreMisconfigured):
-                raise
-            raise StoreUnavailable("The store does not answer.") from error
-        except redis_errors.RedisError as error:
-            log.warning("Redis refused a command: %s", type(error).__name__)  # the text may hold what was written
-            raise StoreUnavailable("The store refused the operation.") from error
-        finally:
-            self._closed_until = closed_until
-
-    async def _check(self) -> None:
-        """What Redis is set to do must fit the promise. INFO where it is allowed, CONFIG for what INFO does not say."""
-        try:
-            found = {**await self.client.info("memory"), **await self.client.info("persistence")}
-        except redis_errors.ResponseError:
-            log.warning("Redis does not tell its settings: see to it that it evicts no records and syncs its log.")
-            self._checked = True
-            return
-        policy = str(found.get("maxmemory_policy", ""))
-        if policy.startswith("allkeys"):
-            raise StoreMisconfigured(f"Redis has maxmemory-policy {policy}, which evicts records; use volatile-lru.")
-        fsync: str | None = "always"
-        with suppress(redis_errors.ResponseError):
-            fsync = (await self.client.config_get("appendfsync")).get("appendfsync")
-        if not found.get("aof_enabled") or fsync != "always":
-            log.warning("Redis can lose acknowledged tasks: set appendonly yes and appendfsync always.")
-        self._checked = True
 
 
 class RedisScope:
@@ -180,7 +89,7 @@ class RedisScope:
         return None if data is None else self._sealed.open_pointer(task, data)
 
     async def pointer(self, task: str) -> Pointer | None:
-        return await self._store.call(lambda client: self._pointer(client, task))
+        return await self._store.link.call(lambda client: self._pointer(client, task))
 
     async def record(self, task: str) -> tuple[Pointer, Record] | None:
         async def operation(client: Redis) -> tuple[Pointer, Record] | None:
@@ -193,15 +102,17 @@ class RedisScope:
                     return pointer, self._sealed.open_record(task, pointer.version, data=data)
             raise SealBroken("The task has no record.")
 
-        return await self._store.call(operation, answers=2)
+        return await self._store.link.call(operation, answers=2)
 
     async def head(self, head_id: str) -> Head | None:
-        data = await self._store.call(lambda client: fetch(client, self._key("h", head_id)))
+        data = await self._store.link.call(lambda client: fetch(client, self._key("h", head_id)))
         return self._sealed.open_head(head_id, data)
 
     async def keep_head(self, head_id: str, head: Head) -> None:
         value = self._sealed.seal_head(head_id, head)
-        await self._store.call(lambda client: client.set(self._key("h", head_id), value, ex=self._store.head_ttl_s))
+        await self._store.link.call(
+            lambda client: client.set(self._key("h", head_id), value, ex=self._store.head_ttl_s)
+        )
 
     async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
         sealed_head = self._sealed.seal_head(head_id, head)
@@ -218,7 +129,7 @@ class RedisScope:
             pipe.zadd(self._key("tasks"), {task: 0})
             return pointer
 
-        return await self._store.call(lambda client: self._change(client, task, write), answers=3)
+        return await self._store.link.call(lambda client: self._change(client, task, write), answers=3)
 
     async def delete(self, task: str) -> bool:
         def write(pipe: Redis, at: Pointer, records: list[str]) -> bool:
@@ -238,7 +149,7 @@ class RedisScope:
                     await pipe.execute()
                 return found
 
-        return await self._store.call(operation, answers=3)
+        return await self._store.link.call(operation, answers=3)
 
     async def _change(self, client: Redis, task: str, write: Callable[[Redis, Pointer, list[str]], T]) -> T:
         """Reads where the task is, lets `write` queue its commands, and does them if nobody was faster.
@@ -289,7 +200,7 @@ class RedisScope:
                 last = names[-1]
             return found[:limit]
 
-        return await self._store.call(operation, answers=3)
+        return await self._store.link.call(operation, answers=3)
 
     async def _unlist(self, client: Redis, names: list[str]) -> None:
         """Takes tasks that expired off the index, unless one of them came back meanwhile."""

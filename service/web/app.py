@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp
 
 from models.artifact import Artifact
 from models.errors import FewshotError, InvalidRequest
-from models.extractor import Extractor, load_extractor
+from models.extractor import Extractor, best_device, load_extractor
 from service.batcher import Batcher
 from service.engine import Engine, Limits
 from service.metrics import Metrics
@@ -35,19 +34,6 @@ VERSION = "0.1.0"
 MAX_LANES = 8
 
 
-def choose_device(settings: Settings) -> str:
-    """ "cuda" where torch is installed and finds a device, else "cpu"."""
-    if settings.device != "auto":
-        return settings.device
-    try:
-        import importlib
-
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        return "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def create_app(
     settings: Settings,
     *,
@@ -58,7 +44,7 @@ def create_app(
     """The service as an ASGI app. Raises ArtifactInvalid or SettingsError before anything is served."""
     artifact = artifact or Artifact.load(settings.artifact)
     if extractor is None:
-        device = choose_device(settings)
+        device = best_device() if settings.device == "auto" else settings.device
         extractor = load_extractor(artifact, device=device, precision=settings.precision)
         difference = artifact.check(extractor, precision=settings.precision)
         log.info(

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import numpy as np
+
+from tests.models.learners.given import DIM, clusters, learner
+
+
+def test_it_is_the_weighted_least_squares_solution_in_the_space_of_features() -> None:
+    """Solved there directly, as a textbook would; the learner solves it in the space of examples."""
+    support, _, _ = clusters((1, 5, 2), noise=0.4)
+    counts = np.bincount(support.labels)
+    weights = len(support.labels) / (3 * counts[support.labels])
+    targets = np.eye(3)[support.labels] - 1 / 3
+    x = support.features.astype(float)
+    solution = np.linalg.solve(x.T @ (weights[:, None] * x) + 0.5 * np.eye(DIM), x.T @ (weights[:, None] * targets))
+    np.testing.assert_allclose(learner("ridge").adapt(support).weight, 8 * solution.T, rtol=1e-3, atol=1e-4)
+
+
+def test_a_larger_penalty_gives_a_smaller_map() -> None:
+    support, _, _ = clusters((3, 3, 3))
+    lengths = [
+        np.linalg.norm(learner("ridge", log_penalty=np.float32(penalty)).adapt(support).weight)
+        for penalty in (-2, 0, 2, 4)
+    ]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > 2 * lengths[-1]
