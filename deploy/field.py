@@ -3,9 +3,9 @@
     python deploy/field.py http://127.0.0.1:8000 FOLDER_OR_ZIP --classes 5 --shots 5,10 --draws 10
 
 Draws classes and examples at random (the same for the same --seed), teaches every learner of the service the same
-examples, asks about every other image of those classes, and prints a Markdown row per learner: the mean accuracy over
-the draws with its 95 % interval. `--group` is an expression: images of a class whose file names give the same match show
-one thing, and stay on one side.
+examples, asks about every other image of those classes, and prints a Markdown row per learner: the mean accuracy
+over the draws with its 95 % interval. `--group` is an expression: images of a class whose file names give the same
+match show one thing, and stay on one side.
 """
 
 from __future__ import annotations

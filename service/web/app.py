@@ -22,7 +22,7 @@ from models.extractor import Extractor, best_device, load_extractor
 from service.batcher import Batcher
 from service.engine import Engine, Limits
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.stores import Store, StoreMisconfigured
 from service.stores.opening import open_store
 from service.web import docs, problems
@@ -45,6 +45,8 @@ def create_app(
     artifact = artifact or Artifact.load(settings.artifact)
     if extractor is None:
         device = best_device() if settings.device == "auto" else settings.device
+        if device == "cuda" and best_device() != "cuda":
+            raise SettingsError("FEWSHOT_DEVICE is cuda, but torch is not installed or finds no device.")
         extractor = load_extractor(artifact, device=device, precision=settings.precision)
         difference = artifact.check(extractor, precision=settings.precision)
         log.info(

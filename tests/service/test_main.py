@@ -104,6 +104,7 @@ def test_a_task_survives_a_kill_and_a_restart(tmp_path: Path) -> None:
 
 def test_a_wrong_setting_is_one_line_with_its_name(tmp_path: Path) -> None:
     assert "FEWSHOT_MAX_WAY" in refused(tmp_path, MAX_WAY="1")
+    assert "FEWSHOT_DEVICE is cuda" in refused(tmp_path, DEVICE="cuda")
     assert "manifest.json cannot be read" in refused(tmp_path, ARTIFACT=str(tmp_path))
 
 

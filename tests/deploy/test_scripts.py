@@ -1,0 +1,61 @@
+"""The scripts beside the service: the load generator, the field test, the benchmark."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.test_main import started
+from training import synthetic
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with started(tmp_path_factory.mktemp("scripts")) as (_, address, _said):
+        yield address
+
+
+def script(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "deploy" / name), *arguments], cwd=ROOT, text=True, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_field_test_prints_a_row_for_each_learner_and_forgets_its_task(address: str, tmp_path: Path) -> None:
+    shapes = synthetic.write(tmp_path / "shapes", classes=3, images=6)
+    rows = script("field.py", address, str(shapes), "--classes", "3", "--shots", "1,4", "--draws", "2").splitlines()
+    assert [row.split("|")[2].strip() for row in rows] == ["gradient", "lstm", "prototype", "ridge", "whitened"]
+    accuracies = [float(cell.split("±")[0]) for row in rows for cell in row.split("|")[3:5]]
+    assert min(accuracies) > 40  # chance is 33
+    listed = subprocess.run(["curl", "-s", address + "/v1/tasks"], capture_output=True, text=True, timeout=10).stdout
+    assert "field-test" not in listed
+
+
+def test_the_load_generator_counts_every_answer_and_its_status(address: str) -> None:
+    sample = ROOT / "service" / "sample"
+    fields = [f"-F{label}=@{sample}/{label}/1.png" for label in ("alpha", "omega")]
+    subprocess.run(["curl", "-s", "-X", "PUT", address + "/v1/tasks/load", *fields], capture_output=True, timeout=30)
+    image = str(sample / "alpha" / "2.png")
+    found = json.loads(script("load.py", address, "load", image, "--connections", "4", "--seconds", "1"))
+    assert found["answers"] == found["statuses"]["200"] > 10
+    assert 0 < found["p50_ms"] <= found["p95_ms"] <= found["p99_ms"]
+    wrong = json.loads(script("load.py", address, "nothing", image, "--connections", "2", "--seconds", "1"))
+    assert set(wrong["statuses"]) == {"404"}
+
+
+def test_the_benchmark_measures_floor_and_service_in_one_run() -> None:
+    out = script("bench.py", "--seconds", "0.3", "--rounds", "1", "--precision", "float32")
+    result = json.loads(out.splitlines()[-1])["results"][0]
+    assert [row["connections"] for row in result["rows"]] == [1, 8, 64]
+    assert all(0 < row["share"] < 2 and row["bad"] == 0 for row in result["rows"])
+    assert result["adapt_ratio"] > 0.5
