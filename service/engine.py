@@ -428,7 +428,7 @@ class Engine:
 
     def _observe(self, op: str, timings_ms: dict[str, float], *, good: int, bad: int) -> None:
         for stage, value in timings_ms.items():
-            self.metrics.stage.labels(op, stage).observe(value / 1e3)
+            self.metrics.observe_stage(op, stage, value / 1e3)
         if good:
             self.metrics.images.labels(op, "used").inc(good)
         if bad:

@@ -39,5 +39,24 @@ class Metrics:
         )
         self.store_up = Gauge("fewshot_store_up", "Whether the store answered last.", registry=self.registry)
 
+        # Looking a child up by its labels costs more than counting; these few are looked up once.
+        self._stages: dict[tuple[str, str], Histogram] = {}
+        self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+
+    def observe_stage(self, op: str, stage: str, seconds: float) -> None:
+        child = self._stages.get((op, stage))
+        if child is None:
+            child = self._stages[op, stage] = self.stage.labels(op, stage)
+        child.observe(seconds)
+
+    def observe_answer(self, route: str, status: int, seconds: float) -> None:
+        """`route` is a path of the router's own, or "none": never what a client sent."""
+        children = self._answers.get((route, status))
+        if children is None:
+            children = self.requests.labels(route, str(status)), self.duration.labels(route)
+            self._answers[route, status] = children
+        children[0].inc()
+        children[1].observe(seconds)
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from models import errors
-from service.settings import PREFIX, Settings
+from service.settings import PREFIX, PRETRAINED, Settings
 from tests.service.test_main import started
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,12 +34,48 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+def accuracy_tables() -> str:
+    """What the manifests of the shipped artifacts say, as the README shows it."""
+    parts = []
+    for name in ("photos", "characters"):
+        manifest = json.loads((PRETRAINED / name / "manifest.json").read_text())
+        rows = manifest["accuracy"]
+        cells = sorted({(row["way"], row["shot"]) for row in rows})
+        first = rows[0]
+        labels = "with" if manifest["training"]["labels_used"] else "without"
+        parts.append(
+            f"**{name}**: {manifest['description']}. Trained {labels} labels; measured on the {first['split']} classes of "
+            f"`{first['data']}`, {first['episodes']:,} episodes.\n"
+        )
+        parts.append("| learner | " + " | ".join(f"{way}-way {shot}-shot" for way, shot in cells) + " |")
+        parts.append("|---|" + "---|" * len(cells))
+        for precision in ("float32", "int8"):
+            for method in manifest["methods"]:
+                if precision == "int8" and method != manifest["default"]:
+                    continue
+                values = {
+                    (row["way"], row["shot"]): f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
+                    for row in rows
+                    if row["method"] == method and row["precision"] == precision
+                }
+                title = (
+                    f"`{method}`" + " (default)" * (method == manifest["default"]) + ", int8" * (precision == "int8")
+                )
+                parts.append(f"| {title} | " + " | ".join(values[cell] for cell in cells) + " |")
+        parts.append("")
+    return "\n".join(parts).strip()
+
+
 def passage(name: str) -> str:
     return README.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0].strip()
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
     assert passage("settings") == settings_table(), "python -m tests.test_readme writes it anew"
+
+
+def test_the_tables_of_accuracy_are_those_of_the_artifacts() -> None:
+    assert passage("accuracy") == accuracy_tables(), "python -m tests.test_readme writes it anew"
 
 
 def test_every_error_code_is_explained() -> None:
@@ -99,6 +135,8 @@ def test_the_quick_start_tells_the_letters_apart(address: str) -> None:
 
 
 if __name__ == "__main__":
-    start, rest = README.split("<!-- settings -->\n")
-    end = rest.split("<!-- /settings -->")[1]
-    (ROOT / "README.md").write_text(f"{start}<!-- settings -->\n{settings_table()}\n<!-- /settings -->{end}")
+    text = README
+    for name, content in (("settings", settings_table()), ("accuracy", accuracy_tables())):
+        start, rest = text.split(f"<!-- {name} -->\n")
+        text = f"{start}<!-- {name} -->\n{content}\n<!-- /{name} -->" + rest.split(f"<!-- /{name} -->")[1]
+    (ROOT / "README.md").write_text(text)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PAUSE_S = 1.0  # between two attempts to reach a Redis that did not answer
+GRACE_S = 0.05
 AWAY = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
 
 
@@ -44,18 +45,21 @@ class Link:
 
     async def open(self) -> None:
         """Raises StoreMisconfigured when Redis may throw records away; that it is away is no reason to fail."""
-        pool = BlockingConnectionPool.from_url(
-            self._url,
-            max_connections=self._connections,
-            timeout=self._timeout_s,
-            socket_timeout=self._timeout_s,
-            socket_connect_timeout=self._timeout_s,
-            # Nothing is retried, and with no error named as retryable a connection that is lost under WATCH stays
-            # what it is: redis-py would turn it into a WatchError, as if another writer had come first.
-            retry=Retry(NoBackoff(), 0, supported_errors=()),
-            protocol=2,  # only then redis-py looks for unread data before it lends a connection
-            **{name: value for name, value in self._credentials.items() if value},
-        )
+        try:
+            pool = BlockingConnectionPool.from_url(
+                self._url,
+                max_connections=self._connections,
+                timeout=self._timeout_s,
+                socket_timeout=self._timeout_s,
+                socket_connect_timeout=self._timeout_s,
+                # Nothing is retried, and with no error named as retryable a connection that is lost under WATCH stays
+                # what it is: redis-py would turn it into a WatchError, as if another writer had come first.
+                retry=Retry(NoBackoff(), 0, supported_errors=()),
+                protocol=2,  # only then redis-py looks for unread data before it lends a connection
+                **{name: value for name, value in self._credentials.items() if value},
+            )
+        except ValueError:  # its text may quote a password
+            raise StoreMisconfigured("The address of Redis is none: it has the form redis://host:port/db.") from None
         self._client = Redis.from_pool(pool)
         self._slots = asyncio.Semaphore(self._connections)
         try:
@@ -81,9 +85,10 @@ class Link:
         task = asyncio.create_task(self._guarded(operation, probe=probe))
         self._running.add(task)
         task.add_done_callback(self._ended)
-        done, _ = await asyncio.wait((task,), timeout=answers * self._timeout_s)
+        # A little longer than a socket waits, so that a hung Redis is noted before anybody can ask again. The deadline
+        # itself is no reason for a pause: here, too, may be more to do than fits into it.
+        done, _ = await asyncio.wait((task,), timeout=answers * self._timeout_s + GRACE_S)
         if not done:
-            self._lost("no answer in time")
             raise StoreUnavailable("The store does not answer in time.")
         return task.result()
 

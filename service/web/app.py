@@ -27,7 +27,8 @@ from service.stores import Store, StoreMisconfigured
 from service.stores.opening import open_store
 from service.web import docs, problems
 from service.web.boundary import Boundary
-from service.web.routes import create_router
+from service.web.lean import LeanClassify
+from service.web.routes import TENANT, create_router
 
 log = logging.getLogger(__name__)
 VERSION = "0.1.0"
@@ -128,5 +129,8 @@ def create_app(
         return problems.of_error(InvalidRequest(text), request_id=request.state.request_id)
 
     return Boundary(
-        app, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s, metrics=metrics
+        LeanClassify(app, engine, store.scope(TENANT)),
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+        metrics=metrics,
     )

@@ -101,8 +101,7 @@ class Boundary:
 
     def _observe(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         route = getattr(scope.get("route"), "path", "none")
-        self.metrics.requests.labels(route, str(status)).inc()
-        self.metrics.duration.labels(route).observe(seconds)
+        self.metrics.observe_answer(route, status, seconds)
         if log.isEnabledFor(logging.INFO):
             line = {
                 "event": "request",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -131,7 +131,7 @@ def create_router(engine: Engine, store: Store, settings: Settings, *, precision
             ttl_s=options.ttl,
             on_bad_image=options.on_bad_image,
         )
-        return _task(request, adapted, status=200 if adapted.known else 201)
+        return _task(request.scope["state"], adapted, status=200 if adapted.known else 201)
 
     @router.put(
         "/v1/tasks/{task}",
@@ -155,7 +155,7 @@ def create_router(engine: Engine, store: Store, settings: Settings, *, precision
             expect=expect,
             on_bad_image=options.on_bad_image,
         )
-        return _task(request, adapted, status=201 if adapted.created else 200)
+        return _task(request.scope["state"], adapted, status=201 if adapted.created else 200)
 
     @router.get(
         "/v1/tasks",
@@ -183,7 +183,7 @@ def create_router(engine: Engine, store: Store, settings: Settings, *, precision
         adapted = await engine.describe(tenant, task)
         if request.headers.get("if-none-match") == _etag(adapted):
             return Response(status_code=304, headers={"ETag": _etag(adapted)})
-        return _task(request, adapted, status=200)
+        return _task(request.scope["state"], adapted, status=200)
 
     @router.delete(
         "/v1/tasks/{task}",
@@ -209,7 +209,7 @@ def create_router(engine: Engine, store: Store, settings: Settings, *, precision
     async def classify(request: Request, task: str, options: Annotated[ClassifyOptions, Query()]) -> Response:
         payloads = await read_queries(request, support_bounds)
         predictions = await engine.classify(tenant, task, payloads, on_bad_image=options.on_bad_image)
-        return _predictions(request, predictions)
+        return answer_predictions(request.scope["state"], predictions)
 
     @router.post(
         "/v1/classify",
@@ -229,7 +229,7 @@ def create_router(engine: Engine, store: Store, settings: Settings, *, precision
             method=_one(options.method, given.method),
             on_bad_image=options.on_bad_image,
         )
-        return _predictions(request, predictions, rejected)
+        return answer_predictions(request.scope["state"], predictions, rejected)
 
     @router.get(
         "/v1/artifact",
@@ -317,8 +317,8 @@ def _json(body: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, s
     return Response(json.dumps(body), status, media_type="application/json", headers=dict(headers or {}))
 
 
-def _timing(request: Request, timings_ms: Mapping[str, float]) -> dict[str, float]:
-    request.state.timing = ", ".join(f"{name};dur={value:.2f}" for name, value in timings_ms.items())
+def _timing(state: MutableMapping[str, Any], timings_ms: Mapping[str, float]) -> dict[str, float]:
+    state["timing"] = ", ".join(f"{name};dur={value:.2f}" for name, value in timings_ms.items())
     return {name: round(value, 3) for name, value in timings_ms.items()}
 
 
@@ -330,7 +330,7 @@ def _rejected(rejected: tuple[Rejected, ...]) -> list[dict[str, Any]]:
     return [{"index": item.index, "code": item.code, "detail": item.detail} for item in rejected]
 
 
-def _task(request: Request, adapted: Adapted, *, status: int) -> Response:
+def _task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int) -> Response:
     record, pointer = adapted.record, adapted.pointer
     counts = [0] * len(record.labels)
     for index in record.classes:
@@ -350,7 +350,7 @@ def _task(request: Request, adapted: Adapted, *, status: int) -> Response:
         "rejected": _rejected(adapted.rejected),
         "created_at": _time(record.created),
         "expires_at": _time(record.expires),
-        "timings_ms": _timing(request, adapted.timings_ms),
+        "timings_ms": _timing(state, adapted.timings_ms),
     }
     headers = {"ETag": _etag(adapted)}
     if status == 201:
@@ -358,7 +358,9 @@ def _task(request: Request, adapted: Adapted, *, status: int) -> Response:
     return _json(body, status=status, headers=headers)
 
 
-def _predictions(request: Request, found: Predictions, rejected: tuple[Rejected, ...] = ()) -> Response:
+def answer_predictions(
+    state: MutableMapping[str, Any], found: Predictions, rejected: tuple[Rejected, ...] = ()
+) -> Response:
     labels = found.head.labels
     rows: list[dict[str, Any]] = []
     for index, row in enumerate(found.rows):
@@ -382,7 +384,7 @@ def _predictions(request: Request, found: Predictions, rejected: tuple[Rejected,
         "stale": found.pointer.stale if found.pointer else False,
         "predictions": rows,
         "rejected": _rejected(rejected),
-        "timings_ms": _timing(request, found.timings_ms),
+        "timings_ms": _timing(state, found.timings_ms),
     }
     return _json(body)
 

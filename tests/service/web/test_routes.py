@@ -218,3 +218,25 @@ def test_every_answer_carries_a_request_id_and_the_callers_own_is_kept(http: htt
     assert len(http.get("/healthz").headers["x-request-id"]) == 32
     assert http.get("/healthz", headers={"X-Request-ID": "mine-7"}).headers["x-request-id"] == "mine-7"
     assert http.get("/healthz", headers={"X-Request-ID": "a b<script>"}).headers["x-request-id"] != "a b<script>"
+
+
+def test_the_lean_route_answers_like_the_general_one(http: httpx.Client) -> None:
+    taught(http, "lean")
+    path = "/v1/tasks/lean/classify"
+
+    def both(body: bytes, task: str = "lean") -> list[httpx.Response]:
+        url = path.replace("lean", task)
+        # A parameter of the content type, or a query string, is enough to leave the lean case.
+        return [
+            http.post(url, content=body, headers={"Content-Type": "image/png"}),
+            http.post(url, content=body, headers={"Content-Type": "image/png; q=1"}),
+            http.post(url + "?on_bad_image=skip", content=body, headers={"Content-Type": "image/png"}),
+        ]
+
+    own = {"timings_ms", "request_id"}
+    for answers in (both(RED), both(b"junk"), both(b""), both(RED, "nobody")):
+        bodies = [{key: value for key, value in answer.json().items() if key not in own} for answer in answers]
+        assert bodies[0] == bodies[1] == bodies[2]
+        assert len({answer.status_code for answer in answers}) == 1
+        assert len({answer.headers["content-type"] for answer in answers}) == 1
+        assert len({tuple(sorted(answer.headers)) for answer in answers}) == 1
