@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +26,7 @@ from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 from service.stores import Store, StoreMisconfigured
 from service.stores.opening import open_store
-from service.web import docs, problems
+from service.web import docs, problems, schemas
 from service.web.boundary import Boundary
 from service.web.lean import LeanClassify
 from service.web.routes import TENANT, create_router
@@ -99,6 +100,20 @@ def create_app(
     router = create_router(engine, store, settings, precision=settings.precision)
     app.include_router(router)
     app.include_router(docs.create_router())
+
+    generated = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """FastAPI's file, with the schemas of bodies that we read ourselves."""
+        document = generated()
+        known = document["components"]["schemas"]
+        for model in (schemas.SupportBody, schemas.QueryBody, schemas.OneCallBody, schemas.Problem):
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            known.update(schema.pop("$defs", {}))
+            known[model.__name__] = schema
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:

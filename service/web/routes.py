@@ -20,10 +20,17 @@ from service.web import schemas
 from service.web.bodies import Bounds, read_queries, read_support
 
 TENANT = "default"
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    """Where the OpenAPI file has the schema; `app.py` puts it there."""
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": text,
-        "content": {"application/problem+json": {"schema": schemas.Problem.model_json_schema()}},
+        "content": {"application/problem+json": {"schema": _ref(schemas.Problem)}},
     }
     for status, text in {
         408: "the body came too slowly",
@@ -77,7 +84,7 @@ def _body(content: Mapping[str, Any]) -> dict[str, Any]:
 SUPPORT_BODY = _body(
     {
         "multipart/form-data": {**_FILES, "description": "files; the name of a field is the label"},
-        "application/json": {"schema": schemas.SupportBody.model_json_schema()},
+        "application/json": {"schema": _ref(schemas.SupportBody)},
         "application/zip": _binary("one folder per label"),
         "application/x-tar": _binary("one folder per label"),
     }
@@ -85,9 +92,7 @@ SUPPORT_BODY = _body(
 ONE_CALL_BODY = _body(
     {
         "multipart/form-data": {**_FILES, "description": "files; fields named `query` are the questions"},
-        "application/json": {
-            "schema": schemas.OneCallBody.model_json_schema(ref_template="#/components/schemas/{model}")
-        },
+        "application/json": {"schema": _ref(schemas.OneCallBody)},
     }
 )
 QUERY_BODY = _body(
@@ -96,7 +101,7 @@ QUERY_BODY = _body(
         "image/png": _binary("one image"),
         "image/webp": _binary("one image"),
         "multipart/form-data": {**_FILES, "description": "files"},
-        "application/json": {"schema": schemas.QueryBody.model_json_schema()},
+        "application/json": {"schema": _ref(schemas.QueryBody)},
     }
 )
 

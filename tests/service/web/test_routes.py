@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import httpx
 import pytest
 
@@ -212,6 +215,14 @@ def test_the_openapi_file_names_every_route_and_operation(http: httpx.Client) ->
         for operation in path.values():
             if "422" in operation["responses"]:
                 assert "application/problem+json" in operation["responses"]["422"]["content"]
+
+
+def test_every_reference_in_the_openapi_file_leads_somewhere(http: httpx.Client) -> None:
+    text = http.get("/openapi.json").text
+    names = set(re.findall(r'"\$ref":\s*"([^"]+)"', text))
+    assert "#/components/schemas/SupportBody" in names
+    known = json.loads(text)["components"]["schemas"]
+    assert {name.removeprefix("#/components/schemas/") for name in names} <= set(known)
 
 
 def test_every_answer_carries_a_request_id_and_the_callers_own_is_kept(http: httpx.Client) -> None:
