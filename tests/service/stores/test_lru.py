@@ -1,0 +1,278 @@
+"""What is remembered in front of a store, and for how long it is trusted."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from models.errors import StoreUnavailable, VersionConflict
+from models.head import Head
+from service.stores import Pointer, Record
+from service.stores.lru import Recent
+from service.stores.memory import MemoryScope, MemoryStore
+from tests.service.stores.values import commit, make_head, make_record, same
+
+pytestmark = pytest.mark.anyio
+
+
+class Faulty(MemoryStore):
+    """Can be taken away, and made to hold its answers back; counts the questions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = False
+        self.asked: list[str] = []
+        self.held: dict[str, asyncio.Event] = {}  # by question: its answer is there, and leaves when this is set
+
+    def scope(self, tenant: str) -> FaultyScope:
+        return FaultyScope(self, tenant)
+
+    async def reached(self, question: str) -> None:
+        self.asked.append(question)
+        if self.away:
+            raise StoreUnavailable("It is away.")
+
+    async def answered(self, question: str) -> None:
+        held = self.held.get(question)
+        if held is not None:
+            await held.wait()
+
+
+class FaultyScope(MemoryScope):
+    def __init__(self, store: Faulty, tenant: str):
+        super().__init__(store, tenant)
+        self._faulty = store
+
+    async def pointer(self, task: str) -> Pointer | None:
+        await self._faulty.reached("pointer")
+        answer = await super().pointer(task)
+        await self._faulty.answered("pointer")
+        return answer
+
+    async def head(self, head_id: str) -> Head | None:
+        await self._faulty.reached("head")
+        return await super().head(head_id)
+
+    async def keep_head(self, head_id: str, head: Head) -> None:
+        await self._faulty.reached("keep_head")
+        await super().keep_head(head_id, head)
+
+    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+        await self._faulty.reached("commit")
+        answer = await super().commit(task, record, head_id, head, expect=expect)
+        await self._faulty.answered("commit")
+        return answer
+
+    async def delete(self, task: str) -> bool:
+        await self._faulty.reached("delete")
+        answer = await super().delete(task)
+        await self._faulty.answered("delete")
+        return answer
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def recent(*, most: int = 10, stale_ok_s: float = 60) -> tuple[Recent, Faulty, Clock]:
+    beneath, clock = Faulty(), Clock()
+    return Recent(beneath, most=most, stale_ok_s=stale_ok_s, clock=clock), beneath, clock
+
+
+async def test_a_head_is_asked_for_once() -> None:
+    store, beneath, _ = recent()
+    await beneath.scope("t").keep_head("hd_1", make_head(1))
+    for _ in range(3):
+        assert same(await store.scope("t").head("hd_1"), make_head(1))
+    assert beneath.asked.count("head") == 1
+
+
+async def test_a_head_that_is_nowhere_is_not_remembered_as_such() -> None:
+    store, beneath, _ = recent()
+    assert await store.scope("t").head("hd_1") is None
+    await beneath.scope("t").keep_head("hd_1", make_head(1))
+    assert await store.scope("t").head("hd_1") is not None
+
+
+async def test_memory_is_bounded_and_keeps_what_was_used_last() -> None:
+    store, beneath, _ = recent(most=2)
+    scope = store.scope("t")
+    for seed in (1, 2):
+        await commit(scope, f"task{seed}", seed)
+    await scope.head("hd_1")
+    await commit(scope, "task3", 3)
+    assert list(store.heads) == [("t", "hd_1"), ("t", "hd_3")]
+    assert len(store.known) == 2
+    assert same(await scope.head("hd_2"), make_head(2))  # from beneath
+    assert beneath.asked.count("head") == 1
+
+
+async def test_the_store_is_asked_for_each_pointer() -> None:
+    store, beneath, _ = recent()
+    await commit(store.scope("t"), "cats", 1)
+    await commit(beneath.scope("t"), "cats", 2)  # another replica
+    assert await store.scope("t").pointer("cats") == Pointer(2, "hd_2")
+
+
+async def test_while_the_store_is_away_a_known_task_is_answered_and_marked_stale() -> None:
+    store, beneath, clock = recent(stale_ok_s=60)
+    scope = store.scope("t")
+    await commit(beneath.scope("t"), "cats", 1)
+    await scope.pointer("cats")
+    await commit(scope, "learned here", 2)
+    beneath.away = True
+    clock.now += 59
+    assert await scope.pointer("cats") == Pointer(1, "hd_1", stale=True)
+    assert await scope.pointer("learned here") == Pointer(1, "hd_2", stale=True)
+    clock.now += 1
+    with pytest.raises(StoreUnavailable):
+        await scope.pointer("cats")
+    beneath.away = False
+    assert await scope.pointer("cats") == Pointer(1, "hd_1")
+    beneath.away = True
+    assert await scope.pointer("cats") == Pointer(1, "hd_1", stale=True)
+
+
+async def test_while_the_store_is_away_the_rest_fails() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(store.scope("other"), "cats", 1)
+    beneath.away = True
+    with pytest.raises(StoreUnavailable):
+        await scope.pointer("cats")  # known for another tenant only
+    with pytest.raises(StoreUnavailable):
+        await commit(scope, "cats", 1)
+    with pytest.raises(StoreUnavailable):
+        await scope.head("hd_1")
+
+
+async def test_without_trust_nothing_stale_is_answered() -> None:
+    store, beneath, _ = recent(stale_ok_s=0)
+    await commit(store.scope("t"), "cats", 1)
+    beneath.away = True
+    with pytest.raises(StoreUnavailable):
+        await store.scope("t").pointer("cats")
+
+
+async def test_a_change_that_fails_leaves_the_task_known() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    with pytest.raises(VersionConflict):
+        await commit(scope, "cats", 2, expect=7)
+    beneath.away = True
+    with pytest.raises(StoreUnavailable):
+        await commit(scope, "cats", 2)
+    with pytest.raises(StoreUnavailable):
+        await scope.delete("cats")
+    assert await scope.pointer("cats") == Pointer(1, "hd_1", stale=True)
+    assert await scope.head("hd_1") is not None
+
+
+async def test_a_deleted_task_is_forgotten_with_its_head() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    await scope.delete("cats")
+    assert not store.heads
+    beneath.away = True
+    with pytest.raises(StoreUnavailable):
+        await scope.pointer("cats")
+
+
+async def test_a_task_deleted_elsewhere_is_forgotten_when_that_is_seen() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    await beneath.scope("t").delete("cats")
+    assert await scope.pointer("cats") is None
+    beneath.away = True
+    with pytest.raises(StoreUnavailable):
+        await scope.pointer("cats")
+
+
+async def test_an_answer_overtaken_by_a_delete_is_not_remembered() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    beneath.held["pointer"] = asyncio.Event()
+    reading = asyncio.create_task(scope.pointer("cats"))
+    await asyncio.sleep(0)  # the answer is on its way
+    await scope.delete("cats")
+    beneath.held["pointer"].set()
+    assert await reading == Pointer(1, "hd_1")  # as it was when it was asked
+    beneath.away = True
+    with pytest.raises(StoreUnavailable):
+        await scope.pointer("cats")
+
+
+async def test_a_caller_who_leaves_does_not_hide_what_was_done() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    for question, change in (("commit", lambda: commit(scope, "cats", 2)), ("delete", lambda: scope.delete("cats"))):
+        beneath.held[question] = asyncio.Event()
+        leaving = asyncio.create_task(change())
+        await asyncio.sleep(0.001)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        beneath.held[question].set()
+        await asyncio.sleep(0.001)
+        beneath.away = True
+        if question == "commit":
+            assert await scope.pointer("cats") == Pointer(2, "hd_2", stale=True)
+        else:
+            with pytest.raises(StoreUnavailable):
+                await scope.pointer("cats")
+        beneath.away = False
+        await store.close()
+
+
+async def test_of_changes_that_overlap_none_is_taken_for_the_last() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    beneath.held["commit"] = asyncio.Event()
+    changes = [asyncio.create_task(commit(scope, "cats", seed)) for seed in (1, 2)]
+    await asyncio.sleep(0.001)
+    beneath.held["commit"].set()
+    await asyncio.gather(*changes)
+    beneath.away = True
+    with pytest.raises(StoreUnavailable):
+        await scope.pointer("cats")
+    beneath.away = False
+    assert await scope.pointer("cats") == Pointer(2, "hd_2")
+
+
+async def test_a_cancelled_reader_leaves_what_was_known() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    beneath.held["pointer"] = asyncio.Event()
+    reading = asyncio.create_task(scope.pointer("cats"))
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    beneath.held.clear()
+    beneath.away = True
+    assert await scope.pointer("cats") == Pointer(1, "hd_1", stale=True)
+
+
+async def test_a_head_that_the_store_does_not_take_is_kept_in_memory() -> None:
+    store, beneath, _ = recent()
+    beneath.away = True
+    await store.scope("t").keep_head("hd_1", make_head(1))
+    assert same(await store.scope("t").head("hd_1"), make_head(1))
+
+
+async def test_records_come_from_the_store() -> None:
+    store, _, _ = recent()
+    await commit(store.scope("t"), "cats", 1)
+    found = await store.scope("t").record("cats")
+    assert found is not None
+    assert same(found[1], make_record(1))

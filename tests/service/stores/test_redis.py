@@ -1,0 +1,456 @@
+"""The shared store when Redis dies, hangs, comes back, is set up wrongly, or loses its callers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import redis
+import redis.asyncio
+
+from models.errors import StoreUnavailable
+from service.stores import Pointer, StoreMisconfigured, redis_link
+from service.stores.lru import Recent
+from service.stores.redis import RedisScope, RedisStore
+from tests.redis_server import RedisServer
+from tests.service.stores.values import commit, make_head, make_record, same
+
+pytestmark = [pytest.mark.anyio, pytest.mark.redis]
+
+TIMEOUT_S = 0.5
+PAUSE_S = 0.5  # half of what is in force, to save time
+LIMITED = "+get +set +del +mget +watch +multi +exec +unwatch +zadd +zrem +zrangebylex +scan +ping"
+
+
+@pytest.fixture(autouse=True)
+def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_link, "PAUSE_S", PAUSE_S)
+
+
+@asynccontextmanager
+async def opened(
+    server: RedisServer, *, connections: int = 16, user: str = "", password: str = "", head_ttl_s: int = 100
+) -> AsyncIterator[RedisStore]:
+    store = RedisStore(
+        server.url,
+        key=b"key",
+        timeout_s=TIMEOUT_S,
+        connections=connections,
+        user=user,
+        password=password,
+        head_ttl_s=head_ttl_s,
+    )
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def refused_after(operation: Callable[[], Awaitable[object]]) -> float:
+    start = time.perf_counter()
+    with pytest.raises(StoreUnavailable):
+        await operation()
+    return time.perf_counter() - start
+
+
+async def back(scope: RedisScope) -> float:
+    """Waits until the store answers again; returns the seconds that took."""
+    start = time.perf_counter()
+    while True:
+        try:
+            await scope.pointer("cats")
+            return time.perf_counter() - start
+        except StoreUnavailable:
+            assert time.perf_counter() - start < 10
+            await asyncio.sleep(0.01)
+
+
+# Faults of Redis.
+
+
+async def test_what_was_acknowledged_survives_kill_9_of_redis(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        for seed in range(10):
+            await commit(scope, f"task{seed}", seed)
+        await scope.delete("task0")
+        own_redis.kill()
+        own_redis.start()
+        assert await back(scope) < PAUSE_S + 0.5  # without a restart of ours
+        assert [name for name, _ in await scope.tasks(limit=20)] == [f"task{seed}" for seed in range(1, 10)]
+        for seed in range(1, 10):
+            found = await scope.record(f"task{seed}")
+            assert found is not None
+            assert same(found[1], make_record(seed))
+        assert await scope.pointer("task0") is None
+
+
+async def test_without_a_log_kill_9_of_redis_would_lose_all(tmp_path: Path) -> None:
+    # The control of the test above.
+    with RedisServer(tmp_path, "--appendonly", "no") as server:
+        async with opened(server) as store:
+            await commit(store.scope("t"), "cats")
+            server.kill()
+            server.start()
+            await back(store.scope("t"))
+            assert await store.scope("t").tasks(limit=20) == []
+
+
+@pytest.mark.parametrize("fault", ["kill", "hang"])
+async def test_a_redis_that_is_away_or_hangs_fails_in_time_then_at_once_and_recovers(
+    own_redis: RedisServer, fault: str
+) -> None:
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        await commit(scope, "cats", 1)
+        operations: list[Callable[[], Awaitable[object]]] = [
+            lambda: scope.pointer("cats"),
+            lambda: commit(scope, "cats", 2),
+            lambda: scope.delete("cats"),
+            lambda: scope.tasks(limit=5),
+        ]
+        getattr(own_redis, fault)()
+        # All at once, more than there are connections: none waits for two timeouts, even on a busy machine.
+        took = await asyncio.gather(*(refused_after(operation) for operation in operations * 10))
+        assert sorted(took)[len(took) // 2] < TIMEOUT_S + 0.1
+        assert max(took) < TIMEOUT_S + 0.3
+        for operation in operations:
+            assert min([await refused_after(operation) for _ in range(5)]) < 0.02
+        assert await store.ping() is False
+        (own_redis.start if fault == "kill" else own_redis.go_on)()
+        assert await back(scope) < PAUSE_S + TIMEOUT_S
+        assert await store.ping() is True
+        pointer = await scope.pointer("cats")
+        # What was refused while it hung is there or not, as a whole.
+        if pointer is not None:
+            found = await scope.record("cats")
+            assert found is not None
+            assert same(found[1], make_record(int(found[0].head.removeprefix("hd_"))))
+        await commit(scope, "cats", 3)
+
+
+async def test_a_redis_that_is_away_at_the_start_is_used_when_it_comes(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    own_redis.kill()
+    async with opened(own_redis) as store:
+        assert "does not answer yet" in caplog.text
+        assert await store.ping() is False
+        own_redis.start()
+        await back(store.scope("t"))
+        assert await commit(store.scope("t"), "cats") == 1
+
+
+async def test_known_tasks_are_answered_at_once_while_redis_hangs(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as beneath:
+        scope = Recent(beneath, most=10, stale_ok_s=60).scope("t")
+        await commit(scope, "cats", 1)
+        own_redis.hang()
+        assert await scope.pointer("cats") == Pointer(1, "hd_1", stale=True)
+        start = time.perf_counter()
+        for _ in range(10):
+            assert await scope.pointer("cats") == Pointer(1, "hd_1", stale=True)
+            assert same(await scope.head("hd_1"), make_head(1))
+        assert time.perf_counter() - start < 0.05
+
+
+async def test_a_connection_lost_in_a_commit_is_no_conflict(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = RedisScope._current
+
+    async def and_cut(self: RedisScope, pipe: redis.asyncio.client.Pipeline, task: str) -> tuple[Pointer, list[str]]:
+        found = await read(self, pipe, task)
+        with redis.Redis(port=own_redis.port) as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        return found
+
+    async with opened(own_redis) as store:
+        monkeypatch.setattr(RedisScope, "_current", and_cut)
+        with pytest.raises(StoreUnavailable):
+            await commit(store.scope("t"), "cats", expect=0)
+
+
+async def test_a_full_redis_refuses_changes_and_goes_on_reading(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        await commit(scope, "cats", 1)
+        with redis.Redis(port=own_redis.port) as client:
+            client.config_set("maxmemory", 1)
+            with pytest.raises(StoreUnavailable):
+                await commit(scope, "cats", 2)
+            with pytest.raises(StoreUnavailable):
+                await scope.keep_head("hd_2", make_head(2))
+            assert await scope.pointer("cats") == Pointer(1, "hd_1")
+            assert len(await scope.tasks(limit=10)) == 1
+            assert await scope.delete("cats") is True
+            client.config_set("maxmemory", 0)
+        assert await commit(scope, "cats", 3) == 1
+
+
+async def test_when_memory_is_short_heads_go_and_records_stay(tmp_path: Path) -> None:
+    with RedisServer(tmp_path, "--maxmemory", "4mb", "--maxmemory-policy", "volatile-lru") as server:
+        async with opened(server) as store:
+            scope = store.scope("t")
+            for seed in range(10):
+                await commit(scope, f"task{seed}", seed)
+            for seed in range(50):  # some 100 kB each
+                await scope.keep_head(f"hd_{seed}", make_head(seed, way=1024))
+            heads = [await scope.head(f"hd_{seed}") for seed in range(50)]
+            assert None in heads
+            assert heads[-1] is not None
+            for seed in range(10):
+                found = await scope.record(f"task{seed}")
+                assert found is not None
+                assert same(found[1], make_record(seed))
+
+
+async def test_too_many_callers_are_no_reason_to_think_redis_is_away(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(own_redis, connections=1) as store:
+        scope = store.scope("t")
+        await commit(scope, "cats", 1)
+        gate = asyncio.Event()
+        busy = asyncio.create_task(store.link.call(lambda _: gate.wait()))  # has the only connection
+        await asyncio.sleep(0)
+        took = await asyncio.gather(*(refused_after(lambda: scope.pointer("cats")) for _ in range(10)))
+        assert max(took) < TIMEOUT_S + 0.3
+        gate.set()
+        with suppress(StoreUnavailable):
+            await busy
+        assert await scope.pointer("cats") == Pointer(1, "hd_1")
+        assert "cannot be used" not in caplog.text
+
+
+# How Redis is set up.
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
+async def test_a_redis_that_may_evict_records_is_refused(tmp_path: Path, policy: str) -> None:
+    with RedisServer(tmp_path, "--maxmemory-policy", policy) as server, pytest.raises(StoreMisconfigured, match=policy):
+        async with opened(server):
+            pass
+
+
+async def test_a_redis_that_may_evict_records_is_refused_when_it_comes_late(own_redis: RedisServer) -> None:
+    own_redis.kill()
+    async with opened(own_redis) as store:
+        own_redis.start()
+        with redis.Redis(port=own_redis.port) as client:
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            await asyncio.sleep(PAUSE_S)
+            with pytest.raises(StoreMisconfigured):
+                await commit(store.scope("t"), "cats")
+            client.config_set("maxmemory-policy", "volatile-lru")
+        await back(store.scope("t"))
+        assert await commit(store.scope("t"), "cats") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ((), False),
+        (("--appendfsync", "everysec"), True),
+        (("--appendonly", "no"), True),
+    ],
+)
+async def test_a_redis_that_may_lose_what_was_acknowledged_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...], warned: bool
+) -> None:
+    with RedisServer(tmp_path, *options) as server:
+        async with opened(server):
+            assert ("can lose acknowledged tasks" in caplog.text) == warned
+
+
+def with_user(folder: Path, rights: str, *options: str) -> RedisServer:
+    (folder / "users.acl").write_text(
+        f"user default off\nuser fewshot on >secret-word ~fs:* resetchannels -@all {rights}\n"
+    )
+    return RedisServer(folder, "--aclfile", str(folder / "users.acl"), *options)
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "redis://:secret@x@host:port/0", "http://host"])
+async def test_an_address_that_is_none_is_said_at_the_start(url: str) -> None:
+    with pytest.raises(StoreMisconfigured, match="redis://host:port/db") as refused:
+        await RedisStore(url, key=b"key").open()
+    assert "secret" not in str(refused.value)
+
+
+async def test_few_rights_are_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with with_user(tmp_path, LIMITED) as server:
+        async with opened(server, user="fewshot", password="secret-word") as store:
+            assert "does not tell its settings" in caplog.text
+            scope = store.scope("t")
+            await commit(scope, "cats", 1)
+            await commit(scope, "cats", 2)
+            await scope.commit("soon", make_record(3, expires=time.time() + 0.05), "hd_3", make_head(3), expect=None)
+            await asyncio.sleep(0.1)
+            assert await scope.tasks(limit=10) == [("cats", Pointer(2, "hd_2"))]
+            assert await scope.record("cats") is not None
+            assert await scope.delete("cats") is True
+
+
+async def test_eviction_is_noticed_without_the_right_to_read_settings(tmp_path: Path) -> None:
+    with with_user(tmp_path, f"{LIMITED} +info", "--maxmemory-policy", "allkeys-lfu") as server:
+        store = RedisStore(server.url, key=b"key", user="fewshot", password="secret-word")
+        with pytest.raises(StoreMisconfigured, match="allkeys-lfu"):
+            await store.open()
+
+
+async def test_a_wrong_password_is_a_store_that_is_away_and_stays_out_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with with_user(tmp_path, LIMITED) as server:
+        async with opened(server, user="fewshot", password="wrong-word") as store:
+            for _ in range(20):
+                await refused_after(lambda: store.scope("t").pointer("cats"))
+            assert caplog.text.count("Redis cannot be used") == 1  # one attempt a second
+            assert "word" not in caplog.text.replace("password", "")
+
+
+# What lies in Redis.
+
+
+async def test_only_heads_and_tasks_that_expire_have_a_ttl(own_redis: RedisServer) -> None:
+    async with opened(own_redis, head_ttl_s=100) as store:
+        scope = store.scope("t")
+        await commit(scope, "cats", 1)
+        await commit(scope, "cats", 2)
+        await scope.commit("soon", make_record(3, expires=time.time() + 50), "hd_3", make_head(3), expect=None)
+    with redis.Redis(port=own_redis.port) as client:
+        found = {key.decode(): client.ttl(key) for key in client.scan_iter()}
+    assert {key for key, ttl in found.items() if ttl == -1} == {"fs:t:tasks", "fs:t:p:cats", "fs:t:r:cats:2"}
+    assert {key for key, ttl in found.items() if 50 < ttl <= 100} == {"fs:t:h:hd_1", "fs:t:h:hd_2", "fs:t:h:hd_3"}
+    assert {key for key, ttl in found.items() if 0 < ttl <= 50} == {"fs:t:p:soon", "fs:t:r:soon:1"}
+
+
+async def test_expired_tasks_leave_the_index(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        await commit(scope, "cats")
+        for k in range(5):
+            record = make_record(k, expires=time.time() + 0.05)
+            await scope.commit(f"soon{k}", record, "hd_1", make_head(k), expect=None)
+        await asyncio.sleep(0.1)
+        assert [name for name, _ in await scope.tasks(limit=2)] == ["cats"]
+    with redis.Redis(port=own_redis.port) as client:
+        assert client.zrange("fs:t:tasks", 0, -1) == [b"cats"]
+
+
+async def test_a_key_of_another_type_counts_as_damage(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        await commit(scope, "cats", 1)
+        with redis.Redis(port=own_redis.port) as client:
+            client.delete("fs:t:h:hd_1", "fs:t:p:cats")
+            client.rpush("fs:t:h:hd_1", "x")
+            client.rpush("fs:t:p:cats", "x")
+        assert await scope.head("hd_1") is None
+        await scope.keep_head("hd_1", make_head(1))
+        assert await commit(scope, "cats", 2) == 2
+
+
+async def test_two_replicas_adapt_one_task_one_after_the_other(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as one, opened(own_redis) as other:
+        scopes = [one.scope("t"), other.scope("t")]
+        versions = await asyncio.gather(*(commit(scopes[seed % 2], "cats", seed) for seed in range(4)))
+        assert sorted(versions) == [1, 2, 3, 4]
+
+
+# Callers who leave.
+
+
+async def storm(read: Callable[[str], Awaitable[str]], names: list[str]) -> int:
+    """Sixty reads, most of them cancelled on their way; then one after the other. Returns the foreign answers."""
+    foreign = 0
+    for name in names:
+        reading = asyncio.ensure_future(read(name))
+        for _ in range(random.randrange(25)):  # from not yet sent to long answered
+            await asyncio.sleep(0)
+        reading.cancel()
+        with suppress(asyncio.CancelledError):
+            foreign += await reading != name
+    for name in names:
+        foreign += await read(name) != name
+    return foreign
+
+
+async def test_callers_who_leave_never_get_each_others_answers(own_redis: RedisServer) -> None:
+    names = [f"hd_{k}" for k in range(60)]
+    async with opened(own_redis, connections=1) as store:
+        scope = store.scope("t")
+        for k, name in enumerate(names):
+            await scope.commit(name, make_record(k), name, make_head(k), expect=None)
+
+        async def read(name: str) -> str:
+            pointer = await scope.pointer(name)
+            assert pointer is not None
+            return pointer.head
+
+        assert await storm(read, names) == 0
+        assert len(store.link._running) == 0
+
+
+class Careless(redis.asyncio.Connection):
+    """Stays connected, and is lent again, whatever was left unread."""
+
+    async def disconnect(self, *_: object, **__: object) -> None:
+        pass
+
+    async def can_read(self) -> bool:
+        return False
+
+
+async def test_the_storm_would_notice_foreign_answers(own_redis: RedisServer) -> None:
+    # The control: a pool that lends connections with unread replies.
+    names = [f"hd_{k}" for k in range(60)]
+    pool = redis.asyncio.BlockingConnectionPool(
+        max_connections=1, connection_class=Careless, port=own_redis.port, protocol=2
+    )
+    client = redis.asyncio.Redis.from_pool(pool)
+    await client.mset({name: name for name in names})
+
+    async def read(name: str) -> str:
+        return (await client.get(name)).decode()
+
+    try:
+        assert await storm(read, names) > 0
+    finally:
+        for connection in pool._available_connections:
+            await redis.asyncio.Connection.disconnect(connection)
+
+
+async def test_a_caller_who_leaves_does_not_cut_a_commit(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        for k in range(10):
+            leaving = asyncio.create_task(commit(scope, f"task{k}", k))
+            for _ in range(k + 1):
+                await asyncio.sleep(0)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+        await asyncio.wait(store.link._running)
+        for k in range(10):
+            found = await scope.record(f"task{k}")
+            assert found is not None
+            assert same(found[1], make_record(k))
+
+
+async def test_closing_waits_for_what_is_on_its_way(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        leaving = asyncio.create_task(commit(store.scope("t"), "cats", 1))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        leaving.cancel()
+    async with opened(own_redis) as store:
+        assert await store.scope("t").pointer("cats") == Pointer(1, "hd_1")

@@ -1,0 +1,268 @@
+"""The embedded store: its folder, its durability, and disks that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from models.errors import StoreUnavailable
+from service.stores import Pointer, StoreMisconfigured
+from service.stores.sqlite import SqliteStore
+from tests.service.stores.values import commit, make_head, make_record, same
+
+pytestmark = pytest.mark.anyio
+ROOT = Path(__file__).resolve().parents[3]
+
+
+async def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    await commit(store.scope("t"), "cats", 1)
+    await store.close()
+    again = SqliteStore(tmp_path)
+    await again.open()
+    found = await again.scope("t").record("cats")
+    assert found is not None
+    assert same(found[1], make_record(1))
+    assert same(await again.scope("t").head("hd_1"), make_head(1))
+    await again.close()
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from service.stores.sqlite import SqliteStore
+from tests.service.stores.values import commit
+
+async def main():
+    store = SqliteStore(Path(sys.argv[1]))
+    await store.open()
+    for seed in range(100_000):
+        print(await commit(store.scope("t"), "cats", seed), flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    acknowledged = 0
+    while acknowledged < 30:
+        acknowledged = int(writer.stdout.readline())
+    writer.send_signal(signal.SIGKILL)
+    acknowledged = max([acknowledged, *(int(line) for line in writer.stdout.read().split("\n")[:-1])])
+    writer.wait()
+    writer.stdout.close()
+    store = SqliteStore(tmp_path)
+    await store.open()
+    found = await store.scope("t").record("cats")
+    assert found is not None
+    assert found[0].version in (acknowledged, acknowledged + 1)  # the last one may have been on its way
+    assert same(found[1], make_record(found[0].version - 1))  # whole, not mixed
+    assert same(await store.scope("t").head(found[0].head), make_head(found[0].version - 1))
+    await store.close()
+
+
+async def test_writes_are_flushed_before_they_are_acknowledged(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    assert await store.run(lambda db: db.execute("PRAGMA synchronous").fetchone()) == (2,)  # FULL
+    assert await store.run(lambda db: db.execute("PRAGMA journal_mode").fetchone()) == ("wal",)
+    await store.close()
+
+
+async def test_a_second_process_is_kept_out_until_the_first_has_gone(tmp_path: Path) -> None:
+    first, second = SqliteStore(tmp_path), SqliteStore(tmp_path)
+    await first.open()
+    with pytest.raises(StoreMisconfigured, match="Another process uses the folder"):
+        await second.open()
+    await commit(first.scope("t"), "cats")  # the first one is none the worse
+    await first.close()
+    await second.open()
+    assert await second.scope("t").pointer("cats") == Pointer(1, "hd_0")
+    await second.close()
+
+
+async def test_the_key_is_made_once_and_is_its_owners_alone(tmp_path: Path) -> None:
+    for _ in range(2):
+        store = SqliteStore(tmp_path)
+        await store.open()
+        await store.close()
+    path = tmp_path / "store.key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(bytes.fromhex(path.read_text())) == 32
+    other = SqliteStore(tmp_path / "other")
+    await other.open()
+    await other.close()
+    assert (tmp_path / "other" / "store.key").read_text() != path.read_text()
+
+
+async def test_data_without_its_key_is_not_served(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    await commit(store.scope("t"), "cats")
+    await store.close()
+    with pytest.raises(StoreMisconfigured, match="sealed with another key"):
+        await SqliteStore(tmp_path, key=b"another key").open()
+    key = (tmp_path / "store.key").read_bytes()
+    (tmp_path / "store.key").unlink()
+    with pytest.raises(StoreMisconfigured, match="is missing"):
+        await SqliteStore(tmp_path).open()
+    assert not (tmp_path / "store.key").exists()
+    (tmp_path / "store.key").write_bytes(b"")
+    with pytest.raises(StoreMisconfigured, match="holds no key"):
+        await SqliteStore(tmp_path).open()
+    given = SqliteStore(tmp_path, key=key)  # the same key from elsewhere
+    await given.open()
+    assert await given.scope("t").pointer("cats") == Pointer(1, "hd_0")
+    await given.close()
+
+
+async def test_a_file_of_another_format_is_left_alone(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    await store.run(lambda db: db.execute("PRAGMA user_version = 9"))
+    await store.close()
+    with pytest.raises(StoreMisconfigured, match="format 9"):
+        await SqliteStore(tmp_path).open()
+
+
+async def test_a_folder_that_cannot_be_used_is_said_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreMisconfigured, match="cannot be used"):
+        await SqliteStore(tmp_path / "file").open()
+    (tmp_path / "fewshot.sqlite3").write_bytes(b"this is no database" * 100)
+    with pytest.raises(StoreMisconfigured, match="cannot be used"):
+        await SqliteStore(tmp_path, key=b"k").open()
+
+
+async def test_heads_expire_and_are_cleared_away(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path, head_ttl_s=0.1)
+    await store.open()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    await asyncio.sleep(0.15)
+    assert await scope.head("hd_1") is None
+    assert await scope.record("cats") is not None
+    await commit(scope, "dogs", 2)
+    assert await store.run(lambda db: db.execute("SELECT head FROM heads").fetchall()) == [("hd_2",)]
+    await store.close()
+
+
+async def test_a_deleted_task_leaves_no_bytes(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    for seed in range(20):
+        await commit(scope, "cats", seed)
+
+    def holding(needle: bytes) -> list[str]:
+        return [path.name for path in tmp_path.iterdir() if needle in path.read_bytes()]
+
+    assert holding(b"label 1")
+    for seed in range(19):  # of earlier versions, only the heads are still there; they end by their TTL
+        await store.change(lambda db, seed=seed: db.execute("DELETE FROM heads WHERE head = ?", (f"hd_{seed}",)))
+    await scope.delete("cats")
+    assert holding(b"label 1") == []
+    await store.close()
+
+
+async def test_a_caller_who_leaves_does_not_cut_a_commit(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    gate = threading.Event()
+    busy = asyncio.create_task(store.run(lambda _: gate.wait(5)))  # the commit has to queue
+    await asyncio.sleep(0.01)
+    leaving = asyncio.create_task(commit(scope, "cats", 1))
+    await asyncio.sleep(0.01)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    gate.set()
+    await busy
+    found = await scope.record("cats")  # queues behind the commit
+    assert found is not None
+    assert same(found[1], make_record(1))
+    await store.close()
+
+
+async def test_reading_a_pointer_waits_for_no_writer(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    gate, begun = threading.Event(), threading.Event()
+
+    def slow(db: sqlite3.Connection) -> None:
+        db.execute("DELETE FROM tasks")
+        begun.set()
+        gate.wait(5)
+        raise StoreUnavailable("and then fails")
+
+    writing = asyncio.create_task(store.change(slow))
+    await asyncio.to_thread(begun.wait, 5)
+    assert await scope.pointer("cats") == Pointer(1, "hd_1")
+    gate.set()
+    with pytest.raises(StoreUnavailable):
+        await writing
+    assert await commit(scope, "cats", 2) == 2  # the failed change was taken back
+    await store.close()
+
+
+@contextmanager
+def no_file_grows_beyond(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_a_full_disk_refuses_changes_keeps_reading_and_is_forgiven(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    acknowledged = 1
+    with no_file_grows_beyond((tmp_path / "fewshot.sqlite3-wal").stat().st_size + 30_000):
+        with suppress(StoreUnavailable):
+            while acknowledged < 50:
+                acknowledged = await commit(scope, "cats", acknowledged + 1)
+        assert acknowledged < 50
+        with pytest.raises(StoreUnavailable):
+            await scope.keep_head("hd_99", make_head(99))
+        assert await scope.pointer("cats") == Pointer(acknowledged, f"hd_{acknowledged}")
+        assert same(await scope.head("hd_1"), make_head(1))
+        assert await store.ping()
+    found = await scope.record("cats")
+    assert found is not None
+    assert same(found[1], make_record(acknowledged))
+    assert await commit(scope, "cats", 60) == acknowledged + 1
+    await store.close()
+
+
+async def test_a_damaged_file_is_a_store_that_is_away(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    await store.run(lambda db: db.execute("DROP TABLE tasks"))
+    with pytest.raises(StoreUnavailable):
+        await store.scope("t").pointer("cats")
+    with pytest.raises(StoreUnavailable):
+        await commit(store.scope("t"), "cats")
+    await store.close()
