@@ -41,7 +41,7 @@ photos() {
   local data=$DATA/mini_imagenet out=$RUNS/photos
   python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 84 --small 64 --small-share 0.615 \
     --objectives supervised=1 --epochs 26 --batch 128 --lr 0.2 --check-epochs 4
-  python -m training metatrain --data "$data" --out "$out" --views 2 --per-class 200 --steps 1500
+  python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
   finish photos "$data" 5 --description "Photographs: 64 classes of mini-ImageNet, 84 px, ResNet-18"
 }
 

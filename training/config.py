@@ -65,7 +65,7 @@ class MetatrainConfig(Config):
         "labels", description="pseudo: every image a class of its own, no label read"
     )
     rotations: bool = False
-    views: int = Field(4, ge=1, description="augmented views of each image whose features are cached")
+    views: int = Field(4, ge=0, description="augmented views of each image whose features are cached")
     learners: str = Field("prototype,ridge,whitened,gradient,lstm", description="which to train")
     steps: int = Field(3000, ge=1)
     episodes: int = Field(8, ge=1, description="episodes a step")

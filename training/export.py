@@ -175,14 +175,11 @@ def _calibration_tasks(
 ) -> tuple[metatrain.Tasks, data.Images]:
     """Held-out tasks: classes with labels, or images with their views."""
     images = data.load(config.data, config.calibration_split, decoder, per_class=config.per_class or None)
-    views = max(SHOTS) + 5 if config.tasks == "pseudo" else 1
+    views = max(SHOTS) + 5 if config.tasks == "pseudo" else 0
     made = MetatrainConfig(
         data=config.data, out=config.checkpoint, tasks=config.tasks, views=views, rotations=config.rotations
     )
     tasks = metatrain.cached(extractor, images, made, pretrained, seed=config.seed)
-    if config.tasks == "labels":  # the images as they are, without augmented views
-        count = len(tasks.labels) // (views + 1)
-        tasks = metatrain.Tasks(tasks.features[:count], tasks.labels[:count], None)
     return tasks, images
 
 

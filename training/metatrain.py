@@ -30,7 +30,7 @@ from training import checkpoint, data, evaluate, memory
 from training.augment import AUGMENTATIONS
 from training.config import MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen, varied
-from training.pretrain import choose_device, generator, load_extractor
+from training.pretrain import autocast, choose_device, generator, load_extractor
 
 CHECKPOINT = "metatrain.safetensors"
 HIDDEN, SMALL, STEPS = 128, 64, 10
@@ -41,7 +41,9 @@ FIXED = {"basis", "spectrum", "slots"}
 class Tasks:
     """Cached features with the pools that episodes are drawn from."""
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None):
+    def __init__(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, *, plain: int):
+        """The first `plain` rows are what the covariance of a class is taken from."""
+        self.plain = plain
         self.features = features
         self.labels = labels
         self.pool = Pool.of(labels, groups)
@@ -70,16 +72,17 @@ def cached(
     parts: list[list[Tensor]] = [[] for _ in range(config.views + 1)]
     for at in tqdm(range(0, len(images), 256), desc="features", mininterval=2):
         pixels = torch.from_numpy(images.pixels[at : at + 256]).to(device)
-        parts[0].append(extractor(pixels).cpu())
         x = pixels.permute(0, 3, 1, 2).float() / 255
-        for view in range(config.views):
-            rng = generator(seed, at * 64 + view)
-            parts[view + 1].append(extractor.normalise(extractor.backbone(augment(x, pretrained.size, rng))).cpu())
+        for view in range(config.views + 1):
+            shown = augment(x, pretrained.size, generator(seed, at * 64 + view)) if view else x
+            with autocast(device, pretrained.precision):
+                pooled = extractor.backbone(shown.contiguous(memory_format=torch.channels_last))
+            parts[view].append(extractor.normalise(pooled.float()).cpu())
     features = torch.cat([torch.cat(part) for part in parts]).numpy()
     number = np.tile(np.arange(len(images)), config.views + 1)
     if config.tasks == "pseudo":
-        return Tasks(features, number, None)
-    return Tasks(features, np.tile(images.labels, config.views + 1), number)
+        return Tasks(features, number, None, plain=len(features))
+    return Tasks(features, np.tile(images.labels, config.views + 1), number, plain=len(images))
 
 
 def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.ndarray]:
@@ -100,13 +103,13 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
         return {"log_scale": scale, "log_penalty": number(0.0)}
     if method == "gradient":
         return {"log_scale": scale, "log_steps": np.full(STEPS, np.log(0.5), np.float32)}
-    basis, spectrum = memory.within_class(tasks.features, tasks.labels)
+    basis, spectrum = memory.within_class(tasks.features[: tasks.plain], tasks.labels[: tasks.plain])
     remembered = {
         "basis": basis,
         "spectrum": spectrum,
         "log_shrink": number(0.0),
         "log_scale": scale,
-        "norm": number(1.0),
+        "log_noise": number(np.log(5.0)),
     }
     if method == "whitened":
         return remembered
@@ -145,7 +148,7 @@ def best_shrink(
     method: str, arrays: dict[str, np.ndarray], tasks: Tasks, episodes: list[Indices]
 ) -> dict[str, np.ndarray]:
     """The shrinkage of the remembered covariance, chosen on held-out tasks: training tasks would always want less."""
-    choices = [{**arrays, "log_shrink": np.array(np.log(s), np.float32)} for s in (0.1, 0.3, 1.0, 3.0, 10.0)]
+    choices = [{**arrays, "log_shrink": np.array(np.log(s), np.float32)} for s in (0.3, 1.0, 3.0, 6.0, 12.0)]
     return max(choices, key=lambda choice: score(method, choice, tasks, episodes))
 
 

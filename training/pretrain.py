@@ -291,7 +291,8 @@ def load_extractor(folder: Path) -> tuple[ImageExtractor, PretrainConfig]:
     state = checkpoint.load(path)
     if "extractor" not in state:
         raise data.DataError(f"{path} is not finished: run the same `pretrain` command again, it goes on.")
-    config = PretrainConfig(**state["config"])
+    # With the precision that was decided on, where it was to be timed.
+    config = PretrainConfig(**{**state["config"], "precision": state["precision"]})
     extractor = ImageExtractor(ResNet(SHAPES[config.shape]))
     extractor.load_state_dict(state["extractor"])
     return extractor.eval(), config

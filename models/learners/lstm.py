@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace, device
 
-from models.arrays import Array, normalise, one_hot, sigmoid, square_sum
+from models.arrays import Array, normalise, one_hot, sigmoid
 from models.episode import Support
 from models.head import Affine
 from models.learners.memory import attend
 from models.learners.prototype import prototypes
-from models.learners.whitened import whitening
+from models.learners.whitened import offset, whitening
 
 READS = 4
 
@@ -34,7 +34,7 @@ class LSTM:
     slots: Array  # [slots, dim]
     # The base classifier.
     log_scale: Array  # []
-    norm: Array  # []
+    log_noise: Array  # []
     # The cell. `hidden` is the length of its state, `small` that of projected features.
     project: Array  # [dim, small]
     ask: Array  # [hidden, 2 * small]: the state's part in the questions to the support and to the memory
@@ -98,7 +98,7 @@ class LSTM:
         )
         corrected = corrected * xp.exp(gates[:, 3:4])
         weight = scale * (corrected @ transform.T)
-        bias = -0.5 * scale * self.norm * square_sum(corrected) + scale * gates[:, 4]
+        bias = scale * (offset(corrected, counts, self.log_noise) + gates[:, 4])
         return Affine(weight, bias)
 
     def _step(self, seen: Array, state: Array, cell: Array) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
-from models.arrays import Array, square_sum
+from models.arrays import Array, one_hot, square_sum
 from models.episode import Support
 from models.head import Affine
 from models.learners.prototype import prototypes
@@ -29,13 +29,23 @@ def whitening(basis: Array, spectrum: Array, log_shrink: Array) -> Array:
     return basis * xp.sqrt((1 + shrink) / (spectrum + shrink))[None, :]
 
 
+def offset(means: Array, counts: Array, log_noise: Array) -> Array:
+    """What the length of each mean [way, dim] counts against its class, [way]; counts are the shots behind it.
+
+    Half its square, as in a distance, would be right for the true mean. A mean of few examples is longer than that by
+    chance, so it counts as shots / (shots + noise): hardly for one shot, almost wholly for many.
+    """
+    xp = array_namespace(means)
+    return -0.5 * square_sum(means) * counts / (counts + xp.exp(log_noise))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Whitened:
     basis: Array  # [dim, dim]
     spectrum: Array  # [dim]
     log_shrink: Array  # []
     log_scale: Array  # []
-    norm: Array  # []; how much of a prototype's length counts against it: 1 is the plain distance, 0 the inner product
+    log_noise: Array  # []; see `offset`
 
     def adapt(self, support: Support) -> Affine:
         xp = array_namespace(support.features)
@@ -43,4 +53,5 @@ class Whitened:
         transform = whitening(self.basis, self.spectrum, self.log_shrink)
         means = prototypes(support, scale) @ transform  # [way, dim]
         weight = scale * (means @ transform.T)
-        return Affine(weight, -0.5 * scale * self.norm * square_sum(means))
+        counts = xp.sum(one_hot(support.labels, support.way, means), axis=0)
+        return Affine(weight, scale * offset(means, counts, self.log_noise))

@@ -37,7 +37,7 @@ def arrays(method: str, *, seed: int = 0) -> dict[str, np.ndarray]:
             "spectrum": spectrum / spectrum.mean(),
             "log_shrink": np.log(0.3),
             "log_scale": np.log(8.0),
-            "norm": 0.8,
+            "log_noise": 0.3,
         },
     }
     learned["lstm"] = {

@@ -11,7 +11,7 @@ from tests.models.learners.given import DIM, arrays, clusters, learner
 def test_under_strong_shrinkage_it_is_the_nearest_mean() -> None:
     for seed in range(5):
         support, query, _ = clusters((1, 5, 2, 3), queries=20, noise=0.5, seed=seed)
-        weight, bias = learner("whitened", log_shrink=np.float32(12), norm=np.float32(1)).adapt(support)
+        weight, bias = learner("whitened", log_shrink=np.float32(12), log_noise=np.float32(-40)).adapt(support)
         means = np.stack([support.features[support.labels == k].mean(axis=0) for k in range(4)])
         distances = ((query[:, None] - means[None]) ** 2).sum(axis=2)
         chosen = (query @ weight.T + bias).argmax(axis=1)
