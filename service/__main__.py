@@ -45,8 +45,8 @@ def welcome(settings: Settings, port: int) -> str:
         f"\nfewshot is ready at {address} (API reference: {address}/docs)\n"
         f"Teach it two characters from three examples each, and ask about a new one, in one call:\n\n"
         f"  curl -s {address}/v1/classify"
-        + "".join(f" -F {label}=@{sample}/{label}/{n}.png" for label in ("alpha", "omega") for n in (1, 2, 3))
-        + f" -F query=@{sample}/omega/9.png\n"
+        + "".join(f" -F {label}=@{sample}/{label}/{n}.png" for label in ("alpha", "theta") for n in (1, 2, 3))
+        + f" -F query=@{sample}/theta/9.png\n"
     )
 
 

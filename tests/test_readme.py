@@ -121,16 +121,16 @@ def test_the_quick_start_runs_as_it_is_written(address: str) -> None:
         answer = json.loads(done.stdout)
         assert "code" not in answer, (block, answer)
         for prediction in answer.get("predictions", []):
-            assert prediction["label"] in ("alpha", "omega")
+            assert prediction["label"] in ("alpha", "theta")
 
 
 def test_the_quick_start_tells_the_letters_apart(address: str) -> None:
     sample = ROOT / "service" / "sample"
-    fields = [f"-F{label}=@{sample}/{label}/{n}.png" for label in ("alpha", "omega") for n in (1, 2, 3)]
-    queries = [f"-Fquery=@{sample}/{label}/{n}.png" for label in ("alpha", "omega") for n in range(4, 10)]
+    fields = [f"-F{label}=@{sample}/{label}/{n}.png" for label in ("alpha", "theta") for n in (1, 2, 3)]
+    queries = [f"-Fquery=@{sample}/{label}/{n}.png" for label in ("alpha", "theta") for n in range(4, 10)]
     done = subprocess.run(["curl", "-s", address + "/v1/classify", *fields, *queries], capture_output=True, timeout=60)
     labels = [row["label"] for row in json.loads(done.stdout)["predictions"]]
-    right = sum(label == want for label, want in zip(labels, ["alpha"] * 6 + ["omega"] * 6, strict=True))
+    right = sum(label == want for label, want in zip(labels, ["alpha"] * 6 + ["theta"] * 6, strict=True))
     assert right >= 11, labels
 
 

@@ -33,7 +33,7 @@ from models.images import ImageDecoder
 from models.learners import Learner, build
 from models.learners.prototype import Prototype
 from models.resnet import ImageExtractor, fold
-from training import data, evaluate, metatrain
+from training import checkpoint, data, evaluate, metatrain
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen
 from training.pretrain import load_extractor
@@ -189,6 +189,7 @@ def main(config: ExportConfig) -> Path:
         sys.exit(f"{config.out} exists; an artifact is never edited, choose another --out.")
     extractor, pretrained = load_extractor(config.checkpoint)
     arrays = metatrain.load_learners(config.checkpoint)
+    learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]["tasks"]
     extractor = rounded(extractor)
     decoder = ImageDecoder(pretrained.size, pretrained.size, extractor.backbone.shape.channels)
     tasks, images = _calibration_tasks(config, extractor, pretrained, decoder)
@@ -233,7 +234,7 @@ def main(config: ExportConfig) -> Path:
             "split": pretrained.split,
             "shape": pretrained.shape,
             "objectives": pretrained.objectives,
-            "labels_used": "supervised" in pretrained.objectives,
+            "labels_used": "supervised" in pretrained.objectives or "labels" in (learned_from, config.tasks),
             "epochs": pretrained.epochs,
             "seed": pretrained.seed,
             "calibration": f"{config.tasks} of {config.calibration_split}",

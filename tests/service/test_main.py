@@ -83,7 +83,7 @@ def test_it_says_where_it_is_and_the_command_it_prints_works(tmp_path: Path) -> 
         assert get(address + "/readyz") == {"status": "ok", "lane": True, "store": True}
         line = next(line for line in said.splitlines() if "curl" in line)
         answer = json.loads(subprocess.run(line.split(), cwd=ROOT, capture_output=True, text=True, timeout=30).stdout)
-        assert answer["predictions"][0]["label"] == "omega"
+        assert answer["predictions"][0]["label"] == "theta"
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
 
