@@ -11,18 +11,19 @@ RUNS=${RUNS:-runs}
 # glibc gives large blocks back and asks for them again at every step; keeping them is up to 1.6 times faster.
 export MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
 
-finish() { # name, data, split of the figures, ways, flags of metatrain and export...
-  local name=$1 data=$2 ways=$3
+finish() { # name, data, flags of evaluate, flags of export...
+  local name=$1 data=$2 measure=$3
   shift 3
   local out=$RUNS/$name
-  rm -rf "$out/draft"
+  rm -rf "$out/draft" "$out/artifact" "$out/metrics.jsonl"
   python -m training export --checkpoint "$out" --data "$data" --out "$out/draft" --name "$name" "$@"
-  rm -f "$out/metrics.jsonl"
-  for precision in float32 int8; do
-    python -m training evaluate --artifact "$out/draft" --data "$data" --way "$ways" --shot 1,5,10 \
-      --precision $precision --json-out "$out/metrics.jsonl" ${ROTATIONS:-}
-  done
-  rm -rf "$out/artifact"
+  local default
+  default=$(python -c "import json; print(json.load(open('$out/draft/manifest.json'))['default'])")
+  # shellcheck disable=SC2086 - flags, not one word
+  python -m training evaluate --artifact "$out/draft" --data "$data" $measure --json-out "$out/metrics.jsonl"
+  # shellcheck disable=SC2086
+  python -m training evaluate --artifact "$out/draft" --data "$data" $measure --json-out "$out/metrics.jsonl" \
+    --precision int8 --learners "$default"
   python -m training export --checkpoint "$out" --data "$data" --out "$out/artifact" --name "$name" "$@" \
     --metrics "$out/metrics.jsonl"
 }
@@ -30,11 +31,12 @@ finish() { # name, data, split of the figures, ways, flags of metatrain and expo
 characters() {
   local data=$DATA/omniglot out=$RUNS/characters
   python -m training pretrain --data "$data" --out "$out" --shape resnet10-grey --size 28 --augment characters \
-    --rotations --objectives contrastive=1 --epochs 30 --batch 512 --optimizer adamw --lr 2e-3 --weight-decay 0.01 --check-epochs 3
-  python -m training metatrain --data "$data" --out "$out" --tasks pseudo --rotations --views 11 --max-shot 5 \
-    --queries 3 --steps 1500
-  ROTATIONS=--rotations finish characters "$data" 5,20 --tasks pseudo --rotations \
-    --description "Characters: Omniglot, 28 px grey, learned without labels"
+    --rotations --objectives contrastive=1 --epochs 30 --batch 512 --optimizer adamw --lr 2e-3 --weight-decay 0.01 \
+    --check-epochs 3
+  python -m training metatrain --data "$data" --out "$out" --tasks pseudo --rotations --views 11 --per-class 5 \
+    --max-shot 5 --queries 3 --steps 600
+  finish characters "$data" "--way 5,20 --shot 1,5 --rotations" --tasks pseudo --rotations --per-class 10 \
+    --description "Characters: Omniglot with rotations, 28 px grey"
 }
 
 photos() {
@@ -42,7 +44,7 @@ photos() {
   python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 84 --small 64 --small-share 0.615 \
     --objectives supervised=1 --epochs 26 --batch 128 --lr 0.2 --check-epochs 4
   python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
-  finish photos "$data" 5 --description "Photographs: 64 classes of mini-ImageNet, 84 px, ResNet-18"
+  finish photos "$data" "--way 5 --shot 1,5,10" --description "Photographs: 64 classes of mini-ImageNet, 84 px, ResNet-18"
 }
 
 for name in "${@:-characters photos}"; do

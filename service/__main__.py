@@ -11,6 +11,7 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import logging  # noqa: E402
+import signal  # noqa: E402
 import socket  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -51,6 +52,8 @@ def welcome(settings: Settings, port: int) -> str:
 
 
 def main() -> int:
+    # uvicorn ends its work first and then sends itself the signal again: being asked to stop is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = read()
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -82,6 +85,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     except SystemExit:
+        if server.started:
+            return 0
         print(
             f"fewshot cannot listen on {settings.host}:{settings.port}: is the port taken? "
             f"FEWSHOT_PORT (make run PORT=...) chooses another.",
