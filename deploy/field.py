@@ -81,9 +81,8 @@ def main() -> None:
             support, query = ([images[row] for row in rows] for rows in (episode.support, episode.query))
             for learner in learners:
                 found[learner, shot].append(accuracy(given.url, learner, support, query))
-    urllib.request.urlopen(  # noqa: S310
-        urllib.request.Request(f"{given.url}/v1/tasks/field-test", method="DELETE"), timeout=10  # noqa: S310
-    ).close()
+    delete = urllib.request.Request(f"{given.url}/v1/tasks/field-test", method="DELETE")  # noqa: S310
+    urllib.request.urlopen(delete, timeout=10).close()  # noqa: S310
     for learner in learners:
         cells = [np.array(found[learner, shot]) for shot in shots]
         text = [f"{100 * values.mean():.1f} ± {100 * interval(values):.1f}" for values in cells]

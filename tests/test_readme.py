@@ -44,8 +44,8 @@ def accuracy_tables() -> str:
         first = rows[0]
         labels = "with" if manifest["training"]["labels_used"] else "without"
         parts.append(
-            f"**{name}**: {manifest['description']}. Trained {labels} labels; measured on the {first['split']} classes of "
-            f"`{first['data']}`, {first['episodes']:,} episodes.\n"
+            f"**{name}**: {manifest['description']}. Trained {labels} labels; measured on the {first['split']} classes "
+            f"of `{first['data']}`, {first['episodes']:,} episodes.\n"
         )
         parts.append("| learner | " + " | ".join(f"{way}-way {shot}-shot" for way, shot in cells) + " |")
         parts.append("|---|" + "---|" * len(cells))

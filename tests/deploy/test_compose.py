@@ -21,7 +21,9 @@ Compose = dict[str, Any]
 LONG_RUNNING = ("redis", "service")
 KNOWN = {PREFIX + name.upper() for name in Settings.model_fields}
 FILES = [
-    ROOT / "docker-compose.yml", ROOT / ".dockerignore", ROOT / ".ci" / "run",
+    ROOT / "docker-compose.yml",
+    ROOT / ".dockerignore",
+    ROOT / ".ci" / "run",
     *sorted(path for path in (ROOT / "deploy").iterdir() if path.is_file()),
 ]
 
@@ -72,7 +74,9 @@ def redis_is_not_published_and_reaches_nothing_but_the_service(compose: Compose)
 
 def ports_are_bound_to_loopback(compose: Compose) -> list[str]:
     return [
-        str(port) for service in compose["services"].values() for port in service.get("ports", [])
+        str(port)
+        for service in compose["services"].values()
+        for port in service.get("ports", [])
         if not re.fullmatch(r"127\.0\.0\.1:[^:]+(:-\d+\})?:\d+", str(port))
     ]
 
@@ -118,8 +122,13 @@ def what_is_to_stay_up_is_restarted_and_ended_with_grace(compose: Compose) -> li
 def redis_keeps_what_it_acknowledged(compose: Compose) -> list[str]:
     command = compose["services"]["redis"]["command"]
     options = dict(zip(command[1::2], command[2::2], strict=True))
-    wanted = {"--appendonly": "yes", "--appendfsync": "always", "--maxmemory-policy": "volatile-lru",
-              "--aclfile": "/rules/users.acl", "--dir": "/data"}
+    wanted = {
+        "--appendonly": "yes",
+        "--appendfsync": "always",
+        "--maxmemory-policy": "volatile-lru",
+        "--aclfile": "/rules/users.acl",
+        "--dir": "/data",
+    }
     found = [f"{name} {options.get(name)}" for name, value in wanted.items() if options.get(name) != value]
     if "--maxmemory" not in options:
         found.append("--maxmemory")
@@ -150,7 +159,9 @@ def variables_name_files_of_secrets_and_hold_none(compose: Compose) -> list[str]
 
 def variables_are_settings(compose: Compose) -> list[str]:
     return [
-        name for service in compose["services"].values() for name in (service.get("environment") or {})
+        name
+        for service in compose["services"].values()
+        for name in (service.get("environment") or {})
         if name not in KNOWN
     ]
 
@@ -193,18 +204,33 @@ RULES: list[tuple[Rule, tuple[str, ...], Any]] = [
     (what_is_to_stay_up_is_restarted_and_ended_with_grace, ("services", "redis", "restart"), None),
     (what_is_to_stay_up_is_restarted_and_ended_with_grace, ("services", "service", "restart"), "on-failure"),
     (what_is_to_stay_up_is_restarted_and_ended_with_grace, ("services", "service", "stop_grace_period"), "10s"),
-    (redis_keeps_what_it_acknowledged, ("services", "redis", "command"),
-     [{"always": "everysec"}.get(word, word) for word in BASE["services"]["redis"]["command"]]),
-    (redis_keeps_what_it_acknowledged, ("services", "redis", "command"),
-     [{"volatile-lru": "allkeys-lru"}.get(word, word) for word in BASE["services"]["redis"]["command"]]),
+    (
+        redis_keeps_what_it_acknowledged,
+        ("services", "redis", "command"),
+        [{"always": "everysec"}.get(word, word) for word in BASE["services"]["redis"]["command"]],
+    ),
+    (
+        redis_keeps_what_it_acknowledged,
+        ("services", "redis", "command"),
+        [{"volatile-lru": "allkeys-lru"}.get(word, word) for word in BASE["services"]["redis"]["command"]],
+    ),
     (redis_keeps_what_it_acknowledged, ("services", "redis", "volumes"), ["redis-rules:/rules:ro"]),
-    (each_side_sees_its_own_secrets_only_and_cannot_write_them, ("services", "service", "volumes"),
-     ["service-secrets:/secrets"]),
-    (each_side_sees_its_own_secrets_only_and_cannot_write_them, ("services", "redis", "volumes"),
-     ["redis-data:/data", "redis-rules:/rules:ro", "service-secrets:/secrets:ro"]),
+    (
+        each_side_sees_its_own_secrets_only_and_cannot_write_them,
+        ("services", "service", "volumes"),
+        ["service-secrets:/secrets"],
+    ),
+    (
+        each_side_sees_its_own_secrets_only_and_cannot_write_them,
+        ("services", "redis", "volumes"),
+        ["redis-data:/data", "redis-rules:/rules:ro", "service-secrets:/secrets:ro"],
+    ),
     (variables_name_files_of_secrets_and_hold_none, ("services", "redis", "environment"), {"REDIS_PASSWORD": "x"}),
-    (variables_name_files_of_secrets_and_hold_none, ("services", "service", "environment", "FEWSHOT_REDIS_URL"),
-     "redis://fewshot:x@redis:6379/0"),
+    (
+        variables_name_files_of_secrets_and_hold_none,
+        ("services", "service", "environment", "FEWSHOT_REDIS_URL"),
+        "redis://fewshot:x@redis:6379/0",
+    ),
     (variables_are_settings, ("services", "service", "environment", "FEWSHOT_REDIS_PASSWORD"), "x"),
     (each_waits_for_what_it_needs, ("services", "service", "depends_on", "redis"), {"condition": "service_started"}),
     (each_waits_for_what_it_needs, ("services", "redis", "healthcheck"), None),
@@ -299,8 +325,13 @@ def literals(text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "planted",
-    ["--requirepass: hunter22", 'password = "hunter22"', "REDIS_PASSWORD=hunter22", "0123456789abcdef0123456789abcdef",
-     "2OM7zQ4k2nLmpaWIW1EEe4Vnt5ZUyvY8w3nzHt2wYvw"],
+    [
+        "--requirepass: hunter22",
+        'password = "hunter22"',
+        "REDIS_PASSWORD=hunter22",
+        "0123456789abcdef0123456789abcdef",
+        "2OM7zQ4k2nLmpaWIW1EEe4Vnt5ZUyvY8w3nzHt2wYvw",
+    ],
 )
 def test_a_planted_secret_is_noticed(planted: str) -> None:
     assert literals(f"x {planted} y")
@@ -315,7 +346,9 @@ def test_builds_see_nothing_that_is_not_named() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*"
     copied = {
-        source.strip("/") for line in DOCKERFILE.splitlines() if line.startswith("COPY ") and "--from" not in line
+        source.strip("/")
+        for line in DOCKERFILE.splitlines()
+        if line.startswith("COPY ") and "--from" not in line
         for source in line.split()[1:-1]
     }
     allowed = {line[1:] for line in lines if line.startswith("!")}

@@ -234,8 +234,13 @@ def test_what_was_acknowledged_is_there_after_kill_9_of_redis(stack: Stack) -> N
             smoke.listed(service, task)
         except smoke.Failed as error:
             lost.append(str(error))
-    report(fault="kill -9 redis", started_s=round(started_s, 2), answers_s=round(answers_s, 2),
-           acknowledged=len(acknowledged), lost=len(lost))
+    report(
+        fault="kill -9 redis",
+        started_s=round(started_s, 2),
+        answers_s=round(answers_s, 2),
+        acknowledged=len(acknowledged),
+        lost=len(lost),
+    )
     assert lost == []
 
 

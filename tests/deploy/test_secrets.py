@@ -111,8 +111,16 @@ def test_it_prints_no_secret(folder: Path) -> None:
 
 def test_it_runs_without_anything_installed(folder: Path) -> None:
     """The image it runs in has nothing but Python."""
-    command = [sys.executable, "-I", "-S", "-c", "import runpy, sys; sys.path[:0] = sys.argv.pop(1).split();"
-               "runpy.run_module('service.secrets', run_name='__main__')", str(ROOT), str(folder)]
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        "import runpy, sys; sys.path[:0] = sys.argv.pop(1).split();"
+        "runpy.run_module('service.secrets', run_name='__main__')",
+        str(ROOT),
+        str(folder),
+    ]
     assert subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
@@ -142,8 +150,11 @@ def test_the_options_are_in_force(guarded: tuple[RedisServer, str]) -> None:
     with asking(guarded[0], "inspector", "any") as client:
         found = client.config_get("append*", "maxmemory*", "save")
     assert {name: found[name] for name in ("appendonly", "appendfsync", "maxmemory-policy", "maxmemory", "save")} == {
-        "appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "volatile-lru",
-        "maxmemory": str(256 << 20), "save": "",
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "maxmemory-policy": "volatile-lru",
+        "maxmemory": str(256 << 20),
+        "save": "",
     }
 
 
@@ -151,11 +162,30 @@ def test_the_options_are_in_force(guarded: tuple[RedisServer, str]) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ("EVAL", "return 1", "0"), ("FUNCTION", "LIST"), ("SCRIPT", "FLUSH"), ("CONFIG", "GET", "*"),
-        ("CONFIG", "SET", "appendfsync", "no"), ("FLUSHALL",), ("FLUSHDB",), ("KEYS", "*"), ("MODULE", "LIST"),
-        ("RESTORE", "fs:a", "0", "x"), ("SUBSCRIBE", "a"), ("ACL", "LIST"), ("SHUTDOWN",), ("CLIENT", "LIST"),
-        ("MONITOR",), ("REPLICAOF", "no", "one"), ("SAVE",), ("BGREWRITEAOF",), ("MIGRATE", "h", "1", "fs:a", "0", "9"),
-        ("GET", "other"), ("SET", "other", "1"), ("DEL", "f"), ("MGET", "fs:a", "other"), ("ZADD", "x", "0", "y"),
+        ("EVAL", "return 1", "0"),
+        ("FUNCTION", "LIST"),
+        ("SCRIPT", "FLUSH"),
+        ("CONFIG", "GET", "*"),
+        ("CONFIG", "SET", "appendfsync", "no"),
+        ("FLUSHALL",),
+        ("FLUSHDB",),
+        ("KEYS", "*"),
+        ("MODULE", "LIST"),
+        ("RESTORE", "fs:a", "0", "x"),
+        ("SUBSCRIBE", "a"),
+        ("ACL", "LIST"),
+        ("SHUTDOWN",),
+        ("CLIENT", "LIST"),
+        ("MONITOR",),
+        ("REPLICAOF", "no", "one"),
+        ("SAVE",),
+        ("BGREWRITEAOF",),
+        ("MIGRATE", "h", "1", "fs:a", "0", "9"),
+        ("GET", "other"),
+        ("SET", "other", "1"),
+        ("DEL", "f"),
+        ("MGET", "fs:a", "other"),
+        ("ZADD", "x", "0", "y"),
     ],
     ids=" ".join,
 )

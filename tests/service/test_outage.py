@@ -74,32 +74,32 @@ def test_a_redis_that_dies_under_load_costs_no_acknowledged_task_and_no_known_an
     with (
         RedisServer(tmp_path / "redis") as redis,
         started(tmp_path / "data", REDIS_URL=redis.url) as (_, address, _said),
+        httpx.Client(base_url=address, timeout=10) as http,
     ):
-        with httpx.Client(base_url=address, timeout=10) as http:
-            assert http.put("/v1/tasks/warm", files=support(0)).status_code == 201
-            asker, teacher = Asker(address), Teacher(address)
-            asker.start()
-            teacher.start()
-            for _ in range(3):
-                time.sleep(1)
-                redis.kill()
-                time.sleep(1.5)
-                assert http.get("/readyz").json() == {"status": "degraded", "lane": True, "store": False}
-                redis.start()
-            # An end to the outage is seen without a restart of ours.
-            give_up = time.monotonic() + 5
-            while http.get("/readyz").json()["status"] != "ok":
-                assert time.monotonic() < give_up
-                time.sleep(0.05)
+        assert http.put("/v1/tasks/warm", files=support(0)).status_code == 201
+        asker, teacher = Asker(address), Teacher(address)
+        asker.start()
+        teacher.start()
+        for _ in range(3):
             time.sleep(1)
-            for thread in (asker, teacher):
-                thread.stop.set()
-                thread.join(15)
-            lost = [
-                task
-                for task, head in teacher.acknowledged.items()
-                if http.get(f"/v1/tasks/{task}").json().get("head") != head
-            ]
+            redis.kill()
+            time.sleep(1.5)
+            assert http.get("/readyz").json() == {"status": "degraded", "lane": True, "store": False}
+            redis.start()
+        # An end to the outage is seen without a restart of ours.
+        give_up = time.monotonic() + 5
+        while http.get("/readyz").json()["status"] != "ok":
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        time.sleep(1)
+        for thread in (asker, teacher):
+            thread.stop.set()
+            thread.join(15)
+        lost = [
+            task
+            for task, head in teacher.acknowledged.items()
+            if http.get(f"/v1/tasks/{task}").json().get("head") != head
+        ]
     times = sorted(asker.times)
     figures = {
         "fault": "redis kill -9 and restart under load",

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import ArtifactInvalid
+from models.head import Affine
+from models.learners.prototype import Prototype
+from models.learners.ridge import Ridge
+from tests.fakes import MeanColour, tiny_artifact
+from tests.training.conftest import noise
+from training import data, evaluate
+from training.config import EvaluateConfig
+from training.episodes import Pool, digest, frozen
+
+PROTOTYPE = Prototype(np.float32(2.0))
+RIDGE = Ridge(np.float32(2.0), np.float32(0.0))
+CLASSES, IMAGES = 10, 20
+
+
+def labels() -> np.ndarray:
+    return np.repeat(np.arange(CLASSES), IMAGES)
+
+
+def random_features(dim: int = 16) -> np.ndarray:
+    features = np.random.default_rng(0).normal(size=(CLASSES * IMAGES, dim))
+    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+
+
+def config(**given: object) -> EvaluateConfig:
+    return EvaluateConfig(**{"artifact": Path("a"), "data": Path("d"), "episodes": 50, **given})
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    values = np.array([0.2, 0.4, 0.9, 0.5])
+    mean = sum(values) / 4
+    deviation = (sum((value - mean) ** 2 for value in values) / 3) ** 0.5
+    assert evaluate.interval(values) == pytest.approx(1.96 * deviation / 2)
+
+
+def test_the_interval_holds_the_truth_95_times_in_100() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.random((2000, 100))
+    held = [abs(values.mean() - 0.5) <= evaluate.interval(values) for values in draws]
+    assert 0.93 < np.mean(held) < 0.97
+
+
+def test_accuracy_counts_the_questions_whose_own_class_is_highest() -> None:
+    (episode,) = frozen(Pool.of(labels()), way=4, shot=1, queries=5, count=1, seed=0)
+    features = np.eye(CLASSES, dtype=np.float32)[labels()]
+    classes = labels()[episode.support]
+    right = Affine(np.eye(CLASSES, dtype=np.float32)[classes], np.zeros(4, np.float32))
+    assert evaluate.accuracy(right, features, episode) == 1
+    swapped = Affine(right.weight[[1, 0, 2, 3]], right.bias)
+    assert evaluate.accuracy(swapped, features, episode) == 0.5
+    assert evaluate.accuracy(Affine(right.weight, np.array([0, 0, 0, 9], np.float32)), features, episode) == 0.25
+
+
+@pytest.mark.parametrize("learner", [PROTOTYPE, RIDGE], ids=["prototype", "ridge"])
+def test_features_that_name_their_class_are_always_right(learner: Prototype | Ridge) -> None:
+    features = np.eye(CLASSES, dtype=np.float32)[labels()]
+    values = evaluate.run(learner, features, frozen(Pool.of(labels()), way=5, shot=1, queries=3, count=20, seed=0))
+    assert values.tolist() == [1.0] * 20
+    assert evaluate.interval(values) == 0
+
+
+@pytest.mark.parametrize("way", [2, 5])
+def test_features_that_know_nothing_are_right_by_chance(way: int) -> None:
+    episodes = frozen(Pool.of(labels()), way=way, shot=3, queries=5, count=800, seed=0)
+    values = evaluate.run(PROTOTYPE, random_features(), episodes)
+    assert evaluate.interval(values) < 0.03
+    assert abs(values.mean() - 1 / way) < 2 * evaluate.interval(values)
+
+
+def test_questions_are_answered_alone() -> None:
+    """The accuracy is that of one question at a time: nothing is learned from the others."""
+    features = random_features()
+    (episode,) = frozen(Pool.of(labels()), way=5, shot=2, queries=6, count=1, seed=0)
+    affine = PROTOTYPE.adapt(evaluate.support_of(features, episode))
+    single = [
+        (features[row] @ affine.weight.T + affine.bias).argmax() == answer
+        for row, answer in zip(episode.query, episode.answers, strict=True)
+    ]
+    assert evaluate.run(PROTOTYPE, features, [episode])[0] == pytest.approx(np.mean(single))
+
+
+def test_turned_images_are_four_times_as_many_classes() -> None:
+    images = noise(3, 2, size=8)
+    images = data.Images(images.pixels, images.labels, images.classes, np.array([0, -1, 1, 1, -1, -1]))
+    turned = evaluate.turned(images)
+    assert len(turned) == 4 * 6
+    assert turned.classes[:5] == ("class0@0", "class0@90", "class0@180", "class0@270", "class1@0")
+    assert np.bincount(turned.labels).tolist() == [2] * 12
+    for index in range(24):
+        label, turn = divmod(int(turned.labels[index]), 4)
+        source = index % 6
+        assert label == images.labels[source]
+        assert np.array_equal(turned.pixels[index], np.rot90(images.pixels[source], turn))
+        assert turned.groups[index] == images.groups[source]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_features_keep_the_order_of_the_images(batch: int) -> None:
+    pixels = noise(5, 4).pixels
+    extractor = MeanColour()
+    found = evaluate.embed(extractor, pixels, batch=batch)
+    assert np.array_equal(found, MeanColour()(pixels))
+    assert sum(extractor.batches) == 20
+    assert max(extractor.batches) <= batch
+
+
+def test_a_row_for_every_learner_way_and_shot_on_the_same_episodes() -> None:
+    features, pool = random_features(), Pool.of(labels())
+    asked = config(way="2,5", shot="1,3", queries=4, data=Path("x/flowers"), split="val", seed=9)
+    rows, single = evaluate.measure({"prototype": PROTOTYPE, "ridge": RIDGE}, features, pool, asked)
+    assert [(row.way, row.shot, row.method) for row in rows] == [
+        (way, shot, method) for way in (2, 5) for shot in (1, 3) for method in ("prototype", "ridge")
+    ]
+    for row in rows:
+        values = single[row.method, row.way, row.shot]
+        assert len(values) == row.episodes == 50
+        assert row.accuracy == pytest.approx(100 * values.mean(), abs=0.005)
+        assert row.interval == pytest.approx(100 * evaluate.interval(values), abs=0.005)
+        episodes = frozen(pool, way=row.way, shot=row.shot, queries=4, count=50, seed=9)
+        assert row.episode_list == digest(episodes)
+        learner = {"prototype": PROTOTYPE, "ridge": RIDGE}[row.method]
+        assert np.array_equal(values, evaluate.run(learner, features, episodes))
+        assert (row.data, row.split, row.queries, row.seed, row.precision) == ("flowers", "val", 4, 9, "float32")
+
+
+def a_row(method: str, way: int, shot: int, accuracy: float) -> evaluate.Row:
+    return evaluate.Row("d", "test", method, way, shot, accuracy, 0.5, 600, 15, 7, "abc", "float32")
+
+
+def test_the_table_has_learners_down_and_tasks_across() -> None:
+    rows = [a_row(method, 5, shot, 10 * shot + k) for shot in (10, 1) for k, method in enumerate(["ridge", "lstm"])]
+    assert evaluate.table(rows).splitlines() == [
+        "| learner | 5-way 1-shot | 5-way 10-shot |",
+        "|---|---|---|",
+        "| ridge | 10.00 ± 0.50 | 100.00 ± 0.50 |",
+        "| lstm | 11.00 ± 0.50 | 101.00 ± 0.50 |",
+    ]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MeanColour:
+    """An artifact of mean colours in place of the one on disk, at any path."""
+    extractor = MeanColour()
+    artifact = tiny_artifact(tmp_path / "artifact")
+    monkeypatch.setattr(evaluate.Artifact, "load", lambda path: artifact)
+    monkeypatch.setattr(evaluate, "load_extractor", lambda artifact, *, precision: extractor)
+    return extractor
+
+
+def test_the_command_prints_a_table_and_adds_json_lines(
+    shapes: Path, fake: MeanColour, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made" / "figures.jsonl"
+    asked = config(data=shapes, split="train", way="2,5", shot="1,4", json_out=out, queries=3)
+    rows = evaluate.main(asked)
+    assert len(rows) == 8
+    printed = capsys.readouterr()
+    assert evaluate.table(rows) in printed.out
+    assert "50 episodes" in printed.out
+    assert "72 images of 6 classes" in printed.err
+    assert [evaluate.Row(**json.loads(line)) for line in out.read_text().splitlines()] == rows
+    assert sum(fake.batches) == 72  # each image is embedded once
+    again = evaluate.main(asked)
+    assert again == rows
+    assert len(out.read_text().splitlines()) == 16
+
+
+def test_learners_can_be_picked_and_unknown_ones_are_named(shapes: Path, fake: MeanColour) -> None:
+    rows = evaluate.main(config(data=shapes, split="train", way="3", shot="1", learners="ridge"))
+    assert {row.method for row in rows} == {"ridge"}
+    with pytest.raises(SystemExit, match=r"--learners: .* has prototype, ridge"):
+        evaluate.main(config(data=shapes, split="train", way="3", shot="1", learners="ridge,magic"))
+
+
+def test_turned_classes_are_counted_as_classes(shapes: Path, fake: MeanColour) -> None:
+    with pytest.raises(SystemExit, match=r"--way: .* has only 2 classes in its split 'val'"):
+        evaluate.main(config(data=shapes, split="val", way="5", shot="1"))
+    rows = evaluate.main(config(data=shapes, split="val", way="5", shot="1", rotations=True))
+    assert {row.way for row in rows} == {5}
+
+
+def test_groups_and_the_limit_per_class_reach_the_episodes(shapes: Path, fake: MeanColour) -> None:
+    given = {"data": shapes, "split": "train", "way": "3", "shot": "2", "queries": 2}
+    plain = evaluate.main(config(**given))[0]
+    grouped = evaluate.main(config(**given, group=r"^\d"))[0]  # 00 to 09 are one thing, 10 and 11 another
+    fewer = evaluate.main(config(**given, per_class=5))[0]
+    assert len({plain.episode_list, grouped.episode_list, fewer.episode_list}) == 3
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_an_artifact_from_disk_is_measured(
+    demo: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures.jsonl"
+    rows = evaluate.main(
+        EvaluateConfig(
+            artifact=demo / "artifact", data=demo / "shapes", shot="5", episodes=40, precision=precision, json_out=out
+        )
+    )
+    assert evaluate.table(rows) in capsys.readouterr().out
+    assert [evaluate.Row(**json.loads(line)) for line in out.read_text().splitlines()] == rows
+    assert {row.method for row in rows} == {"prototype", "ridge", "whitened", "gradient", "lstm"}
+    assert all(row.accuracy - row.interval > 20 for row in rows)  # better than chance
+    assert {row.precision for row in rows} == {precision}
+
+
+def test_a_folder_that_is_no_artifact_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactInvalid, match="nothing"):
+        evaluate.main(config(artifact=tmp_path / "nothing"))

@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.training.conftest import Command, killed, needs, noise, tree
+
+pytestmark = pytest.mark.torch
+needs("torch")
+
+import torch
+from safetensors.torch import load_file
+
+from models.learners import LEARNERS, build
+from models.resnet import SHAPES, ImageExtractor, ResNet
+from training import checkpoint, data, evaluate, metatrain, pretrain
+from training.config import MetatrainConfig, PretrainConfig, parse
+from training.episodes import Indices, varied
+
+PRETRAINED = PretrainConfig(data=Path("d"), out=Path("o"), shape="tiny", size=16, precision="float32")
+ALL = pytest.mark.parametrize("method", list(LEARNERS))
+CPU = torch.device("cpu")
+
+
+def config(**given: Any) -> MetatrainConfig:
+    defaults = {"data": Path("d"), "out": Path("o"), "steps": 30, "max_way": 4, "max_shot": 3, "slots": 16, "lr": 3e-3}
+    return MetatrainConfig(**{**defaults, **given})
+
+
+def clouds(seed: int = 0) -> metatrain.Tasks:
+    """Twelve classes as clouds on a sphere, wide in directions that tell classes apart badly; two rows a thing."""
+    rng = np.random.default_rng([5, seed])
+    labels = np.repeat(np.arange(12), 16)
+    spread = np.where(np.arange(10) < 4, 0.9, 0.25)
+    features = rng.normal(size=(12, 10))[labels] * 0.5 + rng.normal(size=(len(labels), 10)) * spread
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    return metatrain.Tasks(features.astype(np.float32), labels, np.arange(len(labels)) // 2, plain=len(labels))
+
+
+@pytest.fixture
+def extractor() -> ImageExtractor:
+    torch.manual_seed(0)
+    return ImageExtractor(ResNet(SHAPES["tiny"])).eval()
+
+
+def few(tasks: metatrain.Tasks, asked: MetatrainConfig) -> list[Indices]:
+    return metatrain.held_out(tasks, asked)[::25]
+
+
+def training(method: str, tasks: metatrain.Tasks, asked: MetatrainConfig) -> metatrain.Training:
+    return metatrain.Training(method, metatrain.start(method, tasks, asked), asked, CPU)
+
+
+def drawn(tasks: metatrain.Tasks, step: int) -> list[Indices]:
+    """The training episodes of a step."""
+    return list(varied(tasks.pool, 0, step, count=4, max_way=4, max_shot=3, queries=3, near=tasks.near()))
+
+
+def steps(one: metatrain.Training, tasks: metatrain.Tasks, count: int) -> list[float]:
+    return [one.advance(torch.from_numpy(tasks.features), drawn(tasks, one.step)) for _ in range(count)]
+
+
+def loss(arrays: dict[str, np.ndarray], method: str, tasks: metatrain.Tasks, episodes: list[Indices]) -> float:
+    """Mean cross-entropy on the questions."""
+    total = []
+    for episode in episodes:
+        affine = build(method, arrays).adapt(evaluate.support_of(tasks.features, episode))
+        logits = tasks.features[episode.query] @ affine.weight.T + affine.bias
+        logits = logits - logits.max(axis=1, keepdims=True)
+        total += list(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), episode.answers])
+    return float(np.mean(total))
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_features_are_those_of_the_images_and_then_of_views_of_them(extractor: ImageExtractor, rotations: bool) -> None:
+    images = noise(3, 4)
+    tasks = metatrain.cached(extractor, images, config(views=2, rotations=rotations), PRETRAINED, seed=1)
+    images = evaluate.turned(images) if rotations else images
+    n = len(images)
+    assert tasks.features.shape == (3 * n, 8)
+    np.testing.assert_allclose(tasks.features[:n], pretrain.embed(extractor, images.pixels, CPU), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(tasks.features, axis=1), 1, atol=1e-3)
+    assert np.array_equal(tasks.labels, np.tile(images.labels, 3))
+    plain, first, second = tasks.features.reshape(3, n, 8)
+    for views, others in ((first, plain), (second, plain), (first, second)):
+        assert np.abs(views - others).max(axis=1).min() > 1e-4
+
+
+def test_views_are_those_of_their_seed(extractor: ImageExtractor) -> None:
+    def features(seed: int) -> np.ndarray:
+        return metatrain.cached(extractor, noise(2, 3), config(views=2), PRETRAINED, seed=seed).features
+
+    assert np.array_equal(features(1), features(1))
+    assert np.array_equal(features(1)[:6], features(2)[:6])
+    assert np.abs(features(1)[6:] - features(2)[6:]).max(axis=1).min() > 1e-4
+
+
+def test_with_labels_the_views_of_one_image_are_one_thing(extractor: ImageExtractor) -> None:
+    tasks = metatrain.cached(extractor, noise(3, 4), config(views=2), PRETRAINED, seed=0)
+    assert len(tasks.pool.classes) == 3
+    for label, things in enumerate(tasks.pool.classes):
+        assert [set((rows % 12).tolist()) for rows in things] == [{4 * label + k} for k in range(4)]
+        assert {len(rows) for rows in things} == {3}
+
+
+def test_in_pseudo_tasks_an_image_is_a_class_and_its_views_are_its_examples(extractor: ImageExtractor) -> None:
+    tasks = metatrain.cached(extractor, noise(3, 4), config(views=2, tasks="pseudo"), PRETRAINED, seed=0)
+    assert len(tasks.pool.classes) == 12
+    for number, things in enumerate(tasks.pool.classes):
+        assert [rows.tolist() for rows in things] == [[number], [number + 12], [number + 24]]
+
+
+def test_classes_are_near_by_the_angle_between_their_means() -> None:
+    tasks = clouds()
+    near = tasks.near()
+    means = np.stack([tasks.features[tasks.labels == label].mean(axis=0) for label in range(12)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    np.testing.assert_allclose(near, means @ means.T, atol=1e-5)
+
+
+@ALL
+def test_the_start_fits_the_learner_and_is_the_same_each_time(method: str) -> None:
+    tasks = clouds()
+    first, second = (metatrain.start(method, tasks, config()) for _ in range(2))
+    build(method, first)  # refuses what does not fit
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert all(value.dtype == np.float32 for value in first.values())
+
+
+def test_the_lstm_starts_as_whitened_prototypes() -> None:
+    tasks = clouds()
+    lstm, whitened = (build(method, metatrain.start(method, tasks, config())) for method in ("lstm", "whitened"))
+    for episode in few(tasks, config()):
+        support = evaluate.support_of(tasks.features, episode)
+        for found, expected in zip(lstm.adapt(support), whitened.adapt(support), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_held_out_tasks_are_fixed_and_of_two_sizes() -> None:
+    tasks, asked = clouds(), config(max_shot=10, queries=4)
+    episodes = metatrain.held_out(tasks, asked)
+    assert {(episode.way, int(np.bincount(episode.labels).max())) for episode in episodes} == {
+        (5, 1), (5, 5), (12, 1), (12, 5),
+    }  # fmt: skip
+    again = metatrain.held_out(tasks, asked)
+    assert all(np.array_equal(a.support, b.support) for a, b in zip(episodes, again, strict=True))
+    other = metatrain.held_out(tasks, config(max_shot=10, queries=4, seed=1))
+    assert not all(np.array_equal(a.support, b.support) for a, b in zip(episodes, other, strict=True))
+
+
+def test_the_shrinkage_that_does_best_on_held_out_tasks_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = clouds()
+    episodes = few(tasks, config())
+    arrays = metatrain.start("whitened", tasks, config())
+    score, tried = metatrain.score, {}
+
+    def noted(method: str, arrays: dict[str, np.ndarray], *rest: Any) -> float:
+        value = score(method, arrays, *rest)
+        tried[float(arrays["log_shrink"])] = value
+        return value
+
+    monkeypatch.setattr(metatrain, "score", noted)
+    found = metatrain.best_shrink("whitened", arrays, tasks, episodes)
+    assert len(tried) >= 3
+    assert min(tried.values()) < max(tried.values()) == tried[float(found["log_shrink"])]
+    assert all(np.array_equal(found[name], arrays[name]) for name in arrays if name != "log_shrink")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] if name == "lstm" else []) for name in LEARNERS]
+)
+def test_training_never_ends_below_its_start_and_lowers_the_loss(method: str) -> None:
+    tasks, unseen, asked = clouds(), clouds(1), config()
+    episodes = few(unseen, asked)
+    one = training(method, tasks, asked)
+    before = one.arrays()
+    start = one.check(unseen, episodes)
+    for _ in range(3):
+        steps(one, tasks, 10)
+        one.check(unseen, episodes)
+    assert metatrain.score(method, before, unseen, episodes) == start
+    assert metatrain.score(method, one.best, unseen, episodes) == one.best_score >= start
+    own = [episode for step in range(30) for episode in drawn(tasks, step)]
+    assert loss(one.arrays(), method, tasks, own) < loss(before, method, tasks, own)
+
+
+def test_a_training_that_goes_wrong_keeps_its_start() -> None:
+    tasks, asked = clouds(), config(lr=10)
+    episodes = few(tasks, asked)
+    one = training("lstm", tasks, asked)
+    before = one.arrays()
+    start = one.check(tasks, episodes)
+    steps(one, tasks, 5)
+    assert one.check(tasks, episodes) < start
+    assert one.best_score == start
+    assert all(np.array_equal(one.best[name], before[name]) for name in before)
+
+
+@ALL
+def test_what_is_remembered_stays_and_what_is_learned_moves(method: str) -> None:
+    tasks = clouds()
+    one = training(method, tasks, config())
+    before = one.arrays()
+    assert set(before) == {field.name for field in dataclasses.fields(LEARNERS[method])}
+    steps(one, tasks, 3)
+    moved = {name for name, value in one.arrays().items() if not np.array_equal(value, before[name])}
+    assert moved == set(before) - {"basis", "spectrum", "slots", "log_shrink"}
+
+
+@ALL
+def test_the_learning_rate_falls_to_nothing(method: str) -> None:
+    one = training(method, clouds(), config(steps=4, lr=0.01))
+    rates = []
+    for _ in range(4):
+        steps(one, clouds(), 1)
+        rates.append([group["lr"] for group in one.optimizer.param_groups])
+    np.testing.assert_allclose(rates, np.array([0.1, 0.01]) * np.array([1, 0.75, 0.5, 0.25])[:, None])
+
+
+@ALL
+def test_a_training_that_goes_on_from_a_checkpoint_is_the_unbroken_one(method: str, tmp_path: Path) -> None:
+    tasks, asked = clouds(), config()
+    episodes = few(tasks, asked)[:5]
+    unbroken, broken = training(method, tasks, asked), training(method, tasks, asked)
+    for one in (unbroken, broken):
+        one.check(tasks, episodes)
+        steps(one, tasks, 3)
+    checkpoint.save(tmp_path / "state.safetensors", broken.state())
+    broken = training(method, tasks, asked)
+    broken.restore(checkpoint.load(tmp_path / "state.safetensors"))
+    assert steps(unbroken, tasks, 3) == steps(broken, tasks, 3)
+    assert unbroken.check(tasks, episodes) == broken.check(tasks, episodes)
+    assert unbroken.best_score == broken.best_score
+    for name, one in (("unbroken", unbroken), ("broken", broken)):
+        checkpoint.save(tmp_path / name, one.state())
+    assert (tmp_path / "unbroken").read_bytes() == (tmp_path / "broken").read_bytes()
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def trunk(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a short pretraining."""
+    out = tmp_path_factory.mktemp("trunk")
+    given = {"shape": "tiny", "size": 32, "batch": 24, "epochs": 1, "precision": "float32", "device": "cpu"}
+    return pretrain.main(PretrainConfig(data=shapes, out=out, **given))
+
+
+@pytest.fixture
+def folder(trunk: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes folders that hold it."""
+
+    def make(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / trunk.name).symlink_to(trunk)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out tasks are most of the work of a training this short: a few will do."""
+    held_out = metatrain.held_out
+    monkeypatch.setattr(metatrain, "held_out", lambda tasks, asked: held_out(tasks, asked)[::25])
+
+
+SHORT = {
+    "steps": 4,
+    "check_steps": 2,
+    "max_way": 4,
+    "max_shot": 2,
+    "queries": 1,
+    "views": 1,
+    "slots": 8,
+    "device": "cpu",
+}
+
+
+def same(first: Path, second: Path) -> bool:
+    one, two = (load_file(folder / metatrain.CHECKPOINT) for folder in (first, second))
+    return len(one) > 3 and one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_run_stopped_by_the_clock_goes_on_to_the_same_end(shapes: Path, folder: Callable[[str], Path]) -> None:
+    unbroken, broken = folder("unbroken"), folder("broken")
+    given = {"data": shapes, **SHORT, "steps": 2, "learners": "ridge,lstm"}
+    metatrain.main(MetatrainConfig(**given, out=unbroken))
+    for stopped in range(3):
+        metatrain.main(MetatrainConfig(**given, out=broken, minutes=1e-9))
+        found = tree(broken / metatrain.CHECKPOINT)["learners"]
+        assert sum(one["step"] for one in found.values()) == stopped + 1
+        with pytest.raises(data.DataError, match="not finished: run the same `metatrain` command again"):
+            metatrain.load_learners(broken)
+    metatrain.main(MetatrainConfig(**given, out=broken))
+    assert same(unbroken, broken)
+    assert set(metatrain.load_learners(broken)) == {"ridge", "lstm"}
+    metatrain.main(MetatrainConfig(**given, out=broken))  # once more changes nothing
+    assert same(unbroken, broken)
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_going_on_with_other_settings_is_refused(shapes: Path, folder: Callable[[str], Path]) -> None:
+    out = folder("run")
+    given = {"data": shapes, "out": out, **SHORT, "learners": "prototype"}
+    metatrain.main(MetatrainConfig(**given))
+    before = (out / metatrain.CHECKPOINT).read_bytes()
+    for other in ({"seed": 1}, {"learners": "ridge"}, {"tasks": "pseudo"}, {"steps": 5}, {"views": 2}):
+        with pytest.raises(SystemExit, match="made with other settings"):
+            metatrain.main(MetatrainConfig(**{**given, **other}))
+    assert (out / metatrain.CHECKPOINT).read_bytes() == before
+    metatrain.main(MetatrainConfig(**given, minutes=9, checkpoint_s=1))  # the clock is free
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_the_best_of_every_learner_is_kept_and_can_be_built(shapes: Path, folder: Callable[[str], Path]) -> None:
+    out = folder("run")
+    metatrain.main(MetatrainConfig(data=shapes, out=out, **SHORT))
+    found = metatrain.load_learners(out)
+    assert list(found) == list(LEARNERS)
+    for method, arrays in found.items():
+        build(method, arrays)
+    state = checkpoint.load(out / metatrain.CHECKPOINT)
+    lines = [json.loads(line) for line in (out / "metatrain.jsonl").read_text().splitlines()]
+    for method in LEARNERS:
+        checks = {line["step"]: line["check"] for line in lines if line["learner"] == method}
+        assert list(checks) == [0, 2]
+        assert state["learners"][method]["best_score"] >= max(checks.values()) - 1e-5
+
+
+@pytest.mark.usefixtures("few_looks")
+@pytest.mark.parametrize(("tasks", "reads"), [("pseudo", False), ("labels", True)])
+def test_pseudo_tasks_read_no_label(
+    tasks: str, reads: bool, shapes: Path, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"data": shapes, **SHORT, "tasks": tasks, "learners": "prototype,whitened", "rotations": True, "views": 2}
+    plain, permuted = folder("plain"), folder("permuted")
+    metatrain.main(MetatrainConfig(**given, out=plain))
+    load = data.load
+
+    def shuffled(*arguments: Any, **options: Any) -> data.Images:
+        images = load(*arguments, **options)
+        labels = np.random.default_rng(0).permutation(images.labels)
+        assert not np.array_equal(labels, images.labels)
+        return data.Images(images.pixels, labels, images.classes, images.groups)
+
+    monkeypatch.setattr(data, "load", shuffled)
+    metatrain.main(MetatrainConfig(**given, out=permuted))
+    assert same(plain, permuted) == (not reads)
+
+
+def test_an_unknown_learner_is_refused_with_those_that_are_known(shapes: Path, folder: Callable[[str], Path]) -> None:
+    with pytest.raises(SystemExit, match="--learners: known learners are prototype, ridge"):
+        metatrain.main(MetatrainConfig(data=shapes, out=folder("run"), learners="prototype,magic"))
+
+
+def test_what_must_come_first_is_named(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=f"run `python -m training pretrain --out {tmp_path}` first"):
+        metatrain.main(MetatrainConfig(data=shapes, out=tmp_path))
+    with pytest.raises(data.DataError, match=f"run `python -m training metatrain --out {tmp_path}` first"):
+        metatrain.load_learners(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_ends_bit_for_bit_like_the_unbroken_one(
+    shapes: Path, folder: Callable[[str], Path], command: Callable[..., Command]
+) -> None:
+    flags = {**SHORT, "steps": 60, "check_steps": 20, "learners": "whitened,gradient", "episodes": 4, "checkpoint-s": 0}
+    out, unbroken = folder("killed"), folder("unbroken")
+
+    def arguments(out: Path) -> list[str]:
+        return [f"--{flag.replace('_', '-')}={value}" for flag, value in {"data": shapes, "out": out, **flags}.items()]
+
+    def step() -> int:
+        return sum(one["step"] for one in tree(out / metatrain.CHECKPOINT).get("learners", {}).values())
+
+    reached = [0]
+    for target in (1, 30, 75):  # twice within the first learner, once within the second
+        killed({command("metatrain", *arguments(out)): lambda target=target: step() >= target})
+        assert max(reached[-1], target - 1) < step() < 120
+        reached.append(step())
+    metatrain.main(parse(MetatrainConfig, arguments(out), prog="x"))
+    metatrain.main(parse(MetatrainConfig, arguments(unbroken), prog="x"))
+    assert step() == 120
+    assert same(out, unbroken)

@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.training.conftest import Command, killed, needs, noise, tree
+
+pytestmark = pytest.mark.torch
+needs("torch")
+
+import torch
+from safetensors.torch import load_file
+
+from models.images import ImageDecoder
+from models.resnet import SHAPES, ResNet
+from training import checkpoint, data, evaluate, pretrain
+from training.config import PretrainConfig, parse
+
+# Every combination that a pretraining may be of, on images of nothing.
+KINDS = [
+    {"objectives": objectives, "rotations": rotations, "optimizer": optimizer}
+    for objectives, rotations, optimizer in itertools.product(
+        ("contrastive=1", "supervised=1", "contrastive=1,supervised=0.5"), (False, True), ("sgd", "adamw")
+    )
+]
+# On drawn shapes: 72 images.
+TINY = {"shape": "tiny", "size": 32, "batch": 8, "lr": 0.05, "device": "cpu", "precision": "float32"}
+
+
+def config(**given: Any) -> PretrainConfig:
+    defaults = {"data": Path("d"), "out": Path("o"), **TINY, "size": 16, "epochs": 3}
+    return PretrainConfig(**{**defaults, **given})
+
+
+def a_run(**given: Any) -> pretrain.Run:
+    channels = SHAPES[given.get("shape", "tiny")].channels
+    return pretrain.Run(config(**given), noise(3, 7, channels=channels))
+
+
+def tensors(state: Any) -> dict[str, torch.Tensor]:
+    """Every tensor in a state, by its path."""
+    if isinstance(state, torch.Tensor):
+        return {"": state.detach().clone()}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {f"/{key}{path}": value for key, item in items for path, value in tensors(item).items()}
+
+
+def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not the same, bit for bit."""
+    names = sorted(first.keys() | second.keys())
+    return [
+        name
+        for name in names
+        if name not in first
+        or name not in second
+        or first[name].dtype != second[name].dtype
+        or not torch.equal(first[name], second[name])
+    ]
+
+
+def test_the_random_numbers_of_a_step_are_its_own() -> None:
+    def numbers(seed: int, step: int) -> tuple[float, ...]:
+        return tuple(torch.rand(3, generator=pretrain.generator(seed, step)).tolist())
+
+    assert numbers(0, 5) == numbers(0, 5)
+    assert len({numbers(seed, step) for seed in range(4) for step in range(-20, 20)}) == 4 * 40
+
+
+def test_the_learning_rate_rises_evenly_and_then_falls_to_nothing() -> None:
+    asked = config(lr=0.4, warmup=0.2)
+    rates = [pretrain.learning_rate(step, 100, asked) for step in range(100)]
+    np.testing.assert_allclose(rates[:20], 0.4 * np.arange(1, 21) / 20)
+    assert rates[20] == max(rates) == 0.4
+    assert all(before > after for before, after in itertools.pairwise(rates[20:]))
+    assert rates[60] == pytest.approx(0.2)
+    assert 0 < rates[-1] < 0.001
+    assert pretrain.learning_rate(0, 1, config(lr=0.4, warmup=0)) == 0.4
+
+
+def test_each_image_is_turned_by_its_own_number_of_quarters() -> None:
+    images = torch.rand(8, 3, 6, 6)
+    turns = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
+    for image, turn, found in zip(images, turns, pretrain.rotated(images, turns), strict=True):
+        assert torch.equal(found, torch.rot90(image, int(turn), (1, 2)))
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_an_epoch_shows_each_image_once_with_its_label(rotations: bool) -> None:
+    run = a_run(rotations=rotations, batch=7)
+    images = noise(3, 7)
+    images = evaluate.turned(images) if rotations else images
+    expected = {image.tobytes(): int(label) for image, label in zip(images.pixels, images.labels, strict=True)}
+    epochs = []
+    for epoch in range(2):
+        seen: list[tuple[bytes, int]] = []
+        for at in range(run.steps_per_epoch):
+            pixels, labels = run.batch(epoch * run.steps_per_epoch + at)
+            whole = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+            seen += [(image.tobytes(), int(label)) for image, label in zip(whole, labels, strict=True)]
+        assert len(seen) == len(expected)
+        assert dict(seen) == expected
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]  # in another order
+
+
+def test_a_batch_is_the_same_however_one_comes_to_its_step() -> None:
+    run, other = a_run(rotations=True), a_run(rotations=True)
+    for step in range(12):
+        run.batch(step)
+    assert all(torch.equal(a, b) for a, b in zip(run.batch(25), other.batch(25), strict=True))
+
+
+def test_images_are_small_in_the_first_part_only() -> None:
+    run = a_run(size=32, small=16, small_share=0.5, epochs=4)
+    assert run.steps == 8
+    assert [run.size_at(step) for step in range(8)] == [16] * 4 + [32] * 4
+    assert {a_run(size=32).size_at(step) for step in range(6)} == {32}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_a_run_that_goes_on_from_a_checkpoint_is_the_unbroken_run(kind: dict[str, Any], tmp_path: Path) -> None:
+    unbroken = a_run(**kind)
+    losses = [unbroken.advance() for _ in range(5)]
+    broken = a_run(**kind)
+    for part in (2, 2, 1):
+        for _ in range(part):
+            found = broken.advance()
+        assert found == losses[broken.step - 1]
+        checkpoint.save(tmp_path / "state.safetensors", broken.state())
+        broken = a_run(**kind)
+        broken.restore(checkpoint.load(tmp_path / "state.safetensors"))
+    assert broken.step == 5
+    assert differing(tensors(unbroken.state()), tensors(broken.state())) == []
+    fresh = tensors(a_run(**kind).state())
+    moved = differing(tensors(unbroken.state()), fresh)
+    assert all(any(name.startswith(f"/network/{part}") for name in moved) for part in ("backbone", "heads"))
+
+
+def test_the_seed_decides_weights_order_and_views() -> None:
+    runs = [a_run(seed=seed) for seed in (0, 0, 1)]
+    for run in runs:
+        run.advance()
+    first, same, other = (tensors(run.state()) for run in runs)
+    assert differing(first, same) == []
+    assert "/network/backbone.conv.weight" in differing(first, other)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "supervised"])
+def test_training_lowers_the_loss(name: str, shapes: Path) -> None:
+    images = data.load(shapes, "train", ImageDecoder(32, 32, 3))
+    run = pretrain.Run(config(objectives=f"{name}=1", size=32, epochs=10, lr=0.1, batch=24), images)
+    losses = [run.advance()[name] for _ in range(run.steps)]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_weight_decay_spares_offsets_and_normalisation() -> None:
+    run = a_run(weight_decay=0.1)
+    decayed, plain = run.optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert all(weight.ndim > 1 for weight in decayed["params"])
+    assert all(weight.ndim == 1 for weight in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(run.network.parameters()))
+
+
+def test_timing_the_precisions_leaves_no_trace() -> None:
+    timed, fresh = a_run(), a_run()
+    assert timed.time_precision() in ("float32", "bfloat16")
+    timed.precision = "float32"
+    assert timed.step == 0
+    assert differing(tensors(timed.state()), tensors(fresh.state())) == []
+    assert timed.advance() == fresh.advance()
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_the_extractor_is_centred_on_its_training_images(rotations: bool) -> None:
+    run = a_run(rotations=rotations, shape="tiny-grey", augment="characters")
+    run.advance()
+    images = noise(3, 7, channels=1)
+    images = evaluate.turned(images) if rotations else images
+    extractor = run.extractor()
+    with torch.inference_mode():
+        pooled = extractor.backbone(torch.from_numpy(images.pixels).permute(0, 3, 1, 2).float() / 255)
+    torch.testing.assert_close(extractor.centre, torch.sqrt(pooled + 1e-6).mean(dim=0), rtol=1e-4, atol=1e-5)
+    features = pretrain.embed(extractor, images.pixels, run.device, batch=5)
+    assert features.shape == (len(images), 8)
+    np.testing.assert_allclose(features, pretrain.embed(extractor, images.pixels, run.device), atol=1e-5)
+
+
+def whole(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in the checkpoint of a finished pretraining, as it lies in the file."""
+    assert "extractor" in checkpoint.load(out / pretrain.CHECKPOINT)
+    return load_file(out / pretrain.CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def unbroken(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken")
+    pretrain.main(PretrainConfig(data=shapes, out=out, **TINY, epochs=2))
+    return out
+
+
+def test_a_run_stopped_by_the_clock_goes_on_to_the_same_end(
+    shapes: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"data": shapes, "out": tmp_path, **TINY, "epochs": 2}
+    steps = []
+    for _ in range(3):
+        pretrain.main(PretrainConfig(**given, minutes=1e-9))
+        state = checkpoint.load(tmp_path / pretrain.CHECKPOINT)
+        assert "extractor" not in state
+        steps.append(state["step"])
+        assert f"Stopped at step {state['step']} of 18" in capsys.readouterr().err
+    assert steps == [1, 2, 3]
+    with pytest.raises(data.DataError, match="not finished"):
+        pretrain.load_extractor(tmp_path)
+    pretrain.main(PretrainConfig(**given))
+    assert differing(whole(unbroken), whole(tmp_path)) == []
+
+
+def test_a_finished_run_stays_as_it_is(shapes: Path, unbroken: Path) -> None:
+    before = whole(unbroken)
+    pretrain.main(PretrainConfig(data=shapes, out=unbroken, **TINY, epochs=2))
+    assert differing(before, whole(unbroken)) == []
+
+
+def test_looking_at_the_validation_classes_changes_nothing_and_is_written_down(
+    shapes: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    pretrain.main(PretrainConfig(data=shapes, out=tmp_path, **TINY, epochs=2, check_epochs=1))
+    assert differing(whole(unbroken), whole(tmp_path)) == []
+    lines = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
+    checks = [line for line in lines if "check" in line]
+    assert [(line["step"], line["epoch"]) for line in checks] == [(9, 1.0), (18, 2.0)]
+    assert set(checks[0]["check"]) == {"2-way 1-shot", "2-way 5-shot"}
+    assert all(0 <= value <= 100 for value in checks[1]["check"].values())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"lr": 0.06},
+        {"epochs": 3},
+        {"objectives": "supervised=1"},
+        {"rotations": True},
+        {"shape": "tiny-grey"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_going_on_with_other_settings_is_refused(shapes: Path, unbroken: Path, other: dict[str, Any]) -> None:
+    before = (unbroken / pretrain.CHECKPOINT).read_bytes()
+    with pytest.raises(SystemExit, match="made with other settings"):
+        pretrain.main(PretrainConfig(**{"data": shapes, "out": unbroken, **TINY, "epochs": 2, **other}))
+    assert (unbroken / pretrain.CHECKPOINT).read_bytes() == before
+
+
+def test_data_may_have_moved_and_the_clock_may_be_set_anew(shapes: Path, unbroken: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.symlink_to(shapes)
+    before = whole(unbroken)
+    pretrain.main(PretrainConfig(data=moved, out=unbroken, **TINY, epochs=2, minutes=5, checkpoint_s=1))
+    assert differing(before, whole(unbroken)) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"shape": "resnet1000"}, "known shapes: resnet18"),
+        ({"objectives": "contrastive=1,magic=2"}, "Known objectives: contrastive, supervised"),
+        ({"small": 48}, "--small must not be larger than --size"),
+        ({"lr": 1e30, "objectives": "supervised=1"}, "not finite at step .* Lower --lr"),
+    ],
+    ids=["shape", "objective", "small", "lr"],
+)
+def test_what_cannot_be_trained_ends_with_a_sentence(
+    shapes: Path, tmp_path: Path, other: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        pretrain.main(PretrainConfig(**{"data": shapes, "out": tmp_path, **TINY, "epochs": 2, **other}))
+    assert not (tmp_path / pretrain.CHECKPOINT).exists()
+
+
+def test_the_extractor_of_a_finished_run_is_loaded_with_its_settings(unbroken: Path) -> None:
+    extractor, settings = pretrain.load_extractor(unbroken)
+    assert settings.size == 32
+    assert not extractor.training
+    pixels = noise(2, 3, size=32).pixels
+    features = pretrain.embed(extractor, pixels, torch.device("cpu"))
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-3)
+    state = checkpoint.load(unbroken / pretrain.CHECKPOINT)
+    backbone = ResNet(SHAPES["tiny"])
+    backbone.load_state_dict({n.removeprefix("backbone."): v for n, v in state["network"].items() if "backbone" in n})
+    with torch.inference_mode():
+        pooled = backbone.eval()(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+        expected = extractor.normalise(pooled).numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_a_missing_checkpoint_says_which_command_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=f"run `python -m training pretrain --out {tmp_path}` first"):
+        pretrain.load_extractor(tmp_path)
+
+
+def test_what_is_written_down_along_the_way(shapes: Path, tmp_path: Path) -> None:
+    pretrain.main(PretrainConfig(data=shapes, out=tmp_path, **TINY, epochs=5))
+    lines = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40]
+    assert all(math.isfinite(line["losses"]["contrastive"]) and line["images_per_s"] > 0 for line in lines)
+    assert checkpoint.load(tmp_path / pretrain.CHECKPOINT)["config"]["seed"] == 0
+
+
+@pytest.mark.slow
+def test_runs_killed_three_times_end_bit_for_bit_like_unbroken_ones(
+    shapes: Path, tmp_path: Path, command: Callable[..., Command]
+) -> None:
+    """Two at a time, each killed wherever it is when it has come far enough."""
+    runs = {
+        "contrastive": ["--objectives", "contrastive=1", "--rotations", "--epochs", "3"],
+        "supervised": ["--objectives", "supervised=1", "--no-rotations", "--epochs", "12"],
+    }
+
+    def arguments(name: str, out: Path) -> list[str]:
+        given = [f"--{flag}={value}" for flag, value in {"data": shapes, "out": out, "checkpoint-s": 0, **TINY}.items()]
+        return [*given, *runs[name]]
+
+    def step(name: str) -> int:
+        return int(tree(tmp_path / name / pretrain.CHECKPOINT).get("step", 0))
+
+    reached = []
+    for target in (1, 10, 30):
+        killed(
+            {
+                command("pretrain", *arguments(name, tmp_path / name)): lambda name=name, target=target: (
+                    step(name) >= target
+                )
+                for name in runs
+            }
+        )
+        reached.append([step(name) for name in runs])
+    for steps in zip([0, 0], *reached, [108, 108], strict=True):
+        assert all(before < after for before, after in itertools.pairwise(steps))
+    for name in runs:
+        pretrain.main(parse(PretrainConfig, arguments(name, tmp_path / name), prog="x"))
+        assert step(name) == 108
+        pretrain.main(parse(PretrainConfig, arguments(name, tmp_path / f"unbroken {name}"), prog="x"))
+        assert differing(whole(tmp_path / f"unbroken {name}"), whole(tmp_path / name)) == []
