@@ -87,6 +87,8 @@ def main() -> int:
     except SystemExit:
         if server.started:
             return 0
+        if server.lifespan.should_exit:  # the store or the lanes; that has been told
+            return 2
         print(
             f"fewshot cannot listen on {settings.host}:{settings.port}: is the port taken? "
             f"FEWSHOT_PORT (make run PORT=...) chooses another.",

@@ -115,7 +115,9 @@ def test_a_taken_port_is_one_line_that_says_so(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_one_line_that_says_so(tmp_path: Path) -> None:
     with started(tmp_path):
-        assert "Another process uses the folder" in refused(tmp_path)
+        said = refused(tmp_path)
+        assert "Another process uses the folder" in said
+        assert "port" not in said
 
 
 @pytest.mark.slow
