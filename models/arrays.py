@@ -53,12 +53,12 @@ def class_means(features: Array, weights: Array) -> Array:
 
 
 def place(value: np.ndarray, where: str) -> Array:
-    """A numpy array as it is for "cpu", else a torch tensor on that device."""
+    """A numpy array as it is for "cpu", else a torch tensor on that device ("torch-cpu": torch on the CPU)."""
     if where == "cpu":
         return value
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(value)).to(where)
+    return torch.from_numpy(np.ascontiguousarray(value)).to(where.removeprefix("torch-"))
 
 
 def fetch(value: Array) -> np.ndarray:

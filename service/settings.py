@@ -30,7 +30,7 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "torch-cpu", "cuda"] = Field(
         "auto", description="where the extractor runs; auto = cuda where torch finds one, else cpu (onnxruntime)"
     )
-    adapt_device: Literal["auto", "cpu", "cuda"] = Field(
+    adapt_device: Literal["auto", "cpu", "torch-cpu", "cuda"] = Field(
         "auto", description="where learners run; auto = cpu, which is faster for support sets of up to some hundreds"
     )
     precision: Literal["float32", "int8"] = Field("float32", description="which graph of the artifact runs on a CPU")

@@ -45,10 +45,11 @@ def create_app(
 ) -> ASGIApp:
     """The service as an ASGI app. Raises ArtifactInvalid or SettingsError before anything is served."""
     artifact = artifact or Artifact.load(settings.artifact)
+    for name in ("device", "adapt_device"):
+        if getattr(settings, name) == "cuda" and best_device() != "cuda":
+            raise SettingsError(f"FEWSHOT_{name.upper()} is cuda, but torch is not installed or finds no device.")
     if extractor is None:
         device = best_device() if settings.device == "auto" else settings.device
-        if device == "cuda" and best_device() != "cuda":
-            raise SettingsError("FEWSHOT_DEVICE is cuda, but torch is not installed or finds no device.")
         extractor = load_extractor(artifact, device=device, precision=settings.precision)
         difference = artifact.check(extractor, precision=settings.precision)
         log.info(
@@ -72,7 +73,7 @@ def create_app(
         limits=limits,
         default_method=settings.default_method,
         metrics=metrics,
-        adapt_device="cuda" if settings.adapt_device == "cuda" else "cpu",
+        adapt_device="cpu" if settings.adapt_device == "auto" else settings.adapt_device,
     )
 
     @asynccontextmanager

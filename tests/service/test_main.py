@@ -102,17 +102,20 @@ def test_a_task_survives_a_kill_and_a_restart(tmp_path: Path) -> None:
         assert (found["head"], found["version"], found["examples"]) == (task["head"], 1, task["examples"])
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_one_line_with_its_name(tmp_path: Path) -> None:
     assert "FEWSHOT_MAX_WAY" in refused(tmp_path, MAX_WAY="1")
     assert "FEWSHOT_DEVICE is cuda" in refused(tmp_path, DEVICE="cuda")
     assert "manifest.json cannot be read" in refused(tmp_path, ARTIFACT=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_one_line_that_says_so(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "is the port taken?" in refused(tmp_path, PORT=str(taken.getsockname()[1]))
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_one_line_that_says_so(tmp_path: Path) -> None:
     with started(tmp_path):
         said = refused(tmp_path)
