@@ -423,7 +423,11 @@ async def test_the_storm_would_notice_foreign_answers(own_redis: RedisServer) ->
         return (await client.get(name)).decode()
 
     try:
-        assert await storm(read, names) > 0
+        # Whether one cancellation meets a reply under way is chance; in twenty storms it does.
+        foreign = 0
+        for _ in range(20):
+            foreign = foreign or await storm(read, names)
+        assert foreign > 0
     finally:
         for connection in pool._available_connections:
             await redis.asyncio.Connection.disconnect(connection)
