@@ -205,10 +205,11 @@ def bench(artifact: Artifact, precision: str, *, seconds: float, rounds: int) ->
                     found.append(service.load(files, connections, seconds))
             floors.append(floor.throughput(seconds))
             bare, adapts = [], []
-            for number in range(15):
-                support = pictures(25, seed=100 + number)
-                bare.append(floor.together(support, rounds=3))
-                adapts.append(service.adapt("adapt", support, 5))
+            for number in range(5):
+                # Both are measured warm: three times in a row, the service with new images each time.
+                supports = [pictures(25, seed=100 + 3 * number + k) for k in range(3)]
+                bare.append(floor.together(supports[0], rounds=3))
+                adapts.extend(service.adapt("adapt", support, 5) for support in supports)
             memory = service.memory()
         finally:
             service.stop()
