@@ -97,7 +97,7 @@ class Artifact:
             raise ArtifactInvalid(f"{file} cannot be read; ARTIFACT must name a folder made by `export`.") from None
         try:
             manifest = Manifest.from_json(json.loads(raw))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactInvalid(f"{file} is not a manifest this version understands ({error}).") from None
         missing = set(REQUIRED) - set(manifest.files)
         if missing:

@@ -8,6 +8,7 @@ import sys
 # Threads that spin while they wait collapse as soon as something else needs a core. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads spin whatever is asked for
 
 from pathlib import Path
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training import __main__ as commands
 from training import data, synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +57,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `python -m training demo` leaves behind: shapes/, run/ and artifact/; and printed.md, what it printed."""
     needs("torch", "onnx", "onnxruntime", "onnxscript")
     folder = tmp_path_factory.mktemp("demo")
-    with (folder / "printed.md").open("w") as file, contextlib.redirect_stdout(file):
-        assert commands.main(["demo", "--out", str(folder)]) == 0
+    with (folder / "printed.md").open("w") as printed, (folder / "errors.log").open("w") as errors:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "training", "demo", "--out", folder],
+            cwd=ROOT,
+            env={**os.environ, **THREADS},
+            stdout=printed,
+            stderr=errors,
+        )
+    assert done.returncode == 0, (folder / "errors.log").read_text()
     return folder
 
 

@@ -70,7 +70,7 @@ def test_matrices_are_stored_in_half_precision_and_numbers_as_they_are() -> None
     assert export._stored(np.arange(6, dtype=np.float32).reshape(2, 3).T).flags.c_contiguous
 
 
-@pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("factor", [0.25, 3.0])
 def test_calibration_undoes_a_scale_that_is_wrong(factor: float) -> None:
     """Logits that are larger by a factor get a temperature that is larger by it, and the same accuracy."""
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_calibration_undoes_a_scale_that_is_wrong(factor: float) -> None:
         "given": Prototype(np.float32(np.log(6))),
         "scaled": Prototype(np.float32(np.log(6 * factor))),
     }
-    found, scores = export.calibrate(learners, features, Pool.of(labels), episodes=60, queries=5, seed=0)
+    found, scores = export.calibrate(learners, features, Pool.of(labels), episodes=30, queries=5, seed=0)
     assert found["scaled"]["constant"] - found["given"]["constant"] == pytest.approx(np.log(factor), abs=0.05)
     for name in ("by_way", "by_shot"):
         assert found["scaled"][name] == pytest.approx(found["given"][name], abs=0.05)

@@ -152,6 +152,21 @@ def test_the_seed_decides_weights_order_and_views() -> None:
     assert "/network/backbone.conv.weight" in differing(first, other)
 
 
+def test_every_step_and_both_views_of_it_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+
+    def noted(images: torch.Tensor, size: int, rng: torch.Generator) -> torch.Tensor:
+        drawn.append(float(torch.rand((), generator=rng)))
+        return images
+
+    runs = [a_run(seed=seed) for seed in (0, 1)]
+    for run in runs:
+        monkeypatch.setattr(run, "augment", noted)
+        for _ in range(3):
+            run.advance()
+    assert len(drawn) == len(set(drawn)) == 12
+
+
 @pytest.mark.parametrize("name", ["contrastive", "supervised"])
 def test_training_lowers_the_loss(name: str, shapes: Path) -> None:
     images = data.load(shapes, "train", ImageDecoder(32, 32, 3))
