@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from models.errors import ExtractorFailed, FewshotError, Overloaded
+from models.errors import ExtractorFailed, FewshotError, Overloaded, UndecodableExample
 from models.extractor import Decoder, Extractor
 from service.metrics import Metrics
 
@@ -218,6 +218,9 @@ class Batcher:
             except FewshotError as error:
                 error.index = index
                 job.items[index] = error
+            except Exception:  # a decoder's bug is this image's misfortune, not the lane's end
+                log.exception("The decoder failed in a way of its own.")
+                job.items[index] = UndecodableExample("The image cannot be decoded.", index=index)
             job.decode_s += time.perf_counter() - start
         if arrays:
             start = time.perf_counter()

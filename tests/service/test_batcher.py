@@ -114,6 +114,28 @@ def test_one_bad_image_fails_alone_and_its_neighbours_do_not_notice() -> None:
     run(work, MeanColour())
 
 
+def test_a_bug_of_the_decoder_costs_its_image_and_not_the_lane() -> None:
+    class Buggy(ImageDecoder):
+        def __call__(self, payload: bytes) -> np.ndarray:
+            if payload == BLUE:
+                raise IndexError("secret: 0xdeadbeef")
+            return super().__call__(payload)
+
+    async def main() -> None:
+        batcher = Batcher(MeanColour(), Buggy(16, 16, 3), lanes=1, max_batch=4, max_waiting=64)
+        try:
+            items = (await batcher.embed([RED, BLUE])).items
+            assert isinstance(items[0], np.ndarray)
+            assert isinstance(items[1], UndecodableExample)
+            assert "secret" not in items[1].detail
+            assert batcher.alive
+            features(await batcher.embed([RED]))
+        finally:
+            await batcher.close()
+
+    asyncio.run(main())
+
+
 def test_a_failing_batch_answers_each_caller_and_the_lane_goes_on() -> None:
     extractor = Failing()
 
