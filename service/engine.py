@@ -137,7 +137,7 @@ class Engine:
         head_id = self._head_id(method, examples, unlabelled)
         name = task_name(task) if task is not None else "t_" + head_id[3:27]
 
-        known = await self._known(scope, name, head_id, expect)
+        known = await self._known(scope, name, head_id, expect, ttl_s)
         if known:
             return known
 
@@ -147,10 +147,12 @@ class Engine:
         flight = (str(id(scope)), name, head_id, str(expect), str(ttl_s), on_bad_image)
         return await self._once(flight, work)
 
-    async def _known(self, scope: Scope, name: str, head_id: str, expect: int | None) -> Adapted | None:
-        """The task, when it already is at this head."""
-        if expect is not None:
-            return None  # a condition was named: let the store decide
+    async def _known(
+        self, scope: Scope, name: str, head_id: str, expect: int | None, ttl_s: float | None
+    ) -> Adapted | None:
+        """The task, when it already is at this head, and to stay as it was asked to."""
+        if expect is not None or ttl_s is not None:
+            return None  # a condition was named, or an end: let the store decide
         try:
             pointer = await scope.pointer(name)
             if pointer is None or pointer.head != head_id or pointer.stale:
@@ -158,7 +160,9 @@ class Engine:
             found = await scope.record(name)
         except SealBroken:
             return None  # damaged: learn it again, which repairs it
-        return Adapted(name, found[0], found[1], known=True) if found and found[0].head == head_id else None
+        if found is None or found[0].head != head_id or found[1].expires is not None:
+            return None
+        return Adapted(name, found[0], found[1], known=True)
 
     async def _adapt(
         self,
@@ -181,7 +185,7 @@ class Engine:
         adapt_s = time.perf_counter() - start
         head_id = self._record_id(record)
         if rejected:  # the same support set may have been sent with another bad image
-            known = await self._known(scope, name, head_id, expect)
+            known = await self._known(scope, name, head_id, expect, ttl_s)
             if known:
                 return Adapted(name, known.pointer, known.record, known=True, rejected=rejected)
         start = time.perf_counter()

@@ -76,6 +76,17 @@ def test_a_known_support_set_is_not_extracted_again(tmp_path: Path) -> None:
     run(tmp_path, work, extractor=extractor)
 
 
+def test_an_end_is_set_and_taken_back_though_the_support_set_is_known(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        assert (await engine.adapt(scope, "t", SUPPORT)).record.expires is None
+        assert (await engine.adapt(scope, "t", SUPPORT, ttl_s=60)).record.expires is not None
+        assert (await engine.describe(scope, "t")).record.expires is not None
+        assert (await engine.adapt(scope, "t", SUPPORT)).record.expires is None
+        assert (await engine.describe(scope, "t")).record.expires is None
+
+    run(tmp_path, work)
+
+
 def test_twins_that_come_at_once_share_one_adaptation(tmp_path: Path) -> None:
     extractor = Gated()
 
