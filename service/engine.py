@@ -144,7 +144,7 @@ class Engine:
         async def work() -> Adapted:
             return await self._adapt(scope, name, examples, unlabelled, method, learner, ttl_s, expect, on_bad_image)
 
-        flight = (str(id(scope)), name, head_id, str(expect), str(ttl_s), on_bad_image)
+        flight = (scope.tenant, name, head_id, str(expect), str(ttl_s), on_bad_image)
         return await self._once(flight, work)
 
     async def _known(
@@ -205,15 +205,18 @@ class Engine:
             raise _damaged(task) from None
         if pointer is None:
             raise TaskNotFound(f"There is no task {task!r}.")
-        head = await scope.head(pointer.head)
-        self.metrics.heads.labels("found" if head else "made_again").inc()
-        if head is None:
-            head = await self._once((str(id(scope)), pointer.head), lambda: self._rebuild(scope, task, pointer))
+        cached = await scope.head(pointer.head)
+        self.metrics.heads.labels("found" if cached else "made_again").inc()
+        if cached is None:
+            flight = (scope.tenant, task, pointer.head)
+            at, head = await self._once(flight, lambda: self._rebuild(scope, task))
+        else:
+            at, head = pointer, cached
         if head.artifact != self.artifact.digest:
             raise _stale(task)
         embedded = await self.batcher.embed(payloads)
         rows, timings = self._rows(head, embedded, on_bad_image)
-        return Predictions(task, pointer, head, pointer.head, rows, timings)
+        return Predictions(task, at, head, at.head, rows, timings)
 
     async def classify_once(
         self,
@@ -257,15 +260,15 @@ class Engine:
             raise TaskNotFound(f"There is no task {task!r}.")
         return found
 
-    async def _rebuild(self, scope: Scope, task: str, pointer: Pointer) -> Head:
-        """Makes an evicted head again from its record."""
-        _, record = await self._found(scope, task)
+    async def _rebuild(self, scope: Scope, task: str) -> tuple[Pointer, Head]:
+        """Makes an evicted head again from its record, and tells whose it is: the task may have moved meanwhile."""
+        pointer, record = await self._found(scope, task)
         if record.artifact != self.artifact.digest:
             raise _stale(task)
         learner = self._learner(record.method)
         head = await self.batcher.run(lambda: self._head(record, learner))
-        await scope.keep_head(self._record_id(record), head)
-        return head
+        await scope.keep_head(pointer.head, head)
+        return pointer, head
 
     async def _once(self, key: tuple[str, ...], work: Callable[[], Awaitable[T]]) -> T:
         """Twins share one piece of work, and a caller who leaves does not end it for the others."""

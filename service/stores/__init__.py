@@ -111,6 +111,9 @@ class Record:
 class Scope(Protocol):
     """One tenant's view of a store. Every function raises StoreUnavailable when the store does not answer."""
 
+    @property
+    def tenant(self) -> str: ...
+
     async def pointer(self, task: str) -> Pointer | None:
         """Where the task is now; None when there is none. Raises SealBroken when the pointer is damaged."""
         ...

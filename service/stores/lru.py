@@ -80,11 +80,11 @@ class Recent:
 class RecentScope:
     def __init__(self, recent: Recent, tenant: str):
         self._recent = recent
-        self._tenant = tenant
+        self.tenant = tenant
         self._beneath: Scope = recent.beneath.scope(tenant)
 
     async def pointer(self, task: str) -> Pointer | None:
-        recent, key = self._recent, (self._tenant, task)
+        recent, key = self._recent, (self.tenant, task)
         before, asked = recent.known.get(key), recent.clock()
         try:
             pointer = await self._beneath.pointer(task)
@@ -101,12 +101,12 @@ class RecentScope:
         return await self._beneath.record(task)
 
     async def head(self, head_id: str) -> Head | None:
-        recent, key = self._recent, (self._tenant, head_id)
+        recent, key = self._recent, (self.tenant, head_id)
         head = recent.heads.get(key) or await self._beneath.head(head_id)
         return None if head is None else recent.put(recent.heads, key, value=head)
 
     async def keep_head(self, head_id: str, head: Head) -> None:
-        self._recent.put(self._recent.heads, (self._tenant, head_id), value=head)
+        self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
         try:
             await self._beneath.keep_head(head_id, head)
         except StoreUnavailable:
@@ -116,7 +116,7 @@ class RecentScope:
         pointer = await self._recent.whole(
             self._write(task, self._beneath.commit(task, record, head_id, head, expect=expect), lambda pointer: pointer)
         )
-        self._recent.put(self._recent.heads, (self._tenant, head_id), value=head)
+        self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
         return pointer
 
     async def delete(self, task: str) -> bool:
@@ -131,12 +131,12 @@ class RecentScope:
         A change that fails leaves what was known: it was not acknowledged, and while the store is away that is what
         the task is classified with.
         """
-        recent, key = self._recent, (self._tenant, task)
+        recent, key = self._recent, (self.tenant, task)
         known = recent.known.get(key)
         mine = recent.put(recent.known, key, value=replace(known) if known else Known(None, recent.clock()))
         result = await change
         pointer = after(result) if recent.known.get(key) is mine else None
         if pointer is None and mine.pointer is not None:
-            recent.heads.pop((self._tenant, mine.pointer.head), None)
+            recent.heads.pop((self.tenant, mine.pointer.head), None)
         recent.put(recent.known, key, value=Known(pointer, recent.clock()))
         return result

@@ -39,15 +39,15 @@ class MemoryScope:
 
     def __init__(self, store: MemoryStore, tenant: str):
         self._store = store
-        self._tenant = tenant
+        self.tenant = tenant
         self._sealed = Sealed(store.sealer, tenant)
 
     def _get(self, kind: str, name: str | tuple[str, int]) -> bytes | None:
-        data, expires = self._store.values.get((self._tenant, kind, name), (None, None))
+        data, expires = self._store.values.get((self.tenant, kind, name), (None, None))
         return None if expires is not None and expires <= time.time() else data
 
     def _names(self, kind: str) -> list[str | tuple[str, int]]:
-        return [name for tenant, other, name in self._store.values if (tenant, other) == (self._tenant, kind)]
+        return [name for tenant, other, name in self._store.values if (tenant, other) == (self.tenant, kind)]
 
     def _versions(self, task: str) -> list[int]:
         # Found by name, not through the pointer, so that a damaged pointer loses neither count nor record.
@@ -74,18 +74,18 @@ class MemoryScope:
 
     async def keep_head(self, head_id: str, head: Head) -> None:
         sealed = self._sealed.seal_head(head_id, head)
-        self._store.values[self._tenant, "head", head_id] = sealed, time.time() + self._store.head_ttl_s
+        self._store.values[self.tenant, "head", head_id] = sealed, time.time() + self._store.head_ttl_s
 
     async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
         old = self._versions(task)
         exists = self._get("pointer", task) is not None
         version = next_version(max(old, default=0) if exists else 0, expect)
         for gone in old:
-            del self._store.values[self._tenant, "record", (task, gone)]
+            del self._store.values[self.tenant, "record", (task, gone)]
         pointer = Pointer(version, head_id)
         sealed = self._sealed.seal_record(task, version, record=record)
-        self._store.values[self._tenant, "record", (task, version)] = sealed, record.expires
-        self._store.values[self._tenant, "pointer", task] = self._sealed.seal_pointer(task, pointer), record.expires
+        self._store.values[self.tenant, "record", (task, version)] = sealed, record.expires
+        self._store.values[self.tenant, "pointer", task] = self._sealed.seal_pointer(task, pointer), record.expires
         await self.keep_head(head_id, head)
         return pointer
 
@@ -96,10 +96,10 @@ class MemoryScope:
         except SealBroken:
             pointer = None  # which head it was is lost; that ends by itself
         if pointer is not None:
-            self._store.values.pop((self._tenant, "head", pointer.head), None)
+            self._store.values.pop((self.tenant, "head", pointer.head), None)
         for version in self._versions(task):
-            del self._store.values[self._tenant, "record", (task, version)]
-        self._store.values.pop((self._tenant, "pointer", task), None)
+            del self._store.values[self.tenant, "record", (task, version)]
+        self._store.values.pop((self.tenant, "pointer", task), None)
         return found
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:

@@ -78,11 +78,11 @@ class RedisStore:
 class RedisScope:
     def __init__(self, store: RedisStore, tenant: str):
         self._store = store
-        self._tenant = tenant
+        self.tenant = tenant
         self._sealed = Sealed(store.sealer, tenant)
 
     def _key(self, *parts: str | int) -> str:
-        return ":".join(("fs", self._tenant, *map(str, parts)))
+        return ":".join(("fs", self.tenant, *map(str, parts)))
 
     async def _pointer(self, client: Redis, task: str) -> Pointer | None:
         data = await fetch(client, self._key("p", task))

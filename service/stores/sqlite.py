@@ -144,14 +144,14 @@ class SqliteStore:
 class SqliteScope:
     def __init__(self, store: SqliteStore, tenant: str):
         self._store = store
-        self._tenant = tenant
+        self.tenant = tenant
 
     @cached_property
     def _sealed(self) -> Sealed:
-        return Sealed(self._store.sealer, self._tenant)  # a scope may be made before the store, and its key, are opened
+        return Sealed(self._store.sealer, self.tenant)  # a scope may be made before the store, and its key, are opened
 
     def _now(self, name: str) -> tuple[str, str, float]:
-        return self._tenant, name, time.time()
+        return self.tenant, name, time.time()
 
     async def pointer(self, task: str) -> Pointer | None:
         # On the event loop on purpose: every classify comes here. In WAL mode a reader waits for nobody, and one row
@@ -207,8 +207,8 @@ class SqliteScope:
                 return False
             pointer = self._sealed.list_pointer(task, row[0])
             if pointer is not None:  # should another task share this head, it is made again
-                db.execute("DELETE FROM heads WHERE tenant = ? AND head = ?", (self._tenant, pointer.head))
-            db.execute("DELETE FROM tasks WHERE tenant = ? AND task = ?", (self._tenant, task))
+                db.execute("DELETE FROM heads WHERE tenant = ? AND head = ?", (self.tenant, pointer.head))
+            db.execute("DELETE FROM tasks WHERE tenant = ? AND task = ?", (self.tenant, task))
             return True
 
         found = await self._store.change(work)

@@ -136,7 +136,7 @@ def create_router(engine: Engine, store: Store, settings: Settings, *, precision
             ttl_s=options.ttl,
             on_bad_image=options.on_bad_image,
         )
-        return _task(request.scope["state"], adapted, status=200 if adapted.known else 201)
+        return _task(request.scope["state"], adapted, status=201 if adapted.created else 200)
 
     @router.put(
         "/v1/tasks/{task}",

@@ -147,6 +147,31 @@ def test_a_head_that_many_wait_for_is_made_once(tmp_path: Path, monkeypatch: pyt
     run(tmp_path, work)
 
 
+def test_a_task_that_moves_while_its_head_is_made_again_answers_as_the_version_it_names(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        old = await engine.adapt(scope, "t", SUPPORT)
+        first = await scope.pointer("t")
+        new = await engine.adapt(scope, "t", SUPPORT, method="ridge")
+        assert first == old.pointer
+
+        class Late:
+            """Tells where the task was; all else is as it is now."""
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(scope, name)
+
+            async def pointer(self, task: str) -> object:
+                return first
+
+        for key in [key for key in store.values if key[1] == "head"]:
+            del store.values[key]
+        found = await engine.classify(Late(), "t", [RED])  # type: ignore[arg-type]
+        assert found.head.method == "ridge"
+        assert (found.pointer, found.head_id) == (new.pointer, new.pointer.head)
+
+    run(tmp_path, work)
+
+
 def test_a_task_of_another_artifact_is_stale_never_wrong(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         await engine.adapt(scope, "t", SUPPORT)
