@@ -14,6 +14,10 @@ class Closed(BaseModel):
 Base64 = Annotated[str, Field(description="an encoded JPEG, PNG or WEBP, in base64", examples=["iVBORw0KGgo..."])]
 
 
+# Whatever the settings allow: a body of small items would otherwise become very many Python objects.
+MOST_ITEMS = 10_000
+
+
 class LabelledImage(Closed):
     label: str
     image: Base64
@@ -22,21 +26,21 @@ class LabelledImage(Closed):
 class SupportBody(Closed):
     """A support set as JSON."""
 
-    support: list[LabelledImage]
-    unlabelled: list[Base64] = []
+    support: Annotated[list[LabelledImage], Field(max_length=MOST_ITEMS)]
+    unlabelled: Annotated[list[Base64], Field(max_length=MOST_ITEMS)] = []
     method: str = ""
 
 
 class QueryBody(Closed):
     """Images to classify, as JSON."""
 
-    images: list[Base64]
+    images: Annotated[list[Base64], Field(max_length=MOST_ITEMS)]
 
 
 class OneCallBody(SupportBody):
     """A support set and images to classify, in one call."""
 
-    queries: list[Base64]
+    queries: Annotated[list[Base64], Field(max_length=MOST_ITEMS)]
 
 
 class ClassInfo(Closed):

@@ -218,6 +218,12 @@ def test_json_that_is_wrong_somewhere(http: httpx.Client, body: bytes, pointer: 
     assert problem.get("pointer") == pointer
 
 
+def test_json_of_very_many_small_items(http: httpx.Client) -> None:
+    body = json.dumps({"support": [], "unlabelled": [""] * 10_001}).encode()
+    problem = refused(http.post("/v1/tasks", content=body, headers=JSON), 422, "invalid_request", "10000")
+    assert problem["pointer"] == "/unlabelled"
+
+
 def test_base64_that_is_none(http: httpx.Client) -> None:
     for image, words in (("not base64!", "not base64"), ("data:image/png;base64,AAAA", "data URL"), ("AAA", "base64")):
         support = [{"label": "a", "image": image}]
