@@ -223,6 +223,9 @@ def _checked(name: str, index: int) -> PurePosixPath | None:
 
 
 def _zip_entries(body: bytes, bounds: Bounds) -> Iterator[tuple[PurePosixPath, bytes]]:
+    # Every entry, folders too, has such a header; zipfile would make an object of each before anything can be counted.
+    if body.count(b"PK\x01\x02") > bounds.parts + 1000:
+        raise TooLarge(f"The archive has too many entries; the limit is {bounds.parts}.")
     try:
         archive = zipfile.ZipFile(io.BytesIO(body))
         infos = archive.infolist()

@@ -150,6 +150,11 @@ def test_an_archive_that_unpacks_to_too_much(http: httpx.Client) -> None:
     refused(http.post("/v1/tasks", content=out.getvalue(), headers=ZIP), 413, "too_large", "unpacks")
 
 
+def test_an_archive_of_very_many_empty_folders(http: httpx.Client) -> None:
+    entries = {f"{k}/": b"" for k in range(1100)}
+    refused(http.post("/v1/tasks", content=zipped(entries), headers=ZIP), 413, "too_large", "too many entries")
+
+
 def test_an_archive_whose_header_lies_about_a_size(http: httpx.Client) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
