@@ -36,8 +36,9 @@ class PretrainConfig(Config):
     objectives: str = Field(
         "contrastive=1",
         pattern=r"^\w+=\d*\.?\d+(,\w+=\d*\.?\d+)*$",
-        description="name=weight, with commas: contrastive, supervised",
+        description="name=weight, with commas: contrastive, supervised, rotation",
     )
+    start: Path | None = Field(None, description="folder of a finished pretraining whose weights to start from")
     augment: Literal["photos", "characters"] = "photos"
     rotations: bool = Field(False, description="turns by 90, 180, 270 degrees are images (and classes) of their own")
     epochs: int = Field(20, ge=1)

@@ -1,13 +1,14 @@
 """What pretraining minimises: each objective is a small head on the shared backbone and the loss it gives.
 
 An objective says how many augmented views of an image it wants and turns their pooled features into a loss, so a new
-self-supervised task is one class and one line in the table. Knows nothing of the loop.
+self-supervised task is one class and one line in the table. One that asks about images it has altered itself poses its
+question first: see `pose`. Knows nothing of the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,29 @@ from training.losses import nt_xent
 
 
 class Objective(Protocol):
-    views: int
+    views: int  # augmented views of each image that it reads; 0 for one that poses its own question
     uses_labels: bool
 
-    def __call__(self, pooled: list[Tensor], labels: Tensor) -> Tensor: ...
+    def __call__(self, pooled: list[Tensor], answers: Tensor) -> Tensor:
+        """Pooled features [n, dim] of each view and the answers [n] (the labels, or what `pose` gave) -> loss."""
+        ...
+
+
+@runtime_checkable
+class Posed(Protocol):
+    """An objective that alters images and asks what was done."""
+
+    def pose(self, view: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One view of the batch [n, C, H, W] -> the altered images [m, C, H, W] and the answers [m]."""
+        ...
+
+
+def rotated(images: Tensor, turns: Tensor) -> Tensor:
+    """Turns image i of [n, C, H, W] by turns[i] times 90 degrees."""
+    out = images
+    for k in (1, 2, 3):
+        out = torch.where((turns == k)[:, None, None, None], torch.rot90(images, k, (2, 3)), out)
+    return out
 
 
 class Contrastive(nn.Module):
@@ -57,4 +77,34 @@ class Supervised(nn.Module):
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
 
-OBJECTIVES: Mapping[str, type[Contrastive] | type[Supervised]] = {"contrastive": Contrastive, "supervised": Supervised}
+class Rotation(nn.Module):
+    """By how many quarter turns an image was rotated.
+
+    Gidaris, Singh and Komodakis, "Unsupervised Representation Learning by Predicting Image Rotations", 2018,
+    https://arxiv.org/abs/1803.07728; as an aid to few-shot features, Mangla et al., "Charting the Right Manifold",
+    2020, https://arxiv.org/abs/1907.12087. Asked of a share of the batch only, which is what it costs. Not for
+    characters, of which a turned one is another.
+    """
+
+    views = 0
+    uses_labels = False
+
+    def __init__(self, dim: int, classes: int, *, share: float = 0.25):
+        super().__init__()
+        self.share = share
+        self.classify = nn.Linear(dim, 4)
+
+    def pose(self, view: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        some = view[: max(1, round(self.share * len(view)))]
+        turns = torch.randint(4, (len(some),), generator=rng).to(view.device)
+        return rotated(some, turns), turns
+
+    def forward(self, pooled: list[Tensor], answers: Tensor) -> Tensor:
+        return F.cross_entropy(self.classify(pooled[0]).float(), answers)
+
+
+OBJECTIVES: Mapping[str, type[Contrastive] | type[Supervised] | type[Rotation]] = {
+    "contrastive": Contrastive,
+    "supervised": Supervised,
+    "rotation": Rotation,
+}

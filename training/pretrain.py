@@ -27,7 +27,7 @@ from training import checkpoint, data, evaluate
 from training.augment import AUGMENTATIONS
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
-from training.objectives import OBJECTIVES
+from training.objectives import OBJECTIVES, Posed, rotated
 
 CHECKPOINT = "pretrain.safetensors"
 
@@ -57,14 +57,6 @@ def learning_rate(step: int, steps: int, config: PretrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def rotated(images: Tensor, turns: Tensor) -> Tensor:
-    """Turns image i of [n, C, H, W] by turns[i] times 90 degrees."""
-    out = images
-    for k in (1, 2, 3):
-        out = torch.where((turns == k)[:, None, None, None], torch.rot90(images, k, (2, 3)), out)
-    return out
-
-
 class Run:
     """All state of one pretraining: networks, optimizer, step."""
 
@@ -76,6 +68,9 @@ class Run:
         self.turns = 4 if config.rotations else 1
         torch.manual_seed(config.seed)
         self.backbone = ResNet(SHAPES[config.shape])
+        if config.start is not None:
+            start, _ = load_extractor(config.start)
+            self.backbone.load_state_dict(start.backbone.state_dict())
         weights = dict(part.split("=") for part in config.objectives.split(","))
         self.weights = {name: float(weight) for name, weight in weights.items()}
         classes = len(images.classes) * self.turns
@@ -84,7 +79,7 @@ class Run:
         self.network = nn.ModuleDict({"backbone": self.backbone, "heads": self.heads})
         # torch's stub of Module.to leaves out memory_format.
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.views = max(OBJECTIVES[name].views for name in self.weights)
+        self.views = max(1, *(OBJECTIVES[name].views for name in self.weights))
         self.optimizer = self._optimizer()
         self.step = 0
         self.precision: str = config.precision
@@ -128,10 +123,20 @@ class Run:
         images, labels = self.batch(self.step)
         rng = generator(self.config.seed, self.step)
         size = self.size_at(self.step)
-        views = torch.cat([self.augment(images, size, rng) for _ in range(self.views)])
+        views = [self.augment(images, size, rng) for _ in range(self.views)]
+        posed = {name: head.pose(views[0], rng) for name, head in self.heads.items() if isinstance(head, Posed)}
+        inputs = torch.cat([*views, *(altered for altered, _ in posed.values())])
+        sizes = [len(images)] * self.views + [len(answers) for _, answers in posed.values()]
         with autocast(self.device, self.precision):
-            pooled = list(self.backbone(views.contiguous(memory_format=torch.channels_last)).chunk(self.views))
-            losses = {name: self.heads[name](pooled, labels) for name in self.weights}
+            parts = self.backbone(inputs.contiguous(memory_format=torch.channels_last)).split(sizes)
+            own = dict(zip(posed, parts[self.views :], strict=True))
+            plain = list(parts[: self.views])
+            losses = {
+                name: self.heads[name]([own[name]], posed[name][1])
+                if name in posed
+                else self.heads[name](plain, labels)
+                for name in self.weights
+            }
         total = sum(
             (self.weights[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device)
         )

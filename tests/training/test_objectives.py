@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training.losses import nt_xent
-from training.objectives import OBJECTIVES, Contrastive, Supervised
+from training.objectives import OBJECTIVES, Contrastive, Posed, Rotation, Supervised, rotated
 
 DIM, CLASSES, N = 8, 5, 10
 
@@ -73,3 +73,30 @@ def test_supervised_has_an_answer_for_every_class() -> None:
     assert Supervised(DIM, 11)([pooled()[0]], torch.full((N,), 10)).isfinite()
     with pytest.raises(IndexError):
         Supervised(DIM, 10)([pooled()[0]], torch.full((N,), 10))
+
+
+def test_rotation_asks_about_a_share_of_the_batch_and_its_answers_are_the_turns_made() -> None:
+    objective = Rotation(DIM, CLASSES, share=0.5)
+    assert isinstance(objective, Posed)
+    assert not isinstance(Supervised(DIM, CLASSES), Posed)
+    view = torch.rand(N, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    altered, turns = objective.pose(view, torch.Generator().manual_seed(2))
+    assert altered.shape == (N // 2, 3, 6, 6)
+    assert set(turns.tolist()) <= {0, 1, 2, 3}
+    assert len(set(turns.tolist())) > 1
+    for image, turn, found in zip(view, turns, altered, strict=False):
+        assert torch.equal(torch.rot90(image, int(turn), (1, 2)), found)
+    assert torch.equal(altered, objective.pose(view, torch.Generator().manual_seed(2))[0])
+    features = torch.rand(N // 2, DIM).requires_grad_()
+    loss = objective([features], turns)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert features.grad is not None
+    assert objective([features], (turns + 1) % 4) != loss
+
+
+def test_rotated_turns_each_image_by_its_own_quarter_turns() -> None:
+    images = torch.arange(2 * 9, dtype=torch.float32).reshape(2, 1, 3, 3)
+    found = rotated(images, torch.tensor([0, 3]))
+    assert torch.equal(found[0], images[0])
+    assert torch.equal(found[1], torch.rot90(images[1], 3, (1, 2)))

@@ -27,7 +27,7 @@ from training.config import PretrainConfig, parse
 KINDS = [
     {"objectives": objectives, "rotations": rotations, "optimizer": optimizer}
     for objectives, rotations, optimizer in itertools.product(
-        ("contrastive=1", "supervised=1", "contrastive=1,supervised=0.5"), (False, True), ("sgd", "adamw")
+        ("contrastive=1", "supervised=1,rotation=0.5", "contrastive=1,supervised=0.5"), (False, True), ("sgd", "adamw")
     )
 ]
 # On drawn shapes: 72 images.
@@ -82,13 +82,6 @@ def test_the_learning_rate_rises_evenly_and_then_falls_to_nothing() -> None:
     assert rates[60] == pytest.approx(0.2)
     assert 0 < rates[-1] < 0.001
     assert pretrain.learning_rate(0, 1, config(lr=0.4, warmup=0)) == 0.4
-
-
-def test_each_image_is_turned_by_its_own_number_of_quarters() -> None:
-    images = torch.rand(8, 3, 6, 6)
-    turns = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
-    for image, turn, found in zip(images, turns, pretrain.rotated(images, turns), strict=True):
-        assert torch.equal(found, torch.rot90(image, int(turn), (1, 2)))
 
 
 @pytest.mark.parametrize("rotations", [False, True])
@@ -237,6 +230,13 @@ def test_a_run_stopped_by_the_clock_goes_on_to_the_same_end(
         pretrain.load_extractor(tmp_path)
     pretrain.main(PretrainConfig(**given))
     assert differing(whole(unbroken), whole(tmp_path)) == []
+
+
+def test_a_run_may_start_from_the_weights_of_another(shapes: Path, unbroken: Path) -> None:
+    started = pretrain.Run(config(start=unbroken), noise(3, 7))
+    source, _ = pretrain.load_extractor(unbroken)
+    assert not differing(tensors(dict(source.backbone.state_dict())), tensors(dict(started.backbone.state_dict())))
+    assert differing(tensors(a_run().state()["network"]), tensors(started.state()["network"]))
 
 
 def test_a_finished_run_stays_as_it_is(shapes: Path, unbroken: Path) -> None:
