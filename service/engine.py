@@ -1,72 +1,45 @@
-"""The use cases, without HTTP: adapt, classify, describe, list, forget.
-
-Adaptation is a pure function of the support features, and the features are rounded to half precision before it, as
-they are kept: so a head that was evicted is made again from its record, bit for bit. Knows nothing of requests,
-statuses or keys.
-"""
+"""The use cases, without HTTP: adapt, classify, describe, list, forget. Knows nothing of requests, statuses or keys."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
-import json
-import re
 import time
-import unicodedata
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from models.arrays import fetch, place
 from models.artifact import Artifact
-from models.episode import Support
 from models.errors import (
     ExtractorFailed,
     FewshotError,
     InvalidRequest,
-    InvalidSupport,
     TaskNotFound,
     TaskStale,
     TooLarge,
     UnknownMethod,
 )
-from models.head import Affine, Head
+from models.head import Head
 from models.learners import Learner
 from service.batcher import Batcher, Embedded
 from service.metrics import Metrics
 from service.stores import Pointer, Record, Scope, SealBroken
+from service.support import (
+    Example,
+    Limits,
+    OnBadImage,
+    Rejected,
+    checked,
+    head_of,
+    record_id,
+    record_of,
+    task_name,
+)
+from service.support import head_id as head_id_of
 
 T = TypeVar("T")
-TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-OnBadImage = Literal["skip", "fail"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request may ask for, checked before work is done."""
-
-    max_examples: int = 512
-    max_queries: int = 64
-    max_way: int = 256
-    max_label: int = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    label: str
-    payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """An image that was left out, and why."""
-
-    index: int
-    code: str
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +106,8 @@ class Engine:
         """
         method = method or self.default_method
         learner = self._learner(method)
-        examples = self._checked(examples, unlabelled)
-        head_id = self._head_id(method, examples, unlabelled)
+        examples = checked(examples, unlabelled, self.limits)
+        head_id = head_id_of(self.artifact.digest, method, examples, unlabelled)
         name = task_name(task) if task is not None else "t_" + head_id[3:27]
 
         known = await self._known(scope, name, head_id, expect, ttl_s)
@@ -183,7 +156,7 @@ class Engine:
         start = time.perf_counter()
         head = await self.batcher.run(lambda: self._head(record, learner))
         adapt_s = time.perf_counter() - start
-        head_id = self._record_id(record)
+        head_id = record_id(record)
         if rejected:  # the same support set may have been sent with another bad image
             known = await self._known(scope, name, head_id, expect, ttl_s)
             if known:
@@ -230,14 +203,14 @@ class Engine:
         """Support and questions in one call; nothing is stored."""
         method = method or self.default_method
         learner = self._learner(method)
-        examples = self._checked(examples, unlabelled)
+        examples = checked(examples, unlabelled, self.limits)
         self._check_queries(payloads)
         embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled, *payloads])
         split = len(examples) + len(unlabelled)
         record, rejected = self._record(examples, unlabelled, _part(embedded, 0, split), method, on_bad_image)
         head = await self.batcher.run(lambda: self._head(record, learner))
         rows, timings = self._rows(head, _part(embedded, split, len(embedded.items)), on_bad_image)
-        return Predictions(None, None, head, self._record_id(record), rows, timings), rejected
+        return Predictions(None, None, head, record_id(record), rows, timings), rejected
 
     async def describe(self, scope: Scope, task: str) -> Adapted:
         found = await self._found(scope, task)
@@ -298,57 +271,11 @@ class Engine:
             known = ", ".join(self.learners)
             raise UnknownMethod(f"There is no method {method[:64]!r}; this artifact has {known}.") from None
 
-    def _checked(self, examples: Sequence[Example], unlabelled: Sequence[bytes]) -> list[Example]:
-        """Labels in their normal form and every limit kept. Raises InvalidSupport or TooLarge."""
-        total = len(examples) + len(unlabelled)
-        if total > self.limits.max_examples:
-            raise TooLarge(
-                f"The support set has {total} images; the limit is {self.limits.max_examples} (MAX_EXAMPLES)."
-            )
-        if not examples:
-            raise InvalidSupport("The support set is empty: send at least one image of each of two classes.")
-        checked = [
-            Example(self._label(example.label, index), example.payload) for index, example in enumerate(examples)
-        ]
-        labels = {example.label for example in checked}
-        if len(labels) < 2:
-            raise InvalidSupport(
-                f"Only the class {next(iter(labels))!r} has examples; a task needs two classes or more."
-            )
-        if len(labels) > self.limits.max_way:
-            raise TooLarge(f"The task has {len(labels)} classes; the limit is {self.limits.max_way} (MAX_WAY).")
-        return checked
-
-    def _label(self, label: str, index: int) -> str:
-        label = unicodedata.normalize("NFC", label).strip()
-        if not label:
-            raise InvalidSupport("A label is empty.", index=index)
-        if len(label) > self.limits.max_label:
-            raise InvalidSupport(
-                f"A label has {len(label)} characters; the limit is {self.limits.max_label} (MAX_LABEL).", index=index
-            )
-        if any(unicodedata.category(character) in ("Cc", "Cs") for character in label):
-            raise InvalidSupport("A label holds control characters.", index=index)
-        return label
-
     def _check_queries(self, payloads: Sequence[bytes]) -> None:
         if not payloads:
             raise InvalidRequest("There is no image to classify.")
         if len(payloads) > self.limits.max_queries:
             raise TooLarge(f"There are {len(payloads)} images; the limit is {self.limits.max_queries} (MAX_QUERIES).")
-
-    def _head_id(self, method: str, examples: Sequence[Example], unlabelled: Sequence[bytes]) -> str:
-        ids = sorted({(example.label, _example_id(example.label, example.payload)) for example in examples})
-        return self._digest(method, ids, sorted({_example_id("", payload) for payload in unlabelled}))
-
-    def _record_id(self, record: Record) -> str:
-        labelled = len(record.classes)
-        ids = [[record.labels[c], record.ids[i]] for i, c in enumerate(record.classes)]
-        return self._digest(record.method, ids, list(record.ids[labelled:]))
-
-    def _digest(self, method: str, ids: Sequence[Any], unlabelled: Sequence[str]) -> str:
-        text = json.dumps([self.artifact.digest, method, [list(pair) for pair in ids], unlabelled])
-        return "hd_" + hashlib.sha256(text.encode()).hexdigest()[:40]
 
     def _record(
         self,
@@ -358,66 +285,19 @@ class Engine:
         method: str,
         on_bad_image: OnBadImage,
     ) -> tuple[Record, tuple[Rejected, ...]]:
-        """The record of the usable examples, in canonical order: by label, then by content."""
-        rejected: list[Rejected] = []
-        rows: dict[tuple[str, str], np.ndarray] = {}
-        extra: dict[str, np.ndarray] = {}
-        for index, item in enumerate(embedded.items):
-            labelled = index < len(examples)
-            label = examples[index].label if labelled else ""
-            if isinstance(item, ExtractorFailed):
-                raise item
-            if isinstance(item, FewshotError):
-                if on_bad_image == "fail":
-                    raise item
-                rejected.append(Rejected(index, item.code, item.detail))
-                continue
-            example_id = _example_id(label, examples[index].payload if labelled else unlabelled[index - len(examples)])
-            if (label, example_id) in rows or example_id in extra:
-                rejected.append(Rejected(index, "duplicate_example", "The same image was sent twice; it counts once."))
-            elif labelled:
-                rows[label, example_id] = item
-            else:
-                extra[example_id] = item
-        labels = sorted({example.label for example in examples})
-        for label in labels:
-            if not any(key[0] == label for key in rows):
-                reasons = {r.index: r.detail for r in rejected}
-                index = next(i for i, example in enumerate(examples) if example.label == label)
-                raise InvalidSupport(f"The class {label!r} has no usable image: {reasons[index]}", index=index)
-        keys = sorted(rows)
-        record = Record(
+        return record_of(
+            examples,
+            unlabelled,
+            embedded.items,
             artifact=self.artifact.digest,
             method=method,
-            labels=tuple(labels),
-            ids=(*(key[1] for key in keys), *sorted(extra)),
-            classes=np.array([labels.index(key[0]) for key in keys], np.int32),
-            features=np.stack([rows[key] for key in keys]).astype(np.float16),
-            unlabelled=np.array([extra[key] for key in sorted(extra)], np.float16).reshape(
-                len(extra), self.artifact.manifest.dim
-            ),
-            created=time.time(),
+            dim=self.artifact.manifest.dim,
+            on_bad_image=on_bad_image,
         )
-        return record, tuple(rejected)
 
     def _head(self, record: Record, learner: Learner) -> Head:
         """Adapts; runs on a lane."""
-        way = len(record.labels)
-        unlabelled = record.unlabelled.astype(np.float32)
-        support = Support(
-            place(record.features.astype(np.float32), self._device),
-            place(record.classes, self._device),
-            way,
-            place(unlabelled, self._device) if len(unlabelled) else None,
-        )
-        affine = learner.adapt(support)
-        shots = tuple(int(count) for count in np.bincount(record.classes, minlength=way))
-        weight, bias = fetch(affine.weight), fetch(affine.bias)
-        folded = self.artifact.manifest.methods[record.method].fold(Affine(weight, bias), shots)
-        affine = Affine(folded.weight.astype(np.float32), folded.bias.astype(np.float32))
-        if not (np.isfinite(affine.weight).all() and np.isfinite(affine.bias).all()):
-            raise ExtractorFailed("The adaptation gave numbers that are not finite; nothing was stored.")
-        return Head(affine, record.labels, shots, record.method, record.artifact)
+        return head_of(record, learner, self.artifact.manifest.methods[record.method], device=self._device)
 
     def _rows(
         self, head: Head, embedded: Embedded, on_bad_image: OnBadImage
@@ -440,17 +320,6 @@ class Engine:
             self.metrics.images.labels(op, "used").inc(good)
         if bad:
             self.metrics.images.labels(op, "rejected").inc(bad)
-
-
-def task_name(name: str) -> str:
-    """The name, if it is one. Raises InvalidRequest."""
-    if not TASK_NAME.fullmatch(name):
-        raise InvalidRequest("A task name has 1 to 64 letters, digits, '-' or '_'.")
-    return name
-
-
-def _example_id(label: str, payload: bytes) -> str:
-    return "ex_" + hashlib.sha256(label.encode() + b"\0" + payload).hexdigest()[:32]
 
 
 def _damaged(task: str) -> TaskStale:

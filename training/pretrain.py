@@ -131,12 +131,8 @@ class Run:
             parts = self.backbone(inputs.contiguous(memory_format=torch.channels_last)).split(sizes)
             own = dict(zip(posed, parts[self.views :], strict=True))
             plain = list(parts[: self.views])
-            losses = {
-                name: self.heads[name]([own[name]], posed[name][1])
-                if name in posed
-                else self.heads[name](plain, labels)
-                for name in self.weights
-            }
+            asked = {name: ([own[name]], posed[name][1]) if name in posed else (plain, labels) for name in self.weights}
+            losses = {name: self.heads[name](*question) for name, question in asked.items()}
         total = sum(
             (self.weights[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device)
         )

@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,15 +20,17 @@ from models.artifact import Artifact
 from models.errors import FewshotError, InvalidRequest
 from models.extractor import Extractor, best_device, load_extractor
 from service.batcher import Batcher
-from service.engine import Engine, Limits
+from service.engine import Engine
 from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 from service.stores import Store, StoreMisconfigured
 from service.stores.opening import open_store
-from service.web import docs, problems, schemas
+from service.support import Limits
+from service.web import about, classify, docs, openapi, problems, tasks
+from service.web.access import Access
+from service.web.bodies import Bounds
 from service.web.boundary import Boundary
 from service.web.lean import LeanClassify
-from service.web.routes import TENANT, create_router
 
 log = logging.getLogger(__name__)
 VERSION = "0.1.0"
@@ -98,23 +99,22 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    router = create_router(engine, store, settings, precision=settings.precision)
-    app.include_router(router)
-    app.include_router(docs.create_router())
+    bounds = Bounds(
+        parts=settings.max_examples + settings.max_queries,
+        unpacked=4 * settings.max_body_bytes,
+        entry=settings.max_example_bytes,
+    )
+    routers = [
+        tasks.create_router(engine, bounds),
+        classify.create_router(engine, bounds),
+        about.create_router(engine, store, settings),
+        docs.create_router(),
+    ]
+    for router in routers:
+        app.include_router(router)
 
     generated = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        """FastAPI's file, with the schemas of bodies that we read ourselves."""
-        document = generated()
-        known = document["components"]["schemas"]
-        for model in (schemas.SupportBody, schemas.QueryBody, schemas.OneCallBody, schemas.Problem):
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            known.update(schema.pop("$defs", {}))
-            known[model.__name__] = schema
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.complete(generated())  # type: ignore[method-assign]
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
@@ -128,7 +128,7 @@ def create_app(
     async def theirs(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
         if error.status_code == 405:  # the router names the methods of one route only
-            routes = [route for route in (*router.routes, *app.routes) if isinstance(route, Route)]
+            routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
             allowed = {
                 m for route in routes if route.matches(request.scope)[0] != Match.NONE for m in route.methods or ()
             }
@@ -145,7 +145,7 @@ def create_app(
         return problems.of_error(InvalidRequest(text), request_id=request.state.request_id)
 
     return Boundary(
-        LeanClassify(app, engine, store.scope(TENANT)),
+        Access(LeanClassify(app, engine), store),
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
         metrics=metrics,

@@ -26,7 +26,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from models.errors import InvalidRequest, InvalidSupport, TooLarge, UnsupportedMedia
-from service.engine import Example
+from service.support import Example
 from service.web.schemas import OneCallBody, QueryBody, SupportBody
 
 T = TypeVar("T")
@@ -58,6 +58,13 @@ class Bounds:
 class _Parser(MultiPartParser):
     # Uploads stay in memory, which the limit on the body bounds: nothing of a client's is written to a disk.
     spool_max_size = 1 << 40
+
+
+def one_of(option: str, body: str) -> str:
+    """The method, from the query string or the body. Raises InvalidRequest when they disagree."""
+    if option and body and option != body:
+        raise InvalidRequest("`method` is given twice, and differently, in the query string and in the body.")
+    return option or body
 
 
 def media_type(request: Request) -> str:

@@ -15,9 +15,7 @@ from starlette.types import Scope as ASGIScope
 
 from models.errors import FewshotError
 from service.engine import Engine
-from service.stores import Scope
-from service.web import problems
-from service.web.routes import answer_predictions
+from service.web import answers, problems
 
 PATH = re.compile(r"/v1/tasks/([A-Za-z0-9_-]{1,64})/classify")
 TYPES = (b"image/jpeg", b"image/png", b"image/webp", b"application/octet-stream")
@@ -25,10 +23,9 @@ ROUTE = SimpleNamespace(path="/v1/tasks/{task}/classify")
 
 
 class LeanClassify:
-    def __init__(self, app: ASGIApp, engine: Engine, tenant: Scope):
+    def __init__(self, app: ASGIApp, engine: Engine):
         self.app = app
         self.engine = engine
-        self.tenant = tenant
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         task = _task(scope)
@@ -46,8 +43,8 @@ class LeanClassify:
                 break
         response: Response
         try:
-            predictions = await self.engine.classify(self.tenant, task, [b"".join(chunks)])
-            response = answer_predictions(scope["state"], predictions)
+            predictions = await self.engine.classify(scope["state"]["tenant"], task, [b"".join(chunks)])
+            response = answers.predictions(scope["state"], predictions)
         except FewshotError as error:
             response = problems.of_error(error, request_id=scope["state"]["request_id"])
         await response(scope, receive, send)

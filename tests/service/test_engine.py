@@ -13,9 +13,10 @@ from models.errors import InvalidSupport, TaskNotFound, TaskStale, TooLarge, Unk
 from models.head import Head
 from models.images import ImageDecoder
 from service.batcher import Batcher
-from service.engine import Engine, Example, Limits, task_name
+from service.engine import Engine
 from service.stores import Scope
 from service.stores.memory import MemoryStore
+from service.support import Example, Limits, task_name
 from tests.fakes import Gated, MeanColour, picture, tiny_artifact
 
 SUPPORT = [Example(label, picture(label, seed=seed)) for label in ("red", "blue") for seed in range(3)]

@@ -1,0 +1,85 @@
+"""Routes about the service itself: artifact, limits, health, metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from models.artifact import Artifact
+from models.images import FORMATS, MAX_ASPECT, MIN_EDGE
+from service.engine import Engine
+from service.settings import Settings
+from service.stores import Store
+from service.web import answers, schemas
+
+
+def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter:
+    router = APIRouter(tags=["service"])
+
+    @router.get(
+        "/v1/artifact",
+        operation_id="get_artifact",
+        summary="What is served, and how well it does",
+        response_model=schemas.ArtifactInfo,
+    )
+    async def get_artifact() -> Response:
+        return answers.answer(_artifact(engine.artifact, engine.default_method, settings.precision))
+
+    @router.get(
+        "/v1/limits",
+        operation_id="get_limits",
+        summary="Every limit in force",
+        response_model=schemas.LimitsInfo,
+    )
+    async def get_limits() -> Response:
+        names = set(schemas.LimitsInfo.model_fields) & set(Settings.model_fields)
+        limits = {name: getattr(settings, name) for name in sorted(names)}
+        return answers.answer({**limits, "min_edge": MIN_EDGE, "max_aspect": MAX_ASPECT, "formats": list(FORMATS)})
+
+    @router.get("/healthz", operation_id="live", summary="The process runs", response_model=schemas.Health)
+    async def live() -> Response:
+        return answers.answer({"status": "ok"})
+
+    @router.get(
+        "/readyz",
+        operation_id="ready",
+        summary="The extractor runs; the store may be away",
+        response_model=schemas.Health,
+        responses={503: {"model": schemas.Health, "description": "the lanes have stopped"}},
+    )
+    async def ready() -> Response:
+        lane, up = engine.batcher.alive, await store.ping()
+        engine.metrics.store_up.set(up)
+        status = "unavailable" if not lane else "ok" if up else "degraded"
+        return answers.answer({"status": status, "lane": lane, "store": up}, status=200 if lane else 503)
+
+    @router.get(
+        "/metrics",
+        operation_id="metrics",
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}},
+    )
+    async def metrics() -> Response:
+        engine.metrics.waiting.set(engine.batcher.waiting)
+        return Response(engine.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+def _artifact(artifact: Artifact, default: str, precision: str) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "digest": artifact.digest,
+        "name": manifest.name,
+        "description": manifest.description,
+        "input": dict(manifest.input),
+        "dim": manifest.dim,
+        "methods": [
+            {"name": name, "default": name == default, "unlabelled": name != "ridge"} for name in manifest.methods
+        ],
+        "precision": precision,
+        "accuracy": [dict(row) for row in manifest.accuracy],
+        "training": dict(manifest.training),
+    }

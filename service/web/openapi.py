@@ -1,0 +1,80 @@
+"""What the OpenAPI file says beyond what FastAPI finds out: problems by status, and bodies that we read ourselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from service.web import schemas
+
+
+def ref(model: type[BaseModel]) -> dict[str, str]:
+    """Where the OpenAPI file has the schema; `complete` puts it there."""
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/problem+json": {"schema": ref(schemas.Problem)}},
+    }
+    for status, text in {
+        408: "the body came too slowly",
+        413: "a limit was passed",
+        415: "unsupported media type",
+        422: "the request cannot be read or learned from",
+        500: "the extractor failed, or a bug",
+        503: "too busy, or the store does not answer; see Retry-After",
+    }.items()
+}
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {**PROBLEMS[422], "description": "no task of that name"}}
+STALE: dict[int | str, dict[str, Any]] = {409: {**PROBLEMS[422], "description": "learned with another artifact"}}
+CONFLICT: dict[int | str, dict[str, Any]] = {412: {**PROBLEMS[422], "description": "the task has moved"}}
+
+
+def _binary(description: str) -> dict[str, Any]:
+    return {"schema": {"type": "string", "format": "binary"}, "description": description}
+
+
+_FILES = {"schema": {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}}
+
+
+def _body(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": dict(content)}}
+
+
+SUPPORT_BODY = _body(
+    {
+        "multipart/form-data": {**_FILES, "description": "files; the name of a field is the label"},
+        "application/json": {"schema": ref(schemas.SupportBody)},
+        "application/zip": _binary("one folder per label"),
+        "application/x-tar": _binary("one folder per label"),
+    }
+)
+ONE_CALL_BODY = _body(
+    {
+        "multipart/form-data": {**_FILES, "description": "files; fields named `query` are the questions"},
+        "application/json": {"schema": ref(schemas.OneCallBody)},
+    }
+)
+QUERY_BODY = _body(
+    {
+        "image/jpeg": _binary("one image"),
+        "image/png": _binary("one image"),
+        "image/webp": _binary("one image"),
+        "multipart/form-data": {**_FILES, "description": "files"},
+        "application/json": {"schema": ref(schemas.QueryBody)},
+    }
+)
+
+
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI's file, with the schemas that only our own descriptions refer to."""
+    known = document["components"]["schemas"]
+    for model in (schemas.SupportBody, schemas.QueryBody, schemas.OneCallBody, schemas.Problem):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        known.update(schema.pop("$defs", {}))
+        known[model.__name__] = schema
+    return document
