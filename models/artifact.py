@@ -15,14 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load
 
-from models.calibration import Temperature
+from models.calibration import Rejection, Temperature
 from models.errors import ArtifactInvalid
 from models.extractor import Extractor
 from models.images import ImageDecoder
@@ -54,6 +54,7 @@ class Manifest:
     accuracy: tuple[Mapping[str, Any], ...]
     int8: Mapping[str, Any] | None
     files: Mapping[str, str]  # file name -> sha256
+    rejections: Mapping[str, Rejection] = field(default_factory=dict)  # of the methods that can say "none of these"
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -61,6 +62,11 @@ class Manifest:
         if data["format"] != FORMAT:
             raise ValueError(f"unknown format {data['format']!r}")
         methods = {name: Temperature(**values["temperature"]) for name, values in data["methods"].items()}
+        rejections = {
+            name: Rejection(**{key: tuple(map(float, value)) for key, value in values["rejection"].items()})
+            for name, values in data["methods"].items()
+            if values.get("rejection")
+        }
         unknown = set(methods) - set(LEARNERS)
         if unknown or data["default"] not in methods:
             raise ValueError(f"methods {sorted(methods)} with default {data['default']!r}")
@@ -78,6 +84,7 @@ class Manifest:
             accuracy=tuple(data["accuracy"]),
             int8=data.get("int8"),
             files=data["files"],
+            rejections=rejections,
         )
 
 

@@ -1,8 +1,13 @@
-"""The temperature of a learner as a function of way and shot.
+"""What makes a learner's numbers honest: a temperature, and how surely an image shows one of the classes at all.
 
 Guo et al., "On Calibration of Modern Neural Networks", 2017, https://arxiv.org/abs/1706.04599: one number that divides
 the logits makes probabilities honest. Here it is smooth in the size of the task, so that it also holds for sizes that
-were not seen when it was fitted. Knows nothing of how it is fitted.
+were not seen when it was fitted.
+
+Liu et al., "Energy-based Out-of-distribution Detection", 2020, https://arxiv.org/abs/2010.03759: an image of no class
+scores low with all of them, which the log-sum of the exponentials of its logits shows and their softmax hides. What
+is low differs from task to task, so the energy is read against what the task's own examples score when they are held
+out. Knows nothing of how the numbers are fitted.
 """
 
 from __future__ import annotations
@@ -10,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from models.head import Affine
 
@@ -30,3 +37,52 @@ class Temperature:
         """The same map with calibrated logits."""
         temperature = self.at(len(shots), shots)
         return Affine(affine.weight / temperature, affine.bias / temperature)
+
+
+def energy(logits: np.ndarray) -> np.ndarray:
+    """Log of the sum of the exponentials of each row: [n, way] -> [n]."""
+    most = logits.max(axis=1, keepdims=True)
+    return np.asarray(most[:, 0] + np.log(np.exp(logits - most).sum(axis=1)))
+
+
+def size_of(shots: Sequence[int], energies: np.ndarray) -> np.ndarray:
+    """What the spread of genuine energies in a task is read from: [5]."""
+    mean, deviation = float(energies.mean()), float(energies.std())
+    return np.array([1.0, math.log(len(shots)), math.log(sum(shots) / len(shots)), mean, math.log(deviation + 0.1)])
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """How the energies of images that do show one of the classes are spread, as a function of the task.
+
+    Location and logarithm of the spread are linear in `size_of` the task, read from the support examples that could be
+    held out or, in a one-shot task, from what each scores among the other classes. `quantiles` are those of the
+    standardised energies, from 0 to 1 in equal steps.
+    """
+
+    location: tuple[float, ...]  # [5]
+    spread: tuple[float, ...]  # [5]
+    location_one_shot: tuple[float, ...]  # [5]
+    spread_one_shot: tuple[float, ...]  # [5]
+    quantiles: tuple[float, ...]
+
+    def gauge(self, shots: Sequence[int], *, held_out: np.ndarray, rivals: np.ndarray) -> tuple[float, float]:
+        """Location and spread of genuine energies in one task, from its calibrated logits.
+
+        held_out [m, way]: of examples that the head was not made from; rivals [n, way - 1]: of every example, without
+        its own class.
+        """
+        if len(held_out):
+            size, location, spread = size_of(shots, energy(held_out)), self.location, self.spread
+        else:
+            size, location, spread = size_of(shots, energy(rivals)), self.location_one_shot, self.spread_one_shot
+        return float(size @ np.array(location)), math.exp(float(size @ np.array(spread)))
+
+    def known(self, energies: np.ndarray, gauge: tuple[float, float]) -> np.ndarray:
+        """The share of genuine images that would score lower than each: [n] in 0..1.
+
+        To reject where it is below r is to turn away the share r of genuine images.
+        """
+        location, spread = gauge
+        grid = np.linspace(0, 1, len(self.quantiles))
+        return np.asarray(np.interp((energies - location) / spread, self.quantiles, grid))

@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from models.arrays import Array, softmax
 
-FORMAT = "fewshot-head-1"
+FORMAT = "fewshot-head-2"  # a head of another format counts as gone, and is made again
 
 
 class Affine(NamedTuple):
@@ -34,11 +34,15 @@ class Head:
     shots: tuple[int, ...]
     method: str
     artifact: str  # digest of the artifact whose features it reads
+    gauge: tuple[float, float] | None = None  # where genuine images score, see models/calibration.py
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """[n, dim] -> [n, way], calibrated."""
+        return np.asarray(features @ self.affine.weight.T + self.affine.bias)
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """[n, dim] -> [n, way], rows that sum to one."""
-        logits = features @ self.affine.weight.T + self.affine.bias
-        return np.asarray(softmax(logits))
+        return np.asarray(softmax(self.logits(features)))
 
     def to_bytes(self) -> bytes:
         text = {
@@ -47,6 +51,7 @@ class Head:
             "shots": self.shots,
             "method": self.method,
             "artifact": self.artifact,
+            "gauge": self.gauge,
         }
         # safetensors writes the memory behind a view as it lies there: a transposed one would come back scrambled.
         arrays = {name: np.ascontiguousarray(value) for name, value in self.affine._asdict().items()}
@@ -63,6 +68,7 @@ class Head:
             labels, shots = tuple(text["labels"]), tuple(text["shots"])
             weight, bias = arrays["weight"], arrays["bias"]
             method, artifact = text["method"], text["artifact"]
+            gauge = None if text["gauge"] is None else (float(text["gauge"][0]), float(text["gauge"][1]))
             known = text["format"] == FORMAT
         except Exception as error:  # whatever is wrong with foreign bytes, they are no head
             raise HeadInvalid("The bytes are not a head.") from error
@@ -75,7 +81,8 @@ class Head:
             and all(isinstance(value, str) for value in (*labels, method, artifact))
             and all(isinstance(shot, int) for shot in shots)
             and bool(np.isfinite(weight).all() and np.isfinite(bias).all())
+            and (gauge is None or bool(np.isfinite(gauge).all() and gauge[1] > 0))
         )
         if not fits:
             raise HeadInvalid("The head's parts do not fit together.")
-        return cls(Affine(weight, bias), labels, shots, method, artifact)
+        return cls(Affine(weight, bias), labels, shots, method, artifact, gauge)

@@ -95,6 +95,9 @@ class EvaluateConfig(Config):
     episodes: int = Field(2000, ge=2)
     learners: str = Field("", description="with commas; empty = all of the artifact")
     rotations: bool = False
+    foreign: int = Field(
+        0, ge=0, description="classes per episode that the task does not know; measures trust as well: see honesty.py"
+    )
     group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
     precision: Literal["float32", "int8"] = "float32"
     per_class: int = Field(0, ge=0)

@@ -18,7 +18,7 @@ from models.episode import Support
 from models.extractor import Extractor, load_extractor
 from models.head import Affine
 from models.learners import Learner
-from training import data
+from training import data, honesty
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, digest, frozen
 
@@ -141,11 +141,15 @@ def main(config: EvaluateConfig) -> list[Row]:
         sys.exit(f"--way: {config.data} has only {len(images.classes)} classes in its split '{config.split}'.")
     print(f"{len(images)} images of {len(images.classes)} classes: {config.data} ({config.split})", file=sys.stderr)
     features = embed(extractor, images.pixels)
-    rows, _ = measure(learners, features, Pool.of(images.labels, images.groups), config)
+    pool = Pool.of(images.labels, images.groups)
+    rows, _ = measure(learners, features, pool, config)
     print(
         f"\n{artifact.manifest.name} on {config.data.name} ({config.split}), {config.precision}, "
         f"{config.episodes} episodes, {config.queries} queries a class, 95 % intervals\n\n{table(rows)}\n"
     )
+    if config.foreign:
+        trust = honesty.measure(artifact, features, pool, config)
+        print(f"{config.foreign} foreign classes an episode, per cent\n\n{honesty.table(trust)}\n")
     if config.json_out:
         config.json_out.parent.mkdir(parents=True, exist_ok=True)
         with config.json_out.open("a") as file:

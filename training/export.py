@@ -27,11 +27,13 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.numpy import save_file
 
 from models.artifact import ARRAYS, FORMAT, GRAPH, INT8_GRAPH, MANIFEST, PROBE, WEIGHTS, Artifact
+from models.calibration import Temperature, energy, size_of
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.images import ImageDecoder
 from models.learners import Learner, build
 from models.learners.prototype import Prototype
+from models.report import held_out, without_own
 from models.resnet import ImageExtractor, fold
 from training import checkpoint, data, evaluate, metatrain
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
@@ -40,6 +42,7 @@ from training.pretrain import load_extractor
 
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
 SHOTS = (1, 2, 5, 10)
+SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
 
 
 def rounded(extractor: ImageExtractor) -> ImageExtractor:
@@ -131,10 +134,22 @@ def quantise(proto: onnx.ModelProto, pixels: np.ndarray, out: Path) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Answered:
+    """What one learner said in one calibration task."""
+
+    cell: int
+    shots: tuple[int, ...]
+    logits: np.ndarray  # [q, way] of the questions
+    answers: np.ndarray  # [q]
+    held_out: np.ndarray  # [m, way] of support examples that were held out
+    rivals: np.ndarray  # [n, way - 1] of support examples, without their own class
+
+
 def calibrate(
     learners: Mapping[str, Learner], features: np.ndarray, pool: Pool, *, episodes: int, queries: int, seed: int
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Temperatures by learner, and mean accuracy by learner on 5-way tasks, which the default is chosen by."""
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]], dict[str, float]]:
+    """Temperatures and rejections by learner, and mean accuracy on 5-way tasks, which the default is chosen by."""
     most = min(len(rows) for rows in pool.classes) - 1
     ways = sorted({min(way, len(pool.classes)) for way in (2, 5, 10, 20)})
     cells: list[tuple[int, int, list[Indices]]] = []
@@ -142,27 +157,71 @@ def calibrate(
         for shot in [shot for shot in SHOTS if shot <= most]:
             count = max(10, episodes * 5 // max(5, way))
             cells.append((way, shot, frozen(pool, way=way, shot=shot, queries=queries, count=count, seed=seed)))
-    temperatures, scores = {}, {}
+    sizes = np.array([[1.0, np.log(way), np.log(shot)] for way, shot, _ in cells])
+    temperatures, rejections, scores = {}, {}, {}
     grid = np.linspace(np.log(0.05), np.log(20), 121)
     for method, learner in learners.items():
-        rows, logs, right = [], [], []
-        for way, shot, tasks in cells:
-            logits, answers = [], []
-            for task in tasks:
-                affine = learner.adapt(evaluate.support_of(features, task))
-                logits.append(features[task.query] @ affine.weight.T + affine.bias)
-                answers.append(task.answers)
-            stacked, truth = np.concatenate(logits), np.concatenate(answers)
+        found = [_answered(learner, features, task, cell) for cell, (_, _, tasks) in enumerate(cells) for task in tasks]
+        logs, right = [], []
+        for cell, (way, _, _) in enumerate(cells):
+            stacked = np.concatenate([task.logits for task in found if task.cell == cell])
+            truth = np.concatenate([task.answers for task in found if task.cell == cell])
             losses = [_nll(stacked / np.exp(value), truth) for value in grid]
             logs.append(grid[int(np.argmin(losses))])
-            rows.append([1.0, np.log(way), np.log(shot)])
             if way == min(5, len(pool.classes)):
                 right.append(float((stacked.argmax(axis=1) == truth).mean()))
-        fit = np.linalg.lstsq(np.array(rows), np.array(logs), rcond=None)[0]
+        fit = np.linalg.lstsq(sizes, np.array(logs), rcond=None)[0]
         names = ("constant", "by_way", "by_shot")
         temperatures[method] = {name: round(float(value), 4) for name, value in zip(names, fit, strict=True)}
         scores[method] = float(np.mean(right))
-    return temperatures, scores
+        rejections[method] = fit_rejection(found, Temperature(**temperatures[method]))
+    return temperatures, rejections, scores
+
+
+def _answered(learner: Learner, features: np.ndarray, task: Indices, cell: int) -> Answered:
+    support = evaluate.support_of(features, task)
+    affine = learner.adapt(support)
+    own = features[task.support] @ affine.weight.T + affine.bias
+    shots = tuple(int(count) for count in np.bincount(task.labels, minlength=task.way))
+    return Answered(
+        cell,
+        shots,
+        features[task.query] @ affine.weight.T + affine.bias,
+        task.answers,
+        held_out(learner, support).logits,
+        without_own(own, task.labels),
+    )
+
+
+def fit_rejection(tasks: list[Answered], temperature: Temperature) -> dict[str, list[float]]:
+    """The numbers of a Rejection, by least squares on tasks whose questions all show one of their classes.
+
+    How the location follows the task's own energies is not fitted: within one domain they hardly differ and the fit
+    would all but ignore them, but from domain to domain they shift as a whole.
+    """
+    fits: dict[str, list[float]] = {}
+    scaled = []
+    for many, suffix in ((True, ""), (False, "_one_shot")):
+        chosen = [task for task in tasks if (len(task.held_out) > 0) == many]
+        sizes, genuine = [], []
+        for task in chosen:
+            t = temperature.at(len(task.shots), task.shots)
+            sizes.append(size_of(task.shots, energy((task.held_out if many else task.rivals) / t)))
+            genuine.append(energy(task.logits / t))
+        inputs = np.array(sizes).reshape(len(chosen), 5)
+        slope = SHIFT if many else SHIFT_ONE_SHOT
+        means = np.array([values.mean() for values in genuine])
+        size = np.linalg.lstsq(inputs[:, :3], means - slope * inputs[:, 3], rcond=None)[0]
+        location = np.array([*size, slope, 0.0])
+        off = [values - row @ location for values, row in zip(genuine, inputs, strict=True)]
+        widths = np.log([np.sqrt(np.mean(values**2)) + 1e-6 for values in off])
+        spread = np.linalg.lstsq(inputs, np.array(widths), rcond=None)[0]
+        scaled += [values / np.exp(row @ spread) for values, row in zip(off, inputs, strict=True)]
+        fits[f"location{suffix}"] = [round(float(value), 5) for value in location]
+        fits[f"spread{suffix}"] = [round(float(value), 5) for value in spread]
+    quantiles = np.quantile(np.concatenate(scaled), np.linspace(0, 1, 201))
+    fits["quantiles"] = [round(float(value), 4) for value in quantiles]
+    return fits
 
 
 def _nll(logits: np.ndarray, truth: np.ndarray) -> float:
@@ -195,7 +254,7 @@ def main(config: ExportConfig) -> Path:
     tasks, images = _calibration_tasks(config, extractor, pretrained, decoder)
     stored = {method: {n: _stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
     learners = {method: build(method, fields) for method, fields in stored.items()}
-    temperatures, scores = calibrate(
+    temperatures, rejections, scores = calibrate(
         learners, tasks.features, tasks.pool, episodes=config.episodes, queries=5, seed=config.seed
     )
     default = config.default or max(scores, key=lambda method: scores[method])
@@ -227,14 +286,16 @@ def main(config: ExportConfig) -> Path:
             "width": pretrained.size,
             "channels": extractor.backbone.shape.channels,
         },
-        "methods": {method: {"temperature": temperatures[method]} for method in stored},
+        "methods": {
+            method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in stored
+        },
         "default": default,
         "training": {
             "data": pretrained.data.name,
             "split": pretrained.split,
             "shape": pretrained.shape,
             "objectives": pretrained.objectives,
-            "labels_used": "supervised" in pretrained.objectives or "labels" in (learned_from, config.tasks),
+            "labels_used": "supervised" in pretrained.objectives or learned_from == "labels",  # calibration: see below
             "epochs": pretrained.epochs,
             "seed": pretrained.seed,
             "calibration": f"{config.tasks} of {config.calibration_split}",

@@ -34,6 +34,18 @@ def prototypes(support: Support, scale: Array) -> Array:
     return means
 
 
+def left_out(features: Array, support: Support) -> tuple[Array, Array, Array, Array]:
+    """Classes of features [n, dim] one-hot [n, way], class means [way, dim], and for each example how many others its
+    class has [n], hardly any for an only one, and their mean [n, dim], which then means nothing."""
+    xp = array_namespace(features)
+    own = one_hot(support.labels, support.way, features)
+    counts = xp.sum(own, axis=0)
+    sums = own.T @ features
+    others = own @ counts - 1
+    others = xp.maximum(others, xp.full_like(others, 1e-6))
+    return own, sums / counts[:, None], others, (own @ sums - features) / others[:, None]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prototype:
     log_scale: Array  # []
@@ -43,3 +55,12 @@ class Prototype:
         scale = xp.exp(self.log_scale)
         weight = scale * normalise(prototypes(support, scale))
         return Affine(weight, xp.zeros_like(weight[:, 0]))
+
+    def leave_one_out(self, support: Support) -> Array:
+        """Logits [n, way] of each example by the map made without it; meaningless where its class has no other."""
+        features = support.features
+        xp = array_namespace(features)
+        own, means, _, without = left_out(features, support)
+        rivals = features @ normalise(means).T
+        mine = xp.sum(features * normalise(without), axis=-1)
+        return xp.exp(self.log_scale) * (rivals * (1 - own) + mine[:, None] * own)

@@ -15,7 +15,7 @@ from array_api_compat import array_namespace
 from models.arrays import Array, one_hot, square_sum
 from models.episode import Support
 from models.head import Affine
-from models.learners.prototype import prototypes
+from models.learners.prototype import left_out, prototypes
 
 
 def whitening(basis: Array, spectrum: Array, log_shrink: Array) -> Array:
@@ -55,3 +55,13 @@ class Whitened:
         weight = scale * (means @ transform.T)
         counts = xp.sum(one_hot(support.labels, support.way, means), axis=0)
         return Affine(weight, scale * offset(means, counts, self.log_noise))
+
+    def leave_one_out(self, support: Support) -> Array:
+        """Logits [n, way] of each example by the map made without it; meaningless where its class has no other."""
+        xp = array_namespace(support.features)
+        scale = xp.exp(self.log_scale)
+        features = support.features @ whitening(self.basis, self.spectrum, self.log_shrink)
+        own, means, others, without = left_out(features, support)
+        rivals = features @ means.T + offset(means, xp.sum(own, axis=0), self.log_noise)[None, :]
+        mine = xp.sum(features * without, axis=-1) + offset(without, others, self.log_noise)
+        return scale * (rivals * (1 - own) + mine[:, None] * own)

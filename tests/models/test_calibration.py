@@ -1,13 +1,26 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.arrays import softmax
-from models.calibration import Temperature
+from models.calibration import Rejection, Temperature, energy
 from models.head import Affine
+
+# Each number of the size has a weight of its own: 1, log way, log mean shots, mean and log deviation of the energies.
+REJECTION = Rejection(
+    location=(1.0, 2.0, 3.0, 1.5, 0.5),
+    spread=(math.log(2), 0.1, -1.0, 0.01, 0.2),
+    location_one_shot=(5.0, 0.5, 7.0, 2.0, 0.25),
+    spread_one_shot=(0.1, 0.2, 7.0, 0.03, 0.4),
+    quantiles=(-3.0, -1.0, -1.0, 0.0, 2.0),
+)
+NUMBERS = st.floats(-1e6, 1e6)
 
 
 def test_before_it_is_fitted_it_changes_nothing() -> None:
@@ -45,3 +58,63 @@ def test_a_higher_temperature_doubts_more_and_answers_the_same() -> None:
     sure, doubtful = chances(-1), chances(1)
     assert (sure.max(axis=1) > doubtful.max(axis=1)).all()
     assert np.array_equal(sure.argmax(axis=1), doubtful.argmax(axis=1))
+
+
+def test_the_energy_is_the_log_of_the_sum_of_the_exponentials() -> None:
+    logits = np.log([[1.0, 2.0, 5.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_allclose(energy(logits), np.log([8, 3]))
+    np.testing.assert_allclose(energy(logits[:, :1]), np.log([1, 1]), atol=1e-12)
+
+
+def test_the_energy_of_large_logits_is_finite() -> None:
+    np.testing.assert_allclose(energy(np.array([[1e4, 1e4], [-1e4, -1e4]])), [1e4 + np.log(2), -1e4 + np.log(2)])
+
+
+@settings(deadline=None, database=None)
+@given(
+    energies=st.lists(NUMBERS, min_size=2, max_size=20),
+    location=NUMBERS,
+    spread=st.floats(1e-3, 1e3),
+    quantiles=st.lists(st.floats(-10, 10), min_size=2, max_size=50).map(sorted),
+)
+def test_known_is_a_share_that_never_falls_as_the_energy_rises(
+    energies: list[float], location: float, spread: float, quantiles: list[float]
+) -> None:
+    rejection = dataclasses.replace(REJECTION, quantiles=tuple(quantiles))
+    known = rejection.known(np.array(sorted(energies)), (location, spread))
+    assert known.shape == (len(energies),)
+    assert (known >= 0).all()
+    assert (known <= 1).all()
+    assert (np.diff(known) >= -1e-12).all()
+
+
+def test_known_is_the_share_of_genuine_images_that_score_lower() -> None:
+    known = REJECTION.known(np.array([-1e9, 4.0, 8.0, 10.0, 12.0, 14.0, 1e9]), (10.0, 2.0))
+    np.testing.assert_allclose(known, [0, 0, 0.5, 0.75, 0.875, 1, 1])
+
+
+def test_where_examples_were_held_out_their_energies_place_the_gauge() -> None:
+    held_out = np.log([[3.0, 1.0], [6.0, 2.0]])  # energies log 4 and log 8
+    location, spread = REJECTION.gauge((2, 8), held_out=held_out, rivals=np.full((10, 1), 99.0))
+    way, shots, mean, deviation = math.log(2), math.log(5), 2.5 * math.log(2), math.log(math.log(2) / 2 + 0.1)
+    assert location == pytest.approx(1 + 2 * way + 3 * shots + 1.5 * mean + 0.5 * deviation)
+    assert spread == pytest.approx(2 * math.exp(0.1 * way - shots + 0.01 * mean + 0.2 * deviation))
+
+
+def test_a_one_shot_task_is_placed_by_what_its_examples_score_among_the_others() -> None:
+    nothing = np.zeros((0, 3), np.float32)
+    rivals = np.log([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])  # energies log 2, log 4 and log 8
+    location, spread = REJECTION.gauge((1, 1, 1), held_out=nothing, rivals=rivals)
+    way, mean, deviation = math.log(3), 2 * math.log(2), math.log(math.log(2) * math.sqrt(2 / 3) + 0.1)
+    assert location == pytest.approx(5 + 0.5 * way + 2 * mean + 0.25 * deviation)
+    assert spread == pytest.approx(math.exp(0.1 + 0.2 * way + 0.03 * mean + 0.4 * deviation))
+
+
+@pytest.mark.parametrize("way", [2, 5, 40])
+@pytest.mark.parametrize("shot", [1, 2, 100])
+def test_a_gauge_is_two_finite_numbers_for_tasks_of_any_size(way: int, shot: int) -> None:
+    held_out = np.zeros((way * shot if shot > 1 else 0, way), np.float32)
+    gauge = REJECTION.gauge((shot,) * way, held_out=held_out, rivals=np.zeros((way * shot, way - 1), np.float32))
+    assert np.isfinite(gauge).all()
+    assert gauge[1] > 0
+    assert all(type(value) is float for value in gauge)  # as it is written into a head

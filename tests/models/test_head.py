@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from models.head import Affine, Head, HeadInvalid
+from models.head import FORMAT, Affine, Head, HeadInvalid
 
 RNG = np.random.default_rng(0)
 
@@ -27,7 +27,9 @@ def head(**replaced: Any) -> Head:
 
 
 def same(one: Head, other: Head) -> bool:
-    texts = all(getattr(one, name) == getattr(other, name) for name in ("labels", "shots", "method", "artifact"))
+    texts = all(
+        getattr(one, name) == getattr(other, name) for name in ("labels", "shots", "method", "artifact", "gauge")
+    )
     return texts and all(map(np.array_equal, one.affine, other.affine))
 
 
@@ -49,8 +51,41 @@ def test_a_head_comes_back_from_its_bytes_as_it_was() -> None:
     assert same(Head.from_bytes(found.to_bytes()), found)
 
 
-def test_equal_heads_have_equal_bytes() -> None:
+@pytest.mark.parametrize("gauge", [(-3.25, 0.1), (1 / 3, 1e-9), (7, 2)])
+def test_a_gauge_comes_back_as_it_was(gauge: tuple[float, float]) -> None:
+    assert Head.from_bytes(head(gauge=gauge).to_bytes()).gauge == gauge
+    assert Head.from_bytes(head().to_bytes()).gauge is None
+
+
+@pytest.mark.parametrize(
+    "gauge", [(), (1.0,), 7, ("a", 1.0), (0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))]
+)
+def test_a_gauge_that_could_not_be_read_against_is_no_head(gauge: Any) -> None:
+    with pytest.raises(HeadInvalid):
+        Head.from_bytes(head(gauge=gauge).to_bytes())
+
+
+def test_a_head_as_it_was_written_before_there_were_gauges_counts_as_gone() -> None:
     found = head()
+    text = {"format": "fewshot-head-1", "labels": found.labels, "shots": found.shots}
+    text |= {"method": found.method, "artifact": found.artifact}
+    with pytest.raises(HeadInvalid):
+        Head.from_bytes(save(found.affine._asdict(), metadata={"head": json.dumps(text)}))
+    with pytest.raises(HeadInvalid):  # nor does another name make it one of today's
+        Head.from_bytes(found.to_bytes().replace(FORMAT.encode(), b"fewshot-head-1"))
+
+
+def test_probabilities_are_the_softmax_of_the_logits() -> None:
+    found, features = head(), RNG.standard_normal((5, 8)).astype(np.float32)
+    logits = features @ found.affine.weight.T + found.affine.bias
+    np.testing.assert_array_equal(found.logits(features), logits)
+    np.testing.assert_allclose(
+        found.probabilities(features), np.exp(logits) / np.exp(logits).sum(1)[:, None], rtol=1e-5
+    )
+
+
+def test_equal_heads_have_equal_bytes() -> None:
+    found = head(gauge=(0.1, 0.2))
     assert len({Head.from_bytes(found.to_bytes()).to_bytes() for _ in range(20)}) == 1
 
 
@@ -115,7 +150,7 @@ def test_a_single_class_is_no_head() -> None:
 def test_bytes_of_another_format_are_no_head() -> None:
     data = head().to_bytes()
     with pytest.raises(HeadInvalid):
-        Head.from_bytes(data.replace(b"fewshot-head-1", b"fewshot-head-9"))
+        Head.from_bytes(data.replace(FORMAT.encode(), b"fewshot-head-9"))
     with pytest.raises(HeadInvalid):
         Head.from_bytes(save(load(data)))
 

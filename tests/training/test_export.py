@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -20,13 +21,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from models.artifact import ARRAYS, GRAPH, INT8_GRAPH, MANIFEST, PROBE, WEIGHTS, Artifact
-from models.calibration import Temperature
+from models.calibration import Rejection, Temperature, energy
 from models.errors import ArtifactInvalid
 from models.extractor import load_extractor
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.images import ImageDecoder
+from models.learners import Learner
 from models.learners.prototype import Prototype
+from models.learners.ridge import Ridge
+from models.report import held_out, without_own
 from models.resnet import SHAPES, ImageExtractor, ResNet
 from training import data, evaluate, export, metatrain, pretrain
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
@@ -81,7 +85,7 @@ def test_calibration_undoes_a_scale_that_is_wrong(factor: float) -> None:
         "given": Prototype(np.float32(np.log(6))),
         "scaled": Prototype(np.float32(np.log(6 * factor))),
     }
-    found, scores = export.calibrate(learners, features, Pool.of(labels), episodes=30, queries=5, seed=0)
+    found, _, scores = export.calibrate(learners, features, Pool.of(labels), episodes=30, queries=5, seed=0)
     assert found["scaled"]["constant"] - found["given"]["constant"] == pytest.approx(np.log(factor), abs=0.05)
     for name in ("by_way", "by_shot"):
         assert found["scaled"][name] == pytest.approx(found["given"][name], abs=0.05)
@@ -95,7 +99,7 @@ def test_calibration_makes_probabilities_as_sure_as_they_are_right() -> None:
     features = rng.normal(size=(10, 8))[labels] + 1.2 * rng.normal(size=(200, 8))
     features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
     pool, learner = Pool.of(labels), Prototype(np.float32(np.log(50)))  # far too sure
-    found, _ = export.calibrate({"prototype": learner}, features, pool, episodes=100, queries=5, seed=0)
+    found, _, _ = export.calibrate({"prototype": learner}, features, pool, episodes=100, queries=5, seed=0)
     temperature = Temperature(**found["prototype"])
     sure: list[float] = []
     right: list[bool] = []
@@ -106,6 +110,85 @@ def test_calibration_makes_probabilities_as_sure_as_they_are_right() -> None:
         sure += list((chances / chances.sum(axis=1, keepdims=True)).max(axis=1))
         right += list(logits.argmax(axis=1) == episode.answers)
     assert np.mean(sure) == pytest.approx(np.mean(right), abs=0.06)
+
+
+# Rejection: fitted on tasks of some classes, held to its promise on tasks of others
+
+
+REJECTING: dict[str, Learner] = {
+    "prototype": Prototype(np.float32(np.log(8))),
+    "ridge": Ridge(np.float32(np.log(8)), np.float32(np.log(0.5))),
+}
+
+
+def drawn(seed: int, *, classes: int = 40, images: int = 25, noise: float = 0.6) -> tuple[np.ndarray, np.ndarray]:
+    """Features [n, 32] of classes as unlike as directions in space can be, some of them wider than others; labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), images)
+    wide = rng.uniform(0.7, 1.3, classes)[labels][:, None]
+    centres = rng.normal(size=(classes, 32))
+    features = centres[labels] + noise * wide * rng.normal(size=(len(labels), 32))
+    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def fitted() -> dict[str, tuple[Temperature, Rejection]]:
+    features, labels = drawn(0)
+    temperatures, rejections, _ = export.calibrate(REJECTING, features, Pool.of(labels), episodes=60, queries=5, seed=0)
+    return {
+        name: (Temperature(**temperatures[name]), Rejection(**{k: tuple(v) for k, v in rejections[name].items()}))
+        for name in REJECTING
+    }
+
+
+def known_of(
+    method: str, fitted: tuple[Temperature, Rejection], *, way: int, shot: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the questions of new tasks get, and what images of other classes get: as the service works it out."""
+    learner, (temperature, rejection) = REJECTING[method], fitted
+    features, labels = drawn(1)
+    genuine, foreign = [], []
+    for episode in frozen(Pool.of(labels), way=way, shot=shot, queries=10, count=60, seed=5):
+        support, shots = evaluate.support_of(features, episode), (shot,) * way
+        weight, bias = temperature.fold(learner.adapt(support), shots)
+        held = held_out(learner, support).logits / temperature.at(way, shots)
+        rivals = without_own(support.features @ weight.T + bias, episode.labels)
+        gauge = rejection.gauge(shots, held_out=held, rivals=rivals)
+        others = np.flatnonzero(~np.isin(labels, labels[episode.support]))[::7]
+        for rows, found in ((episode.query, genuine), (others, foreign)):
+            found.append(rejection.known(energy(features[rows] @ weight.T + bias), gauge))
+    return np.concatenate(genuine), np.concatenate(foreign)
+
+
+@pytest.mark.parametrize("way", [2, 5, 10])
+@pytest.mark.parametrize("shot", [1, 3, 5])
+@pytest.mark.parametrize("method", REJECTING)
+def test_as_many_genuine_images_of_new_tasks_are_turned_away_as_was_said(
+    method: str, shot: int, way: int, fitted: dict[str, tuple[Temperature, Rejection]]
+) -> None:
+    genuine, foreign = known_of(method, fitted[method], way=way, shot=shot)
+    assert (genuine >= 0).all()
+    assert (genuine <= 1).all()
+    assert np.mean(genuine < 0.05) == pytest.approx(0.05, abs=0.03)
+    for rate in np.arange(0.1, 1, 0.1):  # one curve serves tasks of every size, so it fits each only about
+        assert np.mean(genuine < rate) == pytest.approx(rate, abs=0.15)
+    # How often an image of a class scores higher than one of none.
+    order = np.argsort(np.concatenate([foreign, genuine]), kind="stable")
+    ranks = np.empty(len(order))
+    ranks[order] = np.arange(len(order))
+    area = (ranks[len(foreign) :].mean() - (len(genuine) - 1) / 2) / len(foreign)
+    assert area > 0.8
+    assert np.mean(foreign < 0.05) > 3 * np.mean(genuine < 0.05)
+
+
+@pytest.mark.parametrize("method", REJECTING)
+def test_a_rejection_is_numbers_that_a_manifest_can_hold(
+    method: str, fitted: dict[str, tuple[Temperature, Rejection]]
+) -> None:
+    _, rejection = fitted[method]
+    assert len(rejection.quantiles) == 201
+    assert list(rejection.quantiles) == sorted(rejection.quantiles)
+    json.dumps(dataclasses.asdict(rejection), allow_nan=False)
 
 
 def test_an_artifact_is_never_written_over(tmp_path: Path) -> None:
@@ -251,6 +334,30 @@ def test_the_graph_says_nothing_of_the_computer_it_was_made_on(artifact: Artifac
         raw = (artifact.path / name).read_bytes()
         assert re.search(rb"\w\.py\b", raw) is None  # "org.pytorch" is the name of an operator set
         assert str(Path.home()).encode() not in raw
+
+
+@pytest.mark.slow
+def test_every_method_can_say_none_of_these_and_its_numbers_come_back(artifact: Artifact) -> None:
+    assert set(artifact.manifest.rejections) == set(artifact.manifest.methods)
+    written = json.loads((artifact.path / MANIFEST).read_text())["methods"]
+    for method, rejection in artifact.manifest.rejections.items():
+        assert dataclasses.asdict(rejection) == {
+            name: tuple(values) for name, values in written[method]["rejection"].items()
+        }
+        for shot in (1, 5):
+            logits = np.random.default_rng(shot).normal(size=(5 * shot, 5))
+            held = logits if shot > 1 else logits[:0]
+            gauge = rejection.gauge((shot,) * 5, held_out=held, rivals=logits[:, 1:])
+            known = rejection.known(energy(logits), gauge)
+            assert np.isfinite(gauge).all()
+            assert ((known >= 0) & (known <= 1)).all()
+
+
+@pytest.mark.slow
+def test_an_artifact_from_before_there_were_rejections_has_none(artifact: Artifact, copied: Path) -> None:
+    methods = json.loads((copied / MANIFEST).read_text())["methods"]
+    old = {name: {"temperature": values["temperature"]} for name, values in methods.items()}
+    assert Artifact.load(rewritten(copied, methods=old)).manifest.rejections == {}
 
 
 @pytest.mark.slow
