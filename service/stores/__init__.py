@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,9 @@ from safetensors.numpy import load, save
 from models.errors import StoreUnavailable
 from models.head import Head
 
-RECORD_FORMAT = "fewshot-record-1"
+RECORD_FORMAT = "fewshot-record-2"
+RECORD_FORMATS = ("fewshot-record-1", RECORD_FORMAT)  # that are read; the first one had no images
+MOST_REMEMBERED = 1000  # values beside one task
 SEAL = b"fs1\0"
 
 
@@ -65,8 +68,12 @@ class Record:
     unlabelled: np.ndarray  # [u, dim] float16
     created: float  # seconds since 1970
     expires: float | None = None
+    images: tuple[bytes, ...] = ()  # encoded, in the order of `ids`; none when they are not retained
 
     def to_bytes(self) -> bytes:
+        """Raises ValueError when there are images, but not one for each id."""
+        if self.images and len(self.images) != len(self.ids):
+            raise ValueError(f"There are {len(self.images)} images for {len(self.ids)} ids.")
         text = {
             "format": RECORD_FORMAT,
             "artifact": self.artifact,
@@ -75,7 +82,13 @@ class Record:
             "ids": self.ids,
             "times": [self.created, self.expires],
         }
-        arrays = {"classes": self.classes, "features": self.features, "unlabelled": self.unlabelled}
+        arrays = {
+            "classes": self.classes,
+            "features": self.features,
+            "unlabelled": self.unlabelled,
+            "images": np.frombuffer(b"".join(self.images), np.uint8),
+            "sizes": np.array([len(image) for image in self.images], np.int64),
+        }
         # safetensors writes the memory behind a view as it lies there: a slice would come back as other numbers.
         return save(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata={"record": json.dumps(text)}
@@ -87,7 +100,7 @@ class Record:
         try:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             text = json.loads(header["__metadata__"]["record"])
-            if text["format"] != RECORD_FORMAT:
+            if text["format"] not in RECORD_FORMATS:
                 raise SealBroken(f"The record has the unknown format {text['format']!r}.")
             arrays: dict[str, Any] = load(data)
             created, expires = text["times"]
@@ -101,11 +114,29 @@ class Record:
                 unlabelled=arrays["unlabelled"],
                 created=created,
                 expires=expires,
+                images=() if text["format"] == RECORD_FORMATS[0] else _images(arrays, len(text["ids"])),
             )
         except SealBroken:
             raise
         except Exception as error:  # any damage is the same to the reader
             raise SealBroken("The record cannot be read.") from error
+
+
+def _images(arrays: dict[str, Any], count: int) -> tuple[bytes, ...]:
+    """The images of `count` examples, cut apart. Raises ValueError unless the sizes are those of all of them."""
+    images, sizes = arrays["images"], arrays["sizes"]
+    ends = [0, *itertools.accumulate(sizes.tolist())]
+    fits = (
+        images.dtype == np.uint8
+        and sizes.dtype == np.int64
+        and images.shape == (ends[-1],)
+        and len(sizes) in (0, count)
+        and all(size >= 0 for size in sizes)
+    )
+    if not fits:
+        raise ValueError("The images do not fit their sizes.")
+    data = images.tobytes()
+    return tuple(data[start:end] for start, end in itertools.pairwise(ends))
 
 
 class Scope(Protocol):
@@ -118,8 +149,19 @@ class Scope(Protocol):
         """Where the task is now; None when there is none. Raises SealBroken when the pointer is damaged."""
         ...
 
-    async def record(self, task: str) -> tuple[Pointer, Record] | None:
-        """The record that the task points at. Raises SealBroken when it is damaged."""
+    async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
+        """The record of a version (None: of the current one), and where that was; None when it is not kept.
+
+        An earlier one has the `expires` that it was written with; it ends with the current one. Raises SealBroken when
+        it is damaged.
+        """
+        ...
+
+    async def versions(self, task: str) -> list[Pointer]:
+        """The kept versions, newest first, the current one included; none when there is no such task.
+
+        Raises SealBroken when the pointer or the history is damaged.
+        """
         ...
 
     async def head(self, head_id: str) -> Head | None:
@@ -133,12 +175,29 @@ class Scope(Protocol):
     async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
         """Writes record and head and moves the pointer to the next version, all or nothing, durably.
 
-        `expect` is the version the task must be at (0: it must not exist; None: any). Raises VersionConflict.
+        `expect` is the version the task must be at (0: it must not exist; None: any). Raises VersionConflict. Earlier
+        records are kept, as many as the store was made for, and end when this one does.
         """
         ...
 
     async def delete(self, task: str) -> bool:
-        """Forgets a task, durably; False when there is none."""
+        """Forgets a task, all its versions and what is remembered beside it, durably; False when there is none."""
+        ...
+
+    async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
+        """Keeps a small value beside a task for `ttl_s` seconds, durably; says whether it was written.
+
+        With `new` only when there is none under that key; of several who try at once, one succeeds. The task need not
+        exist. Of more than MOST_REMEMBERED values beside one task, those written first are forgotten.
+        """
+        ...
+
+    async def recall(self, task: str, key: str) -> bytes | None:
+        """What is remembered under that key; None when there is none, or it is damaged."""
+        ...
+
+    async def forget_remembered(self, task: str, key: str) -> None:
+        """Forgets one remembered value, durably, if there is one."""
         ...
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:

@@ -97,8 +97,11 @@ class RecentScope:
             recent.put(recent.known, key, value=Known(pointer, asked))
         return pointer
 
-    async def record(self, task: str) -> tuple[Pointer, Record] | None:
-        return await self._beneath.record(task)
+    async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
+        return await self._beneath.record(task, version=version)
+
+    async def versions(self, task: str) -> list[Pointer]:
+        return await self._beneath.versions(task)
 
     async def head(self, head_id: str) -> Head | None:
         recent, key = self._recent, (self.tenant, head_id)
@@ -124,6 +127,15 @@ class RecentScope:
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         return await self._beneath.tasks(limit=limit, after=after)
+
+    async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
+        return await self._beneath.remember(task, key, value, ttl_s=ttl_s, new=new)
+
+    async def recall(self, task: str, key: str) -> bytes | None:
+        return await self._beneath.recall(task, key)
+
+    async def forget_remembered(self, task: str, key: str) -> None:
+        await self._beneath.forget_remembered(task, key)
 
     async def _write(self, task: str, change: Coroutine[Any, Any, T], after: Callable[[T], Pointer | None]) -> T:
         """Does a change and notes where the task is `after` it; of writes that overlap, nobody knows which was last.

@@ -8,18 +8,22 @@ from __future__ import annotations
 import time
 
 from models.head import Head
-from service.stores import Pointer, Record, SealBroken, Sealer
+from service.stores import MOST_REMEMBERED, Pointer, Record, SealBroken, Sealer
 from service.stores.sealed import Sealed, next_version
+
+# Of a record the name is (task, version), of a remembered value (task, key).
+Name = str | tuple[str, int | str]
 
 
 class MemoryStore:
     name = "memory"
 
-    def __init__(self, *, key: bytes = b"memory", head_ttl_s: float = 7 * 24 * 3600):
+    def __init__(self, *, key: bytes = b"memory", head_ttl_s: float = 7 * 24 * 3600, versions_kept: int = 10):
         self.sealer = Sealer(key)
         self.head_ttl_s = head_ttl_s
-        # (tenant, kind, name) -> sealed bytes and when they expire; the name of a record is (task, version)
-        self.values: dict[tuple[str, str, str | tuple[str, int]], tuple[bytes, float | None]] = {}
+        self.versions_kept = versions_kept
+        # (tenant, kind, name) -> sealed bytes and when they expire
+        self.values: dict[tuple[str, str, Name], tuple[bytes, float | None]] = {}
 
     async def open(self) -> None:
         pass
@@ -42,65 +46,82 @@ class MemoryScope:
         self.tenant = tenant
         self._sealed = Sealed(store.sealer, tenant)
 
-    def _get(self, kind: str, name: str | tuple[str, int]) -> bytes | None:
+    def _get(self, kind: str, name: Name) -> bytes | None:
         data, expires = self._store.values.get((self.tenant, kind, name), (None, None))
         return None if expires is not None and expires <= time.time() else data
 
-    def _names(self, kind: str) -> list[str | tuple[str, int]]:
+    def _put(self, kind: str, name: Name, *, data: bytes, expires: float | None) -> None:
+        self._drop(kind, name)  # what is written last stands last
+        self._store.values[self.tenant, kind, name] = data, expires
+
+    def _drop(self, kind: str, name: Name) -> None:
+        self._store.values.pop((self.tenant, kind, name), None)
+
+    def _names(self, kind: str) -> list[Name]:
         return [name for tenant, other, name in self._store.values if (tenant, other) == (self.tenant, kind)]
 
-    def _versions(self, task: str) -> list[int]:
-        # Found by name, not through the pointer, so that a damaged pointer loses neither count nor record.
-        return [name[1] for name in self._names("record") if isinstance(name, tuple) and name[0] == task]
+    def _beside(self, task: str, kind: str) -> list[Name]:
+        return [name for name in self._names(kind) if isinstance(name, tuple) and name[0] == task]
 
-    def _pointer(self, task: str) -> Pointer | None:
+    async def pointer(self, task: str) -> Pointer | None:
         data = self._get("pointer", task)
         return None if data is None else self._sealed.open_pointer(task, data)
 
-    async def pointer(self, task: str) -> Pointer | None:
-        return self._pointer(task)
-
-    async def record(self, task: str) -> tuple[Pointer, Record] | None:
-        pointer = self._pointer(task)
+    async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
+        pointer = self._get("pointer", task)
         if pointer is None:
             return None
-        data = self._get("record", (task, pointer.version))
-        if data is None:
+        at = self._sealed.at(task, version, pointer=pointer, history=self._get("history", task))
+        data = None if at is None else self._get("record", (task, at.version))
+        if at is not None and data is not None:
+            return at, self._sealed.open_record(task, at.version, data=data)
+        if version is None:
             raise SealBroken("The task has no record.")
-        return pointer, self._sealed.open_record(task, pointer.version, data=data)
+        return None
+
+    async def versions(self, task: str) -> list[Pointer]:
+        pointer = self._get("pointer", task)
+        if pointer is None:
+            return []
+        return self._sealed.versions(task, pointer=pointer, history=self._get("history", task))
 
     async def head(self, head_id: str) -> Head | None:
         return self._sealed.open_head(head_id, self._get("head", head_id))
 
     async def keep_head(self, head_id: str, head: Head) -> None:
         sealed = self._sealed.seal_head(head_id, head)
-        self._store.values[self.tenant, "head", head_id] = sealed, time.time() + self._store.head_ttl_s
+        self._put("head", head_id, data=sealed, expires=time.time() + self._store.head_ttl_s)
 
     async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
-        old = self._versions(task)
-        exists = self._get("pointer", task) is not None
-        version = next_version(max(old, default=0) if exists else 0, expect)
-        for gone in old:
-            del self._store.values[self.tenant, "record", (task, gone)]
-        pointer = Pointer(version, head_id)
-        sealed = self._sealed.seal_record(task, version, record=record)
-        self._store.values[self.tenant, "record", (task, version)] = sealed, record.expires
-        self._store.values[self.tenant, "pointer", task] = self._sealed.seal_pointer(task, pointer), record.expires
+        at, records = self._get("pointer", task), self._beside(task, "record")
+        # Counted by the names of records, so that a damaged pointer loses neither count nor record.
+        current = max((int(name[1]) for name in records), default=0) if at is not None else 0
+        pointer = Pointer(next_version(current, expect), head_id)
+        history = self._sealed.history(task, current, pointer=at, history=self._get("history", task))
+        history = history.then(pointer, expires=record.expires, most=self._store.versions_kept)
+        sealed = self._sealed.seal_record(task, pointer.version, record=record)
+        for name in records:
+            data = self._get("record", name)
+            self._drop("record", name)
+            if data is not None and name[1] in [known.version for known in history.versions]:
+                self._put("record", name, data=data, expires=record.expires)
+        self._put("record", (task, pointer.version), data=sealed, expires=record.expires)
+        self._put("history", task, data=self._sealed.seal_history(task, history), expires=record.expires)
+        self._put("pointer", task, data=self._sealed.seal_pointer(task, pointer), expires=record.expires)
         await self.keep_head(head_id, head)
         return pointer
 
     async def delete(self, task: str) -> bool:
-        found = self._get("pointer", task) is not None
-        try:
-            pointer = self._pointer(task)
-        except SealBroken:
-            pointer = None  # which head it was is lost; that ends by itself
-        if pointer is not None:
-            self._store.values.pop((self.tenant, "head", pointer.head), None)
-        for version in self._versions(task):
-            del self._store.values[self.tenant, "record", (task, version)]
-        self._store.values.pop((self.tenant, "pointer", task), None)
-        return found
+        at, records = self._get("pointer", task), self._beside(task, "record")
+        current = max((int(name[1]) for name in records), default=0)
+        for known in self._sealed.history(task, current, pointer=at, history=self._get("history", task)).versions:
+            self._drop("head", known.head)
+        for kind in ("record", "remembered"):
+            for name in self._beside(task, kind):
+                self._drop(kind, name)
+        for kind in ("pointer", "history"):
+            self._drop(kind, task)
+        return at is not None
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         found: list[tuple[str, Pointer]] = []
@@ -110,3 +131,24 @@ class MemoryScope:
             if pointer is not None:
                 found.append((task, pointer))
         return found[:limit]
+
+    async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
+        if new and await self.recall(task, key) is not None:
+            return False
+        sealed = self._sealed.seal_remembered(task, key, value=value)
+        self._put("remembered", (task, key), data=sealed, expires=time.time() + ttl_s)
+        live = []
+        for name in self._beside(task, "remembered"):
+            if self._get("remembered", name) is None:
+                self._drop("remembered", name)
+            else:
+                live.append(name)
+        for name in live[:-MOST_REMEMBERED]:
+            self._drop("remembered", name)
+        return True
+
+    async def recall(self, task: str, key: str) -> bytes | None:
+        return self._sealed.open_remembered(task, key, data=self._get("remembered", (task, key)))
+
+    async def forget_remembered(self, task: str, key: str) -> None:
+        self._drop("remembered", (task, key))

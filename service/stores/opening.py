@@ -27,7 +27,12 @@ def _beneath(settings: Settings, key: bytes) -> Store:
     if not settings.redis_url:
         from service.stores.sqlite import SqliteStore
 
-        return SqliteStore(settings.data_dir, key=key or None, head_ttl_s=settings.head_ttl_s)
+        return SqliteStore(
+            settings.data_dir,
+            key=key or None,
+            head_ttl_s=settings.head_ttl_s,
+            versions_kept=settings.versions_kept,
+        )
     from service.stores.redis import RedisStore
 
     if not key:
@@ -38,6 +43,7 @@ def _beneath(settings: Settings, key: bytes) -> Store:
         settings.redis_url,
         key=key or PUBLIC_KEY,
         head_ttl_s=settings.head_ttl_s,
+        versions_kept=settings.versions_kept,
         timeout_s=settings.store_timeout_s,
         user=settings.redis_user,
         password=settings.secret(settings.redis_password_file),

@@ -1,30 +1,40 @@
 """The shared store: Redis, for any number of replicas. Compare-and-set by WATCH, MULTI and EXEC; no Lua.
 
     fs:{tenant}:p:{task}             pointer
+    fs:{tenant}:v:{task}             history: the kept versions, the current one first
     fs:{tenant}:r:{task}:{version}   record, without TTL unless its task expires
     fs:{tenant}:h:{head id}          head, with TTL
+    fs:{tenant}:m:{task}             index of what is remembered, with the TTL of what lasts longest
+    fs:{tenant}:m:{task}:{digest}    a remembered value, with TTL; what the index does not name is not there
     fs:{tenant}:tasks                sorted set of the names, all with score 0
 
-Commands in use: GET SET DEL MGET ZADD ZREM ZRANGEBYLEX WATCH UNWATCH MULTI EXEC PING, SCAN where a pointer is damaged,
-INFO and CONFIG GET where they are allowed. Knows nothing of connections (`redis_link.py`) or learners.
+Commands in use: GET SET DEL MGET ZADD ZREM ZRANGEBYLEX WATCH UNWATCH MULTI EXEC PING, SCAN where a pointer or a history
+is damaged, INFO and CONFIG GET where they are allowed. An end that moves is written with its value, for a command that
+moves it alone would be one more right to ask for. What has a TTL makes room when memory is short. Knows nothing of
+connections (`redis_link.py`) or learners.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from redis import exceptions as redis_errors
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import Pointer, Record, SealBroken, Sealer
+from service.stores import MOST_REMEMBERED, Pointer, Record, SealBroken, Sealer
 from service.stores.redis_link import Link
-from service.stores.sealed import Sealed, next_version
+from service.stores.sealed import History, Sealed, next_version
 
 T = TypeVar("T")
 
@@ -41,6 +51,15 @@ async def fetch(client: Redis, key: str) -> Any:
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a change finds a task."""
+
+    version: int  # 0: nowhere
+    history: History
+    records: list[str]  # the keys of all its records, in the history or not
+
+
 class RedisStore:
     name = "redis"
 
@@ -50,6 +69,7 @@ class RedisStore:
         *,
         key: bytes,
         head_ttl_s: int = 7 * 24 * 3600,
+        versions_kept: int = 10,
         timeout_s: float = 0.5,
         user: str = "",
         password: str = "",
@@ -57,6 +77,9 @@ class RedisStore:
     ):
         self.sealer = Sealer(key)
         self.head_ttl_s = head_ttl_s
+        self.versions_kept = versions_kept
+        # By tenant and task: who remembers here takes turns, so that only other replicas are ever faster.
+        self.turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.link = Link(url, timeout_s=timeout_s, user=user, password=password, connections=connections)
 
     async def open(self) -> None:
@@ -91,18 +114,35 @@ class RedisScope:
     async def pointer(self, task: str) -> Pointer | None:
         return await self._store.link.call(lambda client: self._pointer(client, task))
 
-    async def record(self, task: str) -> tuple[Pointer, Record] | None:
+    async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
         async def operation(client: Redis) -> tuple[Pointer, Record] | None:
-            for _ in range(TRIES):  # the task may move between the two answers, and take the old record with it
-                pointer = await self._pointer(client, task)
+            for _ in range(TRIES):  # the task may move between the two answers, and take the record with it
+                pointer, history = await self._place(client, task)
                 if pointer is None:
                     return None
-                data = await fetch(client, self._key("r", task, pointer.version))
+                at = self._sealed.at(task, version, pointer=pointer, history=history)
+                if at is None:
+                    return None
+                data = await fetch(client, self._key("r", task, at.version))
                 if data is not None:
-                    return pointer, self._sealed.open_record(task, pointer.version, data=data)
-            raise SealBroken("The task has no record.")
+                    return at, self._sealed.open_record(task, at.version, data=data)
+            if version is None:
+                raise SealBroken("The task has no record.")
+            return None
 
         return await self._store.link.call(operation, answers=2)
+
+    async def versions(self, task: str) -> list[Pointer]:
+        pointer, history = await self._store.link.call(lambda client: self._place(client, task), answers=2)
+        return [] if pointer is None else self._sealed.versions(task, pointer=pointer, history=history)
+
+    async def _place(self, client: Redis, task: str) -> tuple[bytes | None, bytes | None]:
+        """Pointer and history, as they are at one moment."""
+        found: list[Any] = await client.mget([self._key("p", task), self._key("v", task)])
+        pointer, history = found
+        if pointer is None:  # or of another type, which counts as damage
+            pointer = await fetch(client, self._key("p", task))
+        return pointer, history
 
     async def head(self, head_id: str) -> Head | None:
         data = await self._store.link.call(lambda client: fetch(client, self._key("h", head_id)))
@@ -118,66 +158,98 @@ class RedisScope:
         sealed_head = self._sealed.seal_head(head_id, head)
         expires = None if record.expires is None else int(record.expires * 1000)
 
-        def write(pipe: Redis, at: Pointer, records: list[str]) -> Pointer:
-            pointer = Pointer(next_version(at.version, expect), head_id)
+        async def change(pipe: Pipeline) -> Pointer:
+            found = await self._found(pipe, task)
+            pointer = Pointer(next_version(found.version, expect), head_id)
+            history = found.history.then(pointer, expires=record.expires, most=self._store.versions_kept)
+            earlier = [self._key("r", task, known.version) for known in history.versions[1:]]
+            moved = await pipe.mget(earlier) if earlier and found.history.expires != record.expires else []
             sealed_record = self._sealed.seal_record(task, pointer.version, record=record)
-            if records:
-                pipe.delete(*records)
+            pipe.multi()  # type: ignore[no-untyped-call]
+            gone = set(found.records).difference(earlier)
+            if gone:
+                pipe.delete(*gone)
+            for key, data in zip(earlier, moved, strict=False):
+                if data is not None:
+                    pipe.set(key, data, pxat=expires)
             pipe.set(self._key("r", task, pointer.version), sealed_record, pxat=expires)
+            pipe.set(self._key("v", task), self._sealed.seal_history(task, history), pxat=expires)
             pipe.set(self._key("p", task), self._sealed.seal_pointer(task, pointer), pxat=expires)
             pipe.set(self._key("h", head_id), sealed_head, ex=self._store.head_ttl_s)
             pipe.zadd(self._key("tasks"), {task: 0})
             return pointer
 
-        return await self._store.link.call(lambda client: self._change(client, task, write), answers=3)
+        watched = self._key("p", task)
+        return await self._store.link.call(lambda client: self._change(client, watched, change), answers=4)
 
     async def delete(self, task: str) -> bool:
-        def write(pipe: Redis, at: Pointer, records: list[str]) -> bool:
-            # Should another task share the head, it is made again.
-            pipe.delete(self._key("p", task), self._key("h", at.head), *records)
+        async def look(client: Redis) -> tuple[bool, list[str]]:
+            found = await self._found(client, task)
+            index = self._key("m", task)
+            # Should another task share a head, it is made again. What comes to be remembered from here on is no longer
+            # in an index, so it is gone as well.
+            heads = [self._key("h", known.head) for known in found.history.versions]
+            values = [f"{index}:{name}" for name in self._live(task, await fetch(client, index))]
+            return found.version > 0, [
+                self._key("p", task),
+                self._key("v", task),
+                index,
+                *found.records,
+                *heads,
+                *values,
+            ]
+
+        def forget(pipe: Pipeline, keys: list[str]) -> None:
+            pipe.delete(*keys)
             pipe.zrem(self._key("tasks"), task)
-            return at.version > 0
+
+        async def change(pipe: Pipeline) -> bool:
+            there, keys = await look(pipe)
+            pipe.multi()  # type: ignore[no-untyped-call]
+            forget(pipe, keys)
+            return there
 
         async def operation(client: Redis) -> bool:
             try:
-                return await self._change(client, task, write)
+                return await self._change(client, self._key("p", task), change)
             except redis_errors.OutOfMemoryError:
                 # A full Redis refuses even what frees memory inside MULTI. Outside it does not, and while it is full
                 # nobody moves the task in between.
                 async with client.pipeline(transaction=False) as pipe:
-                    found = write(pipe, *await self._current(client, task))
+                    there, keys = await look(client)
+                    forget(pipe, keys)
                     await pipe.execute()
-                return found
+                return there
 
-        return await self._store.link.call(operation, answers=3)
+        return await self._store.link.call(operation, answers=4)
 
-    async def _change(self, client: Redis, task: str, write: Callable[[Redis, Pointer, list[str]], T]) -> T:
-        """Reads where the task is, lets `write` queue its commands, and does them if nobody was faster.
+    async def _change(self, client: Redis, watched: str, change: Callable[[Pipeline], Awaitable[T]]) -> T:
+        """Lets `change` read and then queue its commands, and does them if nobody wrote `watched` meanwhile.
 
-        Raises what `write` raises, and VersionConflict when others were faster each time.
+        Raises what `change` raises, and VersionConflict when others were faster each time.
         """
         for attempt in range(TRIES):
             await asyncio.sleep(random.uniform(0, 0.004 * attempt))
             async with client.pipeline() as pipe:
                 with suppress(redis_errors.WatchError):
-                    await pipe.watch(self._key("p", task))
-                    at, records = await self._current(pipe, task)
-                    pipe.multi()  # type: ignore[no-untyped-call]
-                    result = write(pipe, at, records)
+                    await pipe.watch(watched)
+                    result = await change(pipe)
                     await pipe.execute()
                     return result
         raise VersionConflict("The task moved while it was being changed.")
 
-    async def _current(self, client: Redis, task: str) -> tuple[Pointer, list[str]]:
-        """Where a task is (version 0: nowhere) and the keys of its records."""
+    async def _found(self, client: Redis, task: str) -> Found:
+        pointer, history = await self._place(client, task)
+        prefix = self._key("r", task, "")
         try:
-            pointer = await self._pointer(client, task) or Pointer(0, "")
+            version = 0 if pointer is None else self._sealed.open_pointer(task, pointer).version
+            listed = [known.version for known in self._sealed.open_history(task, history).versions]
+            records = [f"{prefix}{known}" for known in {version, *listed} if known > 0]
         except SealBroken:
-            # The names of records tell their versions, so a damaged pointer loses neither the count nor a record.
-            prefix = self._key("r", task, "")
-            keys = [key.decode() async for key in client.scan_iter(match=f"{prefix}*", count=1000)]
-            return Pointer(max((int(key.removeprefix(prefix)) for key in keys), default=0), ""), keys
-        return pointer, [self._key("r", task, pointer.version)]
+            # The names of records tell their versions, so damage loses neither the count nor a record.
+            records = [key.decode() async for key in client.scan_iter(match=f"{prefix}*", count=1000)]
+            version = max((int(key.removeprefix(prefix)) for key in records), default=0)
+        return Found(version, self._sealed.history(task, version, pointer=pointer, history=history), records)
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         async def operation(client: Redis) -> list[tuple[str, Pointer]]:
@@ -212,3 +284,60 @@ class RedisScope:
                     pipe.multi()  # type: ignore[no-untyped-call]
                     pipe.zrem(self._key("tasks"), *names)
                     await pipe.execute()
+
+    async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
+        sealed = self._sealed.seal_remembered(task, key, value=value)
+        return await self._note(task, key, sealed, expires=time.time() + ttl_s, new=new)
+
+    async def forget_remembered(self, task: str, key: str) -> None:
+        await self._note(task, key, None)
+
+    async def recall(self, task: str, key: str) -> bytes | None:
+        index, name = self._key("m", task), self._digest(key)
+        found: list[Any] = await self._store.link.call(lambda client: client.mget([index, f"{index}:{name}"]))
+        listed, data = found
+        return self._sealed.open_remembered(task, key, data=data) if name in self._live(task, listed) else None
+
+    async def _note(self, task: str, key: str, sealed: bytes | None, *, expires: float = 0, new: bool = False) -> bool:
+        """Writes one remembered value (None: takes it away) and the index that names it."""
+        index, name = self._key("m", task), self._digest(key)
+
+        async def change(pipe: Pipeline) -> bool:
+            found: list[Any] = await pipe.mget([index, f"{index}:{name}"])
+            listed, data = found
+            live = self._live(task, listed)
+            there = name in live and self._sealed.open_remembered(task, key, data=data) is not None
+            pipe.multi()  # type: ignore[no-untyped-call]
+            if new and there:
+                return False
+            live.pop(name, None)
+            if sealed is None:
+                pipe.delete(f"{index}:{name}")
+            else:
+                live[name] = expires
+                pipe.set(f"{index}:{name}", sealed, pxat=int(expires * 1000))
+            for oldest in list(live)[:-MOST_REMEMBERED]:
+                del live[oldest]
+                pipe.delete(f"{index}:{oldest}")
+            if live:
+                last = int(max(live.values()) * 1000)
+                pipe.set(index, self._sealed.seal_index(task, live), pxat=last)
+            else:
+                pipe.delete(index)
+            return True
+
+        turn = self._store.turns.setdefault((self.tenant, task), asyncio.Lock())
+        try:
+            async with turn:
+                return await self._store.link.call(lambda client: self._change(client, index, change), answers=3)
+        except VersionConflict:
+            raise StoreUnavailable("The store has too much to do for this task.") from None
+
+    def _live(self, task: str, data: bytes | None) -> dict[str, float]:
+        """What an index names and when that ends, by age; of a damaged one, nothing."""
+        now = time.time()
+        return {name: end for name, end in self._sealed.open_index(task, data).items() if end > now}
+
+    @staticmethod
+    def _digest(key: str) -> str:
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()

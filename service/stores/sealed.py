@@ -6,7 +6,11 @@ Knows nothing of where the bytes are kept.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+from contextlib import suppress
+from typing import NamedTuple
 
 from models.errors import VersionConflict
 from models.head import Head, HeadInvalid
@@ -20,6 +24,17 @@ def next_version(current: int, expect: int | None) -> int:
     if expect is not None and expect != current:
         raise VersionConflict(f"The task is at version {current}, not {expect}.")
     return current + 1
+
+
+class History(NamedTuple):
+    """The kept versions of a task, and when all of them expire (nan: that is not known)."""
+
+    versions: list[Pointer]  # newest first
+    expires: float | None = math.nan
+
+    def then(self, pointer: Pointer, *, expires: float | None, most: int) -> History:
+        """The history after a commit: at most so many versions, the new one included."""
+        return History([pointer, *self.versions][:most], expires)
 
 
 class Sealed:
@@ -40,6 +55,69 @@ class Sealed:
         except SealBroken:
             log.warning("The pointer of task %s is damaged; the task is left out of the listing.", task)
             return None
+
+    def seal_history(self, task: str, history: History) -> bytes:
+        payload = [history.expires, [[pointer.version, pointer.head] for pointer in history.versions]]
+        return self._sealer.seal(json.dumps(payload).encode(), self._tenant, "history", task)
+
+    def open_history(self, task: str, data: bytes | None) -> History:
+        """The history as it was written, whether it fits the pointer or not. Raises SealBroken."""
+        if data is None:  # the task was written before there were histories
+            return History([])
+        payload = self._sealer.open(data, self._tenant, "history", task)
+        try:
+            expires, versions = json.loads(payload)
+            return History([Pointer(version, head) for version, head in versions], expires)
+        except (ValueError, TypeError) as error:
+            raise SealBroken("The history cannot be read.") from error
+
+    def versions(self, task: str, *, pointer: bytes, history: bytes | None) -> list[Pointer]:
+        """The kept versions, newest first. Raises SealBroken."""
+        at = self.open_pointer(task, pointer)
+        found = self.open_history(task, history).versions
+        # One that does not end at the pointer is older than it: a program that knew no histories wrote since.
+        return found if found[:1] == [at] else [at]
+
+    def at(self, task: str, version: int | None, *, pointer: bytes, history: bytes | None) -> Pointer | None:
+        """Where the task was at a version (None: where it is); None when that is not kept. Raises SealBroken."""
+        current = self.open_pointer(task, pointer)
+        if version is None or version == current.version:
+            return current
+        kept = self.versions(task, pointer=pointer, history=history)
+        return next((known for known in kept if known.version == version), None)
+
+    def history(self, task: str, version: int, *, pointer: bytes | None, history: bytes | None) -> History:
+        """What a change finds that goes on from `version`. What is damaged is left out: the history begins anew."""
+        at, known = None, History([])
+        with suppress(SealBroken):
+            at = None if pointer is None else self.open_pointer(task, pointer)
+        with suppress(SealBroken):
+            known = self.open_history(task, history)
+        last = known.versions[0] if known.versions else None
+        if last is not None and last.version == version and at in (last, None):
+            return known
+        return History([at] if at is not None and at.version == version else [])
+
+    def seal_remembered(self, task: str, key: str, *, value: bytes) -> bytes:
+        return self._sealer.seal(value, self._tenant, "remembered", task, key)
+
+    def open_remembered(self, task: str, key: str, *, data: bytes | None) -> bytes | None:
+        """None when there is none, and when it is damaged."""
+        try:
+            return None if data is None else self._sealer.open(data, self._tenant, "remembered", task, key)
+        except SealBroken:
+            log.warning("A value remembered beside task %s is damaged and counts as forgotten.", task)
+            return None
+
+    def seal_index(self, task: str, ends: dict[str, float]) -> bytes:
+        return self._sealer.seal(json.dumps(ends).encode(), self._tenant, "index", task)
+
+    def open_index(self, task: str, data: bytes | None) -> dict[str, float]:
+        """The names of what is remembered and when each ends, by age; of a damaged index, none."""
+        with suppress(SealBroken, ValueError):
+            return {} if data is None else dict(json.loads(self._sealer.open(data, self._tenant, "index", task)))
+        log.warning("The index of what is remembered beside task %s is damaged; all of it counts as forgotten.", task)
+        return {}
 
     def seal_record(self, task: str, version: int, *, record: Record) -> bytes:
         return self._sealer.seal(record.to_bytes(), self._tenant, "record", task, str(version))

@@ -19,30 +19,63 @@ from typing import TypeVar
 
 from models.errors import StoreUnavailable
 from models.head import Head
-from service.stores import Pointer, Record, SealBroken, Sealer, StoreMisconfigured, folder
+from service.stores import MOST_REMEMBERED, Pointer, Record, SealBroken, Sealer, StoreMisconfigured, folder
 from service.stores.sealed import Sealed, next_version
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FORMAT = 1  # PRAGMA user_version
-SCHEMA = """
-BEGIN;
--- The pointer comes before the record, so reading it never touches the pages of a large record.
+FORMAT = 2  # PRAGMA user_version
+TASKS_TABLES = """
+-- Records lie apart, so reading a pointer never touches the pages of a large one. A task without a history was written
+-- in format 1.
 CREATE TABLE tasks (tenant TEXT, task TEXT, version INTEGER NOT NULL, expires REAL, pointer BLOB NOT NULL,
-                    record BLOB NOT NULL, PRIMARY KEY (tenant, task));
+                    history BLOB, PRIMARY KEY (tenant, task));
 CREATE INDEX tasks_by_expiry ON tasks (expires) WHERE expires IS NOT NULL;
+CREATE TABLE records (tenant TEXT, task TEXT, version INTEGER, record BLOB NOT NULL,
+                      PRIMARY KEY (tenant, task, version));
+CREATE TABLE remembered (tenant TEXT, task TEXT, key TEXT, expires REAL NOT NULL, value BLOB NOT NULL,
+                         PRIMARY KEY (tenant, task, key));
+CREATE INDEX remembered_by_expiry ON remembered (expires);
+"""
+SCHEMA = f"""
+BEGIN;
+{TASKS_TABLES}
 CREATE TABLE heads (tenant TEXT, head TEXT, expires REAL NOT NULL, value BLOB NOT NULL, PRIMARY KEY (tenant, head));
 CREATE INDEX heads_by_expiry ON heads (expires);
 CREATE TABLE seal (value BLOB NOT NULL);
 """
+# From format 1, which kept one record for each task, beside its pointer. Cut short anywhere, it has done nothing.
+MIGRATION = f"""
+BEGIN IMMEDIATE;
+ALTER TABLE tasks RENAME TO old;
+DROP INDEX tasks_by_expiry;
+{TASKS_TABLES}
+INSERT INTO tasks SELECT tenant, task, version, expires, pointer, NULL FROM old;
+INSERT INTO records SELECT tenant, task, version, record FROM old;
+DROP TABLE old;
+PRAGMA user_version = 2;
+COMMIT;
+"""  # noqa: S608
 POINTER = "SELECT pointer FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
-VERSION = "SELECT version FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
-RECORD = "SELECT pointer, record FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
+PLACE = "SELECT version, pointer, history FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
+RECORD = "SELECT record FROM records WHERE tenant = ? AND task = ? AND version = ?"
 TASKS = (
     "SELECT task, pointer FROM tasks WHERE tenant = ? AND task > ? AND (expires IS NULL OR expires > ?) ORDER BY task"
 )
+PUT_TASK = "REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)"
+# An expired task leaves with its records; the statements go together, in this order.
+EXPIRED = (
+    "DELETE FROM records WHERE (tenant, task) IN (SELECT tenant, task FROM tasks WHERE expires <= ?)",
+    "DELETE FROM tasks WHERE expires <= ?",
+)
 HEAD = "SELECT value FROM heads WHERE tenant = ? AND head = ? AND expires > ?"
+REMEMBERED = "SELECT value FROM remembered WHERE tenant = ? AND task = ? AND key = ? AND expires > ?"
+# A row that is written anew gets a new rowid, so these go by age.
+TOO_MANY = (
+    "DELETE FROM remembered WHERE rowid IN"
+    " (SELECT rowid FROM remembered WHERE tenant = ? AND task = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?)"
+)
 
 
 def unavailable(error: sqlite3.Error) -> StoreUnavailable:
@@ -57,8 +90,16 @@ class SqliteStore:
     _writer: sqlite3.Connection
     _worker: ThreadPoolExecutor
 
-    def __init__(self, data_dir: Path, *, key: bytes | None = None, head_ttl_s: float = 7 * 24 * 3600):
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        key: bytes | None = None,
+        head_ttl_s: float = 7 * 24 * 3600,
+        versions_kept: int = 10,
+    ):
         self.head_ttl_s = head_ttl_s
+        self.versions_kept = versions_kept
         self._dir = data_dir
         self._key = key
         self._held = ExitStack()
@@ -90,13 +131,16 @@ class SqliteStore:
             db.execute("INSERT INTO seal VALUES (?)", (self.sealer.seal(b"", "store"),))
             db.execute(f"PRAGMA user_version = {FORMAT}")
             db.execute("COMMIT")
-        elif version != FORMAT:
+        elif version not in (1, FORMAT):
             raise StoreMisconfigured(f"{path} has format {version}; this program reads format {FORMAT}.")
         try:
             self.sealer.open(*db.execute("SELECT value FROM seal").fetchone(), "store")
         except SealBroken:
             # With another key every task would look damaged, and its owner would be asked to replace it.
             raise StoreMisconfigured(f"{path} was sealed with another key.") from None
+        if version == 1:
+            log.info("%s has format 1 and is brought to format %d.", path, FORMAT)
+            db.executescript(MIGRATION)
         uri = f"{path.as_uri()}?mode=ro"
         self.reader = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
         self._held.callback(self.reader.close)
@@ -162,15 +206,24 @@ class SqliteScope:
             raise unavailable(error) from error
         return None if row is None else self._sealed.open_pointer(task, row[0])
 
-    async def record(self, task: str) -> tuple[Pointer, Record] | None:
+    async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
         def work(db: sqlite3.Connection) -> tuple[Pointer, Record] | None:
-            row = db.execute(RECORD, self._now(task)).fetchone()
+            row = db.execute(PLACE, self._now(task)).fetchone()
             if row is None:
                 return None
-            pointer = self._sealed.open_pointer(task, row[0])
-            return pointer, self._sealed.open_record(task, pointer.version, data=row[1])
+            at = self._sealed.at(task, version, pointer=row[1], history=row[2])
+            found = None if at is None else db.execute(RECORD, (self.tenant, task, at.version)).fetchone()
+            if at is not None and found is not None:
+                return at, self._sealed.open_record(task, at.version, data=found[0])
+            if version is None:
+                raise SealBroken("The task has no record.")
+            return None
 
         return await self._store.run(work)
+
+    async def versions(self, task: str) -> list[Pointer]:
+        row = await self._store.run(lambda db: db.execute(PLACE, self._now(task)).fetchone())
+        return [] if row is None else self._sealed.versions(task, pointer=row[1], history=row[2])
 
     async def head(self, head_id: str) -> Head | None:
         row = await self._store.run(lambda db: db.execute(HEAD, self._now(head_id)).fetchone())
@@ -188,13 +241,19 @@ class SqliteScope:
     async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
         def work(db: sqlite3.Connection) -> Pointer:
             tenant, _, now = self._now(task)
-            db.execute("DELETE FROM tasks WHERE expires <= ?", (now,))
+            for statement in EXPIRED:
+                db.execute(statement, (now,))
             # The version has a column of its own, so a damaged pointer does not lose the count.
-            row = db.execute(VERSION, (tenant, task, now)).fetchone()
-            version = next_version(row[0] if row else 0, expect)
-            pointer = Pointer(version, head_id)
-            sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_record(task, version, record=record)
-            db.execute("REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)", (tenant, task, version, record.expires, *sealed))
+            current, at, known = db.execute(PLACE, (tenant, task, now)).fetchone() or (0, None, None)
+            pointer = Pointer(next_version(current, expect), head_id)
+            history = self._sealed.history(task, current, pointer=at, history=known)
+            history = history.then(pointer, expires=record.expires, most=self._store.versions_kept)
+            sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_history(task, history)
+            db.execute(PUT_TASK, (tenant, task, pointer.version, record.expires, *sealed))
+            oldest = history.versions[-1].version
+            db.execute("DELETE FROM records WHERE tenant = ? AND task = ? AND version < ?", (tenant, task, oldest))
+            value = self._sealed.seal_record(task, pointer.version, record=record)
+            db.execute("REPLACE INTO records VALUES (?, ?, ?, ?)", (tenant, task, pointer.version, value))
             self._put_head(db, head_id, head=head)
             return pointer
 
@@ -202,14 +261,14 @@ class SqliteScope:
 
     async def delete(self, task: str) -> bool:
         def work(db: sqlite3.Connection) -> bool:
-            row = db.execute(POINTER, self._now(task)).fetchone()
-            if row is None:
-                return False
-            pointer = self._sealed.list_pointer(task, row[0])
-            if pointer is not None:  # should another task share this head, it is made again
-                db.execute("DELETE FROM heads WHERE tenant = ? AND head = ?", (self.tenant, pointer.head))
-            db.execute("DELETE FROM tasks WHERE tenant = ? AND task = ?", (self.tenant, task))
-            return True
+            row = db.execute(PLACE, self._now(task)).fetchone()
+            current, at, known = row or (0, None, None)
+            for version in self._sealed.history(task, current, pointer=at, history=known).versions:
+                # Should another task share this head, it is made again.
+                db.execute("DELETE FROM heads WHERE tenant = ? AND head = ?", (self.tenant, version.head))
+            for table in ("tasks", "records", "remembered"):
+                db.execute(f"DELETE FROM {table} WHERE tenant = ? AND task = ?", (self.tenant, task))  # noqa: S608
+            return row is not None
 
         found = await self._store.change(work)
         with suppress(StoreUnavailable):  # deleted it is; this only clears its bytes from the log as well
@@ -228,3 +287,27 @@ class SqliteScope:
             return found
 
         return await self._store.run(work)
+
+    async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
+        def work(db: sqlite3.Connection) -> bool:
+            now = time.time()
+            db.execute("DELETE FROM remembered WHERE expires <= ?", (now,))
+            if new and self._recall(db, task, key) is not None:
+                return False
+            sealed = self._sealed.seal_remembered(task, key, value=value)
+            db.execute("REPLACE INTO remembered VALUES (?, ?, ?, ?, ?)", (self.tenant, task, key, now + ttl_s, sealed))
+            db.execute(TOO_MANY, (self.tenant, task, MOST_REMEMBERED))
+            return True
+
+        return await self._store.change(work)
+
+    async def recall(self, task: str, key: str) -> bytes | None:
+        return await self._store.run(lambda db: self._recall(db, task, key))
+
+    def _recall(self, db: sqlite3.Connection, task: str, key: str) -> bytes | None:
+        row = db.execute(REMEMBERED, (self.tenant, task, key, time.time())).fetchone()
+        return self._sealed.open_remembered(task, key, data=row and row[0])
+
+    async def forget_remembered(self, task: str, key: str) -> None:
+        forget = "DELETE FROM remembered WHERE tenant = ? AND task = ? AND key = ?"
+        await self._store.change(lambda db: db.execute(forget, (self.tenant, task, key)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -13,7 +15,7 @@ import redis
 
 from service.stores import Store
 from service.stores.lru import Recent
-from service.stores.memory import MemoryStore
+from service.stores.memory import MemoryStore, Name
 from service.stores.redis import RedisStore
 from service.stores.sqlite import SqliteStore
 from tests.redis_server import RedisServer
@@ -80,12 +82,36 @@ async def bare(request: pytest.FixtureRequest, make: Callable[[str], Store]) -> 
     await made.close()
 
 
+Until = Callable[[Store, float], Awaitable[None]]
+
+
+@pytest.fixture
+def until(monkeypatch: pytest.MonkeyPatch) -> Until:
+    """Lets a moment pass: Redis has a clock of its own, so there by waiting; elsewhere by setting the clock."""
+
+    async def passed(store: Store, moment: float) -> None:
+        if store.name != "redis":
+            monkeypatch.setattr(time, "time", lambda: moment + 0.001)
+        while time.time() <= moment:
+            await asyncio.sleep(0.02)
+
+    return passed
+
+
 class Beneath(Protocol):
-    """The bytes of a store, by kind (pointer, record, head), tenant and name."""
+    """The bytes of a store, by kind (pointer, history, record, head, remembered), tenant and name.
 
-    def get(self, kind: str, tenant: str, *, name: str) -> bytes: ...
+    The name is that of the task, or of the head. Of records it is the newest one, unless a version is named; of
+    remembered values there may be only one beside the task.
+    """
 
-    def set(self, kind: str, tenant: str, *, name: str, data: bytes) -> None: ...
+    def get(self, kind: str, tenant: str, *, name: str, version: int | None = None) -> bytes: ...
+
+    def set(self, kind: str, tenant: str, *, name: str, data: bytes, version: int | None = None) -> None: ...
+
+    def left(self) -> int:
+        """How many values there are of all kinds and tenants."""
+        ...
 
 
 @pytest.fixture
@@ -104,49 +130,75 @@ class BeneathMemory:
     def __init__(self, store: MemoryStore):
         self._values = store.values
 
-    def _place(self, kind: str, tenant: str, *, name: str) -> tuple[str, str, str | tuple[str, int]]:
-        if kind != "record":
+    def _place(self, kind: str, tenant: str, name: str, version: int | None) -> tuple[str, str, Name]:
+        if kind not in ("record", "remembered"):
             return tenant, kind, name
-        return next(key for key in self._values if key[:2] == (tenant, kind) and key[2][0] == name)
+        keys = [key for key in self._values if key[:2] == (tenant, kind) and key[2][0] == name]
+        return max(key for key in keys if version in (None, key[2][1]))
 
-    def get(self, kind: str, tenant: str, *, name: str) -> bytes:
-        return self._values[self._place(kind, tenant, name=name)][0]
+    def get(self, kind: str, tenant: str, *, name: str, version: int | None = None) -> bytes:
+        return self._values[self._place(kind, tenant, name, version)][0]
 
-    def set(self, kind: str, tenant: str, *, name: str, data: bytes) -> None:
-        place = self._place(kind, tenant, name=name)
+    def set(self, kind: str, tenant: str, *, name: str, data: bytes, version: int | None = None) -> None:
+        place = self._place(kind, tenant, name, version)
         self._values[place] = data, self._values[place][1]
+
+    def left(self) -> int:
+        return len(self._values)
 
 
 class BeneathSqlite:
     WHERE: ClassVar = {
         "pointer": ("pointer", "tasks", "task"),
-        "record": ("record", "tasks", "task"),
+        "history": ("history", "tasks", "task"),
+        "record": ("record", "records", "task"),
         "head": ("value", "heads", "head"),
+        "remembered": ("value", "remembered", "task"),
     }
 
     def __init__(self, db: sqlite3.Connection):
         self._db = db
 
-    def get(self, kind: str, tenant: str, *, name: str) -> bytes:
+    def _row(self, kind: str, tenant: str, name: str, version: int | None) -> tuple[int, bytes]:
         column, table, of = self.WHERE[kind]
-        row = self._db.execute(f"SELECT {column} FROM {table} WHERE tenant = ? AND {of} = ?", (tenant, name)).fetchone()
-        return bytes(row[0])
+        query = f"SELECT rowid, {column} FROM {table} WHERE tenant = ? AND {of} = ?"
+        if version is not None:
+            query += f" AND version = {version}"
+        if kind == "record":
+            query += " ORDER BY version DESC"
+        return self._db.execute(query, (tenant, name)).fetchone()
 
-    def set(self, kind: str, tenant: str, *, name: str, data: bytes) -> None:
-        column, table, of = self.WHERE[kind]
-        self._db.execute(f"UPDATE {table} SET {column} = ? WHERE tenant = ? AND {of} = ?", (data, tenant, name))
+    def get(self, kind: str, tenant: str, *, name: str, version: int | None = None) -> bytes:
+        return bytes(self._row(kind, tenant, name, version)[1])
+
+    def set(self, kind: str, tenant: str, *, name: str, data: bytes, version: int | None = None) -> None:
+        column, table, _ = self.WHERE[kind]
+        row = self._row(kind, tenant, name, version)[0]
+        self._db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (data, row))
+
+    def left(self) -> int:
+        tables = {table for _, table, _ in self.WHERE.values()}
+        return sum(self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables)
 
 
 class BeneathRedis:
+    LETTERS: ClassVar = {"pointer": "p", "history": "v", "record": "r", "head": "h", "remembered": "m"}
+
     def __init__(self, client: redis.Redis):
         self._client = client
 
-    def _key(self, kind: str, tenant: str, *, name: str) -> bytes:
-        (key,) = self._client.keys(f"fs:{tenant}:{kind[0]}:{name}" + (":*" if kind == "record" else ""))
-        return key
+    def _key(self, kind: str, tenant: str, name: str, version: int | None) -> bytes:
+        key = f"fs:{tenant}:{self.LETTERS[kind]}:{name}"
+        if kind not in ("record", "remembered"):
+            return key.encode()
+        keys = self._client.keys(f"{key}:{'*' if version is None else version}")
+        return max(keys, key=lambda key: int(key.split(b":")[-1], 16))
 
-    def get(self, kind: str, tenant: str, *, name: str) -> bytes:
-        return self._client.get(self._key(kind, tenant, name=name))
+    def get(self, kind: str, tenant: str, *, name: str, version: int | None = None) -> bytes:
+        return self._client.get(self._key(kind, tenant, name, version))
 
-    def set(self, kind: str, tenant: str, *, name: str, data: bytes) -> None:
-        self._client.set(self._key(kind, tenant, name=name), data, keepttl=True)
+    def set(self, kind: str, tenant: str, *, name: str, data: bytes, version: int | None = None) -> None:
+        self._client.set(self._key(kind, tenant, name, version), data, keepttl=True)
+
+    def left(self) -> int:
+        return self._client.dbsize()

@@ -276,3 +276,19 @@ async def test_records_come_from_the_store() -> None:
     found = await store.scope("t").record("cats")
     assert found is not None
     assert same(found[1], make_record(1))
+
+
+async def test_versions_and_memories_come_from_the_store() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    await commit(beneath.scope("t"), "cats", 2)  # another replica
+    assert await scope.versions("cats") == [Pointer(2, "hd_2"), Pointer(1, "hd_1")]
+    found = await scope.record("cats", version=1)
+    assert found is not None
+    assert same(found[1], make_record(1))
+    await beneath.scope("t").remember("cats", "key", b"value", ttl_s=60)
+    assert await scope.remember("cats", "key", b"other", ttl_s=60, new=True) is False
+    assert await scope.recall("cats", "key") == b"value"
+    await beneath.scope("t").forget_remembered("cats", "key")
+    assert await scope.recall("cats", "key") is None

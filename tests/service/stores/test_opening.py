@@ -89,3 +89,11 @@ async def test_user_and_password_of_redis_come_from_the_settings(
         assert await store.scope("t").pointer("cats") == Pointer(1, "hd_0")
         await store.close()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("url", ["", "redis://localhost:6379/0"])
+def test_how_many_versions_are_kept_comes_from_the_settings(tmp_path: Path, url: str) -> None:
+    store = open_store(Settings(data_dir=tmp_path, redis_url=url, versions_kept=3))
+    assert isinstance(store, Recent)
+    assert isinstance(store.beneath, SqliteStore | RedisStore)
+    assert store.beneath.versions_kept == 3

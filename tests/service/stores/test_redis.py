@@ -15,9 +15,10 @@ import redis
 import redis.asyncio
 
 from models.errors import StoreUnavailable
-from service.stores import Pointer, StoreMisconfigured, redis_link
+from service.stores import Pointer, Sealer, StoreMisconfigured, redis_link
 from service.stores.lru import Recent
-from service.stores.redis import RedisScope, RedisStore
+from service.stores.redis import Found, RedisScope, RedisStore
+from service.stores.sealed import Sealed
 from tests.redis_server import RedisServer
 from tests.service.stores.values import commit, make_head, make_record, same
 
@@ -81,6 +82,8 @@ async def test_what_was_acknowledged_survives_kill_9_of_redis(own_redis: RedisSe
         for seed in range(10):
             await commit(scope, f"task{seed}", seed)
         await scope.delete("task0")
+        await commit(scope, "task1", 1)
+        await scope.remember("task1", "key", b"value", ttl_s=60)
         own_redis.kill()
         own_redis.start()
         assert await back(scope) < PAUSE_S + 0.5  # without a restart of ours
@@ -90,6 +93,8 @@ async def test_what_was_acknowledged_survives_kill_9_of_redis(own_redis: RedisSe
             assert found is not None
             assert same(found[1], make_record(seed))
         assert await scope.pointer("task0") is None
+        assert await scope.versions("task1") == [Pointer(2, "hd_1"), Pointer(1, "hd_1")]
+        assert await scope.recall("task1", "key") == b"value"
 
 
 async def test_without_a_log_kill_9_of_redis_would_lose_all(tmp_path: Path) -> None:
@@ -164,16 +169,16 @@ async def test_known_tasks_are_answered_at_once_while_redis_hangs(own_redis: Red
 async def test_a_connection_lost_in_a_commit_is_no_conflict(
     own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = RedisScope._current
+    read = RedisScope._found
 
-    async def and_cut(self: RedisScope, pipe: redis.asyncio.client.Pipeline, task: str) -> tuple[Pointer, list[str]]:
+    async def and_cut(self: RedisScope, pipe: redis.asyncio.client.Pipeline, task: str) -> Found:
         found = await read(self, pipe, task)
         with redis.Redis(port=own_redis.port) as client:
             client.client_kill_filter(_type="normal", skipme=True)
         return found
 
     async with opened(own_redis) as store:
-        monkeypatch.setattr(RedisScope, "_current", and_cut)
+        monkeypatch.setattr(RedisScope, "_found", and_cut)
         with pytest.raises(StoreUnavailable):
             await commit(store.scope("t"), "cats", expect=0)
 
@@ -190,7 +195,10 @@ async def test_a_full_redis_refuses_changes_and_goes_on_reading(own_redis: Redis
                 await scope.keep_head("hd_2", make_head(2))
             assert await scope.pointer("cats") == Pointer(1, "hd_1")
             assert len(await scope.tasks(limit=10)) == 1
+            with pytest.raises(StoreUnavailable):
+                await scope.remember("cats", "key", b"value", ttl_s=60)
             assert await scope.delete("cats") is True
+            assert client.keys("fs:*") == []
             client.config_set("maxmemory", 0)
         assert await commit(scope, "cats", 3) == 1
 
@@ -272,7 +280,8 @@ async def test_a_redis_that_may_lose_what_was_acknowledged_is_warned_of(
 
 def with_user(folder: Path, rights: str, *options: str) -> RedisServer:
     (folder / "users.acl").write_text(
-        f"user default off\nuser fewshot on >secret-word ~fs:* resetchannels -@all {rights}\n"
+        f"user default off\nuser inspector on nopass ~* +@all\n"
+        f"user fewshot on >secret-word ~fs:* resetchannels -@all {rights}\n"
     )
     return RedisServer(folder, "--aclfile", str(folder / "users.acl"), *options)
 
@@ -295,7 +304,19 @@ async def test_few_rights_are_enough(tmp_path: Path, caplog: pytest.LogCaptureFi
             await asyncio.sleep(0.1)
             assert await scope.tasks(limit=10) == [("cats", Pointer(2, "hd_2"))]
             assert await scope.record("cats") is not None
+            await commit(scope, "cats", 3, expires=time.time() + 50)  # its versions get an end
+            assert len(await scope.versions("cats")) == 3
+            assert await scope.record("cats", version=1) is not None
+            assert await scope.remember("cats", "key", b"value", ttl_s=50, new=True) is True
+            assert await scope.remember("cats", "key", b"value", ttl_s=50, new=True) is False
+            assert await scope.recall("cats", "key") == b"value"
+            await scope.forget_remembered("cats", "key")
+            await scope.remember("cats", "key", b"value", ttl_s=50)
+            with redis.Redis(port=server.port, username="inspector", password="any") as client:
+                client.set("fs:t:v:cats", b"damaged")
             assert await scope.delete("cats") is True
+            with redis.Redis(port=server.port, username="inspector", password="any") as client:
+                assert client.keys("fs:t:[^h]*") == []
 
 
 async def test_eviction_is_noticed_without_the_right_to_read_settings(tmp_path: Path) -> None:
@@ -320,17 +341,71 @@ async def test_a_wrong_password_is_a_store_that_is_away_and_stays_out_of_the_log
 # What lies in Redis.
 
 
-async def test_only_heads_and_tasks_that_expire_have_a_ttl(own_redis: RedisServer) -> None:
+async def test_only_what_can_be_made_again_or_ends_has_a_ttl(own_redis: RedisServer) -> None:
     async with opened(own_redis, head_ttl_s=100) as store:
         scope = store.scope("t")
         await commit(scope, "cats", 1)
         await commit(scope, "cats", 2)
-        await scope.commit("soon", make_record(3, expires=time.time() + 50), "hd_3", make_head(3), expect=None)
+        await commit(scope, "soon", 3)
+        await commit(scope, "soon", 4, expires=time.time() + 50)
+        await commit(scope, "long", 5, expires=time.time() + 50)
+        await commit(scope, "long", 6)
+        await scope.remember("cats", "key", b"value", ttl_s=20)
+        await scope.remember("cats", "other key", b"value", ttl_s=10)
     with redis.Redis(port=own_redis.port) as client:
         found = {key.decode(): client.ttl(key) for key in client.scan_iter()}
-    assert {key for key, ttl in found.items() if ttl == -1} == {"fs:t:tasks", "fs:t:p:cats", "fs:t:r:cats:2"}
-    assert {key for key, ttl in found.items() if 50 < ttl <= 100} == {"fs:t:h:hd_1", "fs:t:h:hd_2", "fs:t:h:hd_3"}
-    assert {key for key, ttl in found.items() if 0 < ttl <= 50} == {"fs:t:p:soon", "fs:t:r:soon:1"}
+
+    def having(least: int, most: int) -> set[str]:
+        return {key.removeprefix("fs:t:") for key, ttl in found.items() if least <= ttl <= most}
+
+    lasting = {f"{kind}:{task}" for task in ("cats", "long") for kind in ("p", "v", "r")}
+    assert {key.removesuffix(":1").removesuffix(":2") for key in having(-1, -1)} == {"tasks"} | lasting
+    assert len(having(-1, -1)) == 9  # of each of the two, both records
+    assert having(51, 100) == {f"h:hd_{seed}" for seed in range(1, 7)}
+    assert having(21, 50) == {"p:soon", "v:soon", "r:soon:1", "r:soon:2"}
+    assert len(having(11, 20)) == 2  # the index lasts as long as the last of what it names
+    assert len(having(0, 10)) == 1
+
+
+async def test_what_an_earlier_program_wrote_is_read_and_gone_on_from(own_redis: RedisServer) -> None:
+    sealed = Sealed(Sealer(b"key"), "t")
+
+    def written_by_it(task: str, version: int, *, end: int | None = None) -> None:
+        pointer = Pointer(version, f"hd_{version}")
+        record = make_record(version, expires=end)
+        with redis.Redis(port=own_redis.port) as client:
+            client.delete(f"fs:t:r:{task}:{version - 1}")
+            client.set(f"fs:t:r:{task}:{version}", sealed.seal_record(task, version, record=record), exat=end)
+            client.set(f"fs:t:p:{task}", sealed.seal_pointer(task, pointer), exat=end)
+            client.set(f"fs:t:h:{pointer.head}", sealed.seal_head(pointer.head, make_head(version)), ex=100)
+            client.zadd("fs:t:tasks", {task: 0})
+
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        written_by_it("cats", 3)
+        assert await scope.versions("cats") == [Pointer(3, "hd_3")]
+        assert await scope.record("cats", version=2) is None
+        found = await scope.record("cats", version=3)
+        assert found is not None
+        assert same(found[1], make_record(3))
+        assert await commit(scope, "cats", 4, expect=3) == 4
+        assert await commit(scope, "cats", 5) == 5
+        assert await scope.versions("cats") == [Pointer(5, "hd_5"), Pointer(4, "hd_4"), Pointer(3, "hd_3")]
+        written_by_it("cats", 6)  # while both are running: it takes the record before along, and no history
+        assert await scope.versions("cats") == [Pointer(6, "hd_6")]
+        assert await scope.record("cats", version=4) is None
+        assert await commit(scope, "cats", 7) == 7
+        assert await scope.versions("cats") == [Pointer(7, "hd_7"), Pointer(6, "hd_6")]
+        written_by_it("soon", 1, end=int(time.time()) + 50)
+        await commit(scope, "soon", 2)  # made lasting, with what there was before
+        with redis.Redis(port=own_redis.port) as client:
+            assert sorted(client.keys("fs:t:r:*")) == [
+                b"fs:t:r:cats:6",
+                b"fs:t:r:cats:7",
+                b"fs:t:r:soon:1",
+                b"fs:t:r:soon:2",
+            ]
+            assert client.ttl("fs:t:r:soon:1") == -1
 
 
 async def test_expired_tasks_leave_the_index(own_redis: RedisServer) -> None:
@@ -364,6 +439,29 @@ async def test_two_replicas_adapt_one_task_one_after_the_other(own_redis: RedisS
         scopes = [one.scope("t"), other.scope("t")]
         versions = await asyncio.gather(*(commit(scopes[seed % 2], "cats", seed) for seed in range(4)))
         assert sorted(versions) == [1, 2, 3, 4]
+        assert [known.version for known in await one.scope("t").versions("cats")] == [4, 3, 2, 1]
+
+
+async def test_of_two_replicas_one_gets_the_claim(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as one, opened(own_redis) as other:
+        scopes = [one.scope("t"), other.scope("t")]
+        for key in "abcde":
+            claims = (scope.remember("cats", key, b"mine", ttl_s=60, new=True) for scope in scopes * 2)
+            assert sorted(await asyncio.gather(*claims)) == [False, False, False, True]
+
+
+async def test_what_the_index_does_not_name_is_not_there(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        for damaged in (b"rotten", None):
+            await scope.remember("cats", "key", b"value", ttl_s=60)
+            with redis.Redis(port=own_redis.port) as client:
+                client.set("fs:t:m:cats", damaged) if damaged else client.delete("fs:t:m:cats")
+            assert await scope.recall("cats", "key") is None
+            assert await scope.remember("cats", "other", b"value", ttl_s=60)
+            assert await scope.recall("cats", "key") is None
+            assert await scope.remember("cats", "key", b"again", ttl_s=60, new=True) is True
+            assert await scope.recall("cats", "key") == b"again"
 
 
 # Callers who leave.

@@ -19,7 +19,7 @@ def make_head(seed: int = 0, *, way: int = 3) -> Head:
     return Head(Affine(weight, values.normal(size=way).astype(np.float32)), labels, (2,) * way, "ridge", "sha256:a")
 
 
-def make_record(seed: int = 0, *, way: int = 3, expires: float | None = None) -> Record:
+def make_record(seed: int = 0, *, way: int = 3, expires: float | None = None, images: bool = False) -> Record:
     values = np.random.default_rng(seed)
     return Record(
         artifact="sha256:a",
@@ -31,6 +31,7 @@ def make_record(seed: int = 0, *, way: int = 3, expires: float | None = None) ->
         unlabelled=values.normal(size=(1, DIM)).astype(np.float16),
         created=1_700_000_000.25 + seed,
         expires=expires,
+        images=tuple(values.bytes(100 * i) for i in range(2 * way + 1)) if images else (),
     )
 
 
@@ -49,8 +50,11 @@ def _same(left: object, right: object) -> bool:
     return left == right
 
 
-async def commit(scope: Scope, task: str, seed: int = 0, *, expect: int | None = None) -> int:
+async def commit(
+    scope: Scope, task: str, seed: int = 0, *, expect: int | None = None, expires: float | None = None
+) -> int:
     """Puts the record and head of a seed there, the head under the id "hd_{seed}"; returns the version."""
-    pointer = await scope.commit(task, make_record(seed), f"hd_{seed}", make_head(seed), expect=expect)
+    record = make_record(seed, expires=expires)
+    pointer = await scope.commit(task, record, f"hd_{seed}", make_head(seed), expect=expect)
     assert pointer.head == f"hd_{seed}"
     return pointer.version
