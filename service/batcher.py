@@ -3,7 +3,8 @@
 A lane is a thread that takes what waits, up to `max_batch` images, decodes them, calls the extractor once and hands
 the features back. There is no timer: an idle service adds no delay and a busy one fills its batches. Requests are
 served in turns, so that a large support set does not keep single questions waiting. On a CPU there are as many lanes
-as cores; on a GPU the extractor itself takes one call at a time, and the other lanes decode meanwhile.
+as cores; on a GPU the extractor itself takes one call at a time, and the other lanes decode meanwhile. An image may
+also come as pixels of the extractor's own input size: it queues with the others and is only not decoded.
 
 What hurts elsewhere is settled here: a full queue refuses at the door; one bad image fails alone; a failed batch tells
 each of its callers and the lane goes on; a caller who left is skipped when a batch is formed; a lane that dies tells
@@ -29,6 +30,7 @@ from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder's shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +47,7 @@ class Embedded:
 class _Job:
     """One request: the images that no lane has taken yet and the answers so far."""
 
-    payloads: Sequence[bytes]
+    payloads: Sequence[Payload]
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
     entered: float
@@ -96,8 +98,8 @@ class Batcher:
     def waiting(self) -> int:
         return self._waiting
 
-    async def embed(self, payloads: Sequence[bytes]) -> Embedded:
-        """Features of encoded images, in order. Raises Overloaded at once when there is no room for them."""
+    async def embed(self, payloads: Sequence[Payload]) -> Embedded:
+        """Features of images, encoded or as pixels, in order. Raises Overloaded at once when there is no room."""
         job = self._job(payloads)
         with self._changed:
             self._admit(len(payloads))
@@ -129,7 +131,7 @@ class Batcher:
         for lane in self._lanes:
             await asyncio.to_thread(lane.join)
 
-    def _job(self, payloads: Sequence[bytes]) -> _Job:
+    def _job(self, payloads: Sequence[Payload]) -> _Job:
         loop = asyncio.get_running_loop()
         job = _Job(payloads, loop.create_future(), loop, time.perf_counter())
         job.left = len(payloads)
@@ -205,6 +207,14 @@ class Batcher:
         else:
             self._tell([(job, result)])
 
+    def _pixels(self, payload: Payload) -> np.ndarray:
+        if not isinstance(payload, np.ndarray):
+            return self._decoder(payload)
+        if payload.shape != self._decoder.shape or payload.dtype != np.uint8:  # one such would cost the whole batch
+            shape = " x ".join(map(str, self._decoder.shape))
+            raise UndecodableExample(f"The pixels are not uint8 of {shape}, as the extractor takes them.")
+        return payload
+
     def _do_batch(self, batch: list[tuple[_Job, int]]) -> None:
         arrays: list[np.ndarray] = []
         places: list[tuple[_Job, int]] = []
@@ -213,7 +223,7 @@ class Batcher:
             start = time.perf_counter()
             finished[job] = finished.get(job, 0) + 1
             try:
-                arrays.append(self._decoder(job.payloads[index]))
+                arrays.append(self._pixels(job.payloads[index]))
                 places.append((job, index))
             except FewshotError as error:
                 error.index = index

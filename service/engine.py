@@ -1,17 +1,24 @@
-"""The use cases, without HTTP: adapt, classify, describe, list, forget. Knows nothing of requests, statuses or keys."""
+"""The use cases, without HTTP: adapt, change, classify, describe, forget. Knows nothing of requests, statuses or keys.
+
+A task is changed by making its record anew and adapting to it again, which takes a millisecond: so a task is at all
+times what its examples make of it, whatever way it came there.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
+from models.arrays import softmax
 from models.artifact import Artifact
+from models.calibration import energy
 from models.errors import (
     ExtractorFailed,
     FewshotError,
@@ -19,40 +26,76 @@ from models.errors import (
     TaskNotFound,
     TaskStale,
     TooLarge,
+    UndecodableExample,
     UnknownMethod,
+    VersionConflict,
+    VersionNotFound,
 )
 from models.head import Head
 from models.learners import Learner
-from service.batcher import Batcher, Embedded
+from models.report import Report
+from service.batcher import Batcher, Embedded, Payload
 from service.metrics import Metrics
+from service.quota import spend
 from service.stores import Pointer, Record, Scope, SealBroken
 from service.support import (
     Example,
+    Learned,
     Limits,
     OnBadImage,
     Rejected,
+    Rows,
     checked,
-    head_of,
+    learn,
+    like,
+    normal_label,
     record_id,
     record_of,
+    rows_of,
     task_name,
+    usable,
+    without_class,
+    without_example,
 )
 from service.support import head_id as head_id_of
 
 T = TypeVar("T")
+CHANGES = 16  # how often a change is tried again when others are faster
+STALE_ADVICE = "Learned with another artifact; it is learned again when it is used, if its images were kept."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapted:
     """A task as it is after an adaptation, or as it was found."""
 
     task: str
     pointer: Pointer
     record: Record
+    report: Report
+    rejects: bool  # whether its method can say "none of these"
     created: bool = False  # whether the task name is new
     known: bool = False  # whether that very support set was there already, and nothing was done
     rejected: tuple[Rejected, ...] = ()
     timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A support example that resembles an image."""
+
+    example: str
+    label: str
+    similarity: float  # cosine of their features
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    probabilities: np.ndarray  # [way]
+    known: float | None = None  # share of genuine images that look less like the classes; None: cannot be told
+    nearest: tuple[Near, ...] = ()
+
+    def is_none(self, reject: float) -> bool:
+        return self.known is not None and self.known < reject
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,8 +104,12 @@ class Predictions:
     pointer: Pointer | None
     head: Head
     head_id: str
-    rows: list[np.ndarray | FewshotError]  # probabilities [way] of each image, or its error
+    rows: list[Answer | FewshotError]  # for each image
     timings_ms: dict[str, float]
+
+    def none_of_these(self, reject: float) -> int:
+        """How many images show none of the classes, at that share of genuine images turned away."""
+        return sum(isinstance(row, Answer) and row.is_none(reject) for row in self.rows)
 
 
 class Engine:
@@ -86,6 +133,7 @@ class Engine:
         self._device = adapt_device
         self._learner(self.default_method)
         self._flights: dict[tuple[str, ...], asyncio.Task[Any]] = {}
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def adapt(
         self,
@@ -96,79 +144,108 @@ class Engine:
         unlabelled: Sequence[bytes] = (),
         method: str = "",
         ttl_s: float | None = None,
+        retain: bool = False,
         expect: int | None = None,
         on_bad_image: OnBadImage = "skip",
     ) -> Adapted:
         """Learns a task and stores it; without a name it is named after its head.
 
-        When this returns, the record is on disk. `expect`: see Scope.commit. A support set that is there already
-        costs nothing. Raises the errors of models/errors.py.
+        When this returns, the record is on disk. `expect`: see Scope.commit. `retain`: the images are kept as well. A
+        support set that is there already costs nothing. Raises the errors of models/errors.py.
         """
         method = method or self.default_method
-        learner = self._learner(method)
+        self._learner(method)
         examples = checked(examples, unlabelled, self.limits)
         head_id = head_id_of(self.artifact.digest, method, examples, unlabelled)
         name = task_name(task) if task is not None else "t_" + head_id[3:27]
 
-        known = await self._known(scope, name, head_id, expect, ttl_s)
-        if known:
-            return known
+        async def known(head_id: str) -> Adapted | None:
+            """The task, when it already is at this head, and to stay as it was asked to."""
+            if expect is not None or ttl_s is not None:
+                return None  # a condition was named, or an end: let the store decide
+            try:
+                pointer = await scope.pointer(name)
+                if pointer is None or pointer.head != head_id or pointer.stale:
+                    return None
+                found = await scope.record(name)
+            except SealBroken:
+                return None  # damaged: learn it again, which repairs it
+            if found is None or found[0].head != head_id or found[1].expires is not None:
+                return None
+            if retain != bool(found[1].images):
+                return None
+            return await self._told(name, found[0], found[1], known=True)
 
         async def work() -> Adapted:
-            return await self._adapt(scope, name, examples, unlabelled, method, learner, ttl_s, expect, on_bad_image)
+            embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled])
+            rows, rejected = usable(examples, unlabelled, embedded.items, on_bad_image=on_bad_image, retain=retain)
+            record = self._record(rows, method)
+            if ttl_s is not None:
+                record = replace(record, expires=record.created + ttl_s)
+            # With images left out, the rest may be there already.
+            there = await known(record_id(record)) if rejected else None
+            if there:
+                return replace(there, rejected=rejected)
+            return await self._store(scope, name, record, expect, rejected=rejected, embedded=embedded)
 
-        flight = (scope.tenant, name, head_id, str(expect), str(ttl_s), on_bad_image)
+        there = await known(head_id)
+        if there:
+            return there
+        spend(len(examples) + len(unlabelled))
+        flight = (scope.tenant, name, head_id, str(expect), str(ttl_s), str(retain), on_bad_image)
         return await self._once(flight, work)
 
-    async def _known(
-        self, scope: Scope, name: str, head_id: str, expect: int | None, ttl_s: float | None
-    ) -> Adapted | None:
-        """The task, when it already is at this head, and to stay as it was asked to."""
-        if expect is not None or ttl_s is not None:
-            return None  # a condition was named, or an end: let the store decide
-        try:
-            pointer = await scope.pointer(name)
-            if pointer is None or pointer.head != head_id or pointer.stale:
-                return None
-            found = await scope.record(name)
-        except SealBroken:
-            return None  # damaged: learn it again, which repairs it
-        if found is None or found[0].head != head_id or found[1].expires is not None:
-            return None
-        return Adapted(name, found[0], found[1], known=True)
-
-    async def _adapt(
+    async def add(
         self,
         scope: Scope,
-        name: str,
+        task: str,
         examples: Sequence[Example],
-        unlabelled: Sequence[bytes],
-        method: str,
-        learner: Learner,
-        ttl_s: float | None,
-        expect: int | None,
-        on_bad_image: OnBadImage,
+        *,
+        unlabelled: Sequence[bytes] = (),
+        expect: int | None = None,
+        on_bad_image: OnBadImage = "skip",
     ) -> Adapted:
+        """Adds examples, perhaps of new classes. The task is then what it would be had all been sent at once."""
+        examples = checked(examples, unlabelled, self.limits, whole=False)
+        await self._found(scope, task)  # an unknown task costs no work
+        spend(len(examples) + len(unlabelled))
         embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled])
-        record, rejected = self._record(examples, unlabelled, embedded, method, on_bad_image)
-        if ttl_s is not None:
-            record = _expiring(record, ttl_s)
-        start = time.perf_counter()
-        head = await self.batcher.run(lambda: self._head(record, learner))
-        adapt_s = time.perf_counter() - start
-        head_id = record_id(record)
-        if rejected:  # the same support set may have been sent with another bad image
-            known = await self._known(scope, name, head_id, expect, ttl_s)
-            if known:
-                return Adapted(name, known.pointer, known.record, known=True, rejected=rejected)
-        start = time.perf_counter()
-        pointer = await scope.commit(name, record, head_id, head, expect=expect)
-        timings = {**_stages(embedded), "adapt": adapt_s * 1e3, "store": (time.perf_counter() - start) * 1e3}
-        self._observe("adapt", timings, good=len(record.ids), bad=len(rejected))
-        return Adapted(name, pointer, record, created=pointer.version == 1, rejected=rejected, timings_ms=timings)
+        errors = [item for item in embedded.items if isinstance(item, FewshotError)]
+        if len(errors) == len(embedded.items):
+            raise errors[0]
+
+        def change(rows: Rows, retain: bool) -> tuple[Rows, tuple[Rejected, ...]]:
+            return usable(examples, unlabelled, embedded.items, on_bad_image=on_bad_image, retain=retain, have=rows)
+
+        return await self._change(scope, task, change, expect=expect, embedded=embedded)
+
+    async def remove_example(self, scope: Scope, task: str, example: str, *, expect: int | None = None) -> Adapted:
+        """Takes an example back: the task is then equal to one that never saw it."""
+        return await self._change(scope, task, lambda rows, _: (without_example(rows, example), ()), expect=expect)
+
+    async def remove_class(self, scope: Scope, task: str, label: str, *, expect: int | None = None) -> Adapted:
+        label = normal_label(label, index=None, limits=self.limits)
+        return await self._change(scope, task, lambda rows, _: (without_class(rows, label), ()), expect=expect)
+
+    async def rollback(self, scope: Scope, task: str, version: int, *, expect: int | None = None) -> Adapted:
+        """Makes an earlier version the newest. Raises VersionNotFound when it is not kept any more."""
+        pointer, current = await self._found(scope, task)
+        _, record = await self._found(scope, task, version=version)
+        record = like(record, current)  # it takes back examples, not when the task ends
+        if record.artifact != self.artifact.digest:
+            record = await self._renewed(task, record)
+        if expect is None and pointer.head == record_id(record):
+            return await self._told(task, pointer, record, known=True)
+        return await self._store(scope, task, record, expect)
 
     async def classify(
-        self, scope: Scope, task: str, payloads: Sequence[bytes], *, on_bad_image: OnBadImage = "skip"
+        self,
+        scope: Scope,
+        task: str,
+        payloads: Sequence[Payload],
+        *,
+        explain: bool = False,
+        on_bad_image: OnBadImage = "skip",
     ) -> Predictions:
         """Classifies encoded images with a task. The head is looked up first: an unknown task costs nothing."""
         self._check_queries(payloads)
@@ -180,41 +257,80 @@ class Engine:
             raise TaskNotFound(f"There is no task {task!r}.")
         cached = await scope.head(pointer.head)
         self.metrics.heads.labels("found" if cached else "made_again").inc()
-        if cached is None:
+        if cached is None or cached.artifact != self.artifact.digest:
             flight = (scope.tenant, task, pointer.head)
             at, head = await self._once(flight, lambda: self._rebuild(scope, task))
         else:
             at, head = pointer, cached
-        if head.artifact != self.artifact.digest:
-            raise _stale(task)
+        record = (await self._found(scope, task, version=at.version))[1] if explain else None
+        spend(len(payloads))
         embedded = await self.batcher.embed(payloads)
-        rows, timings = self._rows(head, embedded, on_bad_image)
+        rows, timings = self._rows(head, embedded, on_bad_image, record)
         return Predictions(task, at, head, at.head, rows, timings)
 
     async def classify_once(
         self,
         examples: Sequence[Example],
-        payloads: Sequence[bytes],
+        payloads: Sequence[Payload],
         *,
         unlabelled: Sequence[bytes] = (),
         method: str = "",
+        explain: bool = False,
         on_bad_image: OnBadImage = "skip",
     ) -> tuple[Predictions, tuple[Rejected, ...]]:
         """Support and questions in one call; nothing is stored."""
         method = method or self.default_method
-        learner = self._learner(method)
+        self._learner(method)
         examples = checked(examples, unlabelled, self.limits)
         self._check_queries(payloads)
+        spend(len(examples) + len(unlabelled) + len(payloads))
         embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled, *payloads])
         split = len(examples) + len(unlabelled)
-        record, rejected = self._record(examples, unlabelled, _part(embedded, 0, split), method, on_bad_image)
-        head = await self.batcher.run(lambda: self._head(record, learner))
-        rows, timings = self._rows(head, _part(embedded, split, len(embedded.items)), on_bad_image)
-        return Predictions(None, None, head, record_id(record), rows, timings), rejected
+        support = _part(embedded, 0, split)
+        given, rejected = usable(examples, unlabelled, support.items, on_bad_image=on_bad_image)
+        record = self._record(given, method)
+        learned = await self._learned(record)
+        questions = _part(embedded, split, len(embedded.items))
+        rows, timings = self._rows(learned.head, questions, on_bad_image, record if explain else None)
+        return Predictions(None, None, learned.head, record_id(record), rows, timings), rejected
 
-    async def describe(self, scope: Scope, task: str) -> Adapted:
-        found = await self._found(scope, task)
-        return Adapted(task, found[0], found[1])
+    async def embed(self, payloads: Sequence[Payload], *, on_bad_image: OnBadImage = "skip") -> Embedded:
+        """Features of images, for other systems; when none is good, the first error is raised."""
+        self._check_queries(payloads)
+        spend(len(payloads))
+        embedded = await self.batcher.embed(payloads)
+        errors = [item for item in embedded.items if isinstance(item, FewshotError)]
+        good = len(embedded.items) - len(errors)
+        self._observe("embed", _stages(embedded), good=good, bad=len(errors))
+        if errors and (not good or on_bad_image == "fail" or isinstance(errors[0], ExtractorFailed)):
+            raise errors[0]
+        return embedded
+
+    async def describe(self, scope: Scope, task: str, *, version: int | None = None) -> Adapted:
+        """A task as it is, learned again for this artifact where that can be, or as it was at a version."""
+        pointer, record = await self._found(scope, task, version=version)
+        if version is None and record.images and record.artifact != self.artifact.digest:
+            with suppress(TaskStale):  # it cannot be: then it is told as it was
+                await self._once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
+            pointer, record = await self._found(scope, task)
+        return await self._told(task, pointer, record)
+
+    async def head(self, scope: Scope, task: str) -> tuple[Pointer, Head]:
+        """The head that a task is classified with now."""
+        return await self._rebuild(scope, task)
+
+    async def record(self, scope: Scope, task: str) -> tuple[Pointer, Record]:
+        return await self._found(scope, task)
+
+    async def versions(self, scope: Scope, task: str) -> list[Pointer]:
+        """The versions that can be rolled back to, newest first."""
+        try:
+            found = await scope.versions(task_name(task))
+        except SealBroken:
+            raise _damaged(task) from None
+        if not found:
+            raise TaskNotFound(f"There is no task {task!r}.")
+        return found
 
     async def tasks(self, scope: Scope, *, limit: int, after: str) -> list[tuple[str, Pointer]]:
         return await scope.tasks(limit=limit, after=after)
@@ -224,24 +340,106 @@ class Engine:
         if not await scope.delete(task_name(task)):
             raise TaskNotFound(f"There is no task {task!r}.")
 
-    async def _found(self, scope: Scope, task: str) -> tuple[Pointer, Record]:
+    async def _found(self, scope: Scope, task: str, *, version: int | None = None) -> tuple[Pointer, Record]:
         try:
-            found = await scope.record(task_name(task))
+            found = await scope.record(task_name(task), version=version)
         except SealBroken:
             raise _damaged(task) from None
+        if found is None and version is not None and await scope.pointer(task) is not None:
+            raise VersionNotFound(f"Version {version} of the task {task!r} is not kept.")
         if found is None:
             raise TaskNotFound(f"There is no task {task!r}.")
         return found
 
+    async def _change(
+        self,
+        scope: Scope,
+        task: str,
+        change: Callable[[Rows, bool], tuple[Rows, tuple[Rejected, ...]]],
+        *,
+        expect: int | None,
+        embedded: Embedded | None = None,
+    ) -> Adapted:
+        """Applies a change to the examples of a task; again, when another was faster, unless `expect` forbids it.
+
+        Changes of one task take turns, so that only those of other processes can be faster.
+        """
+        async with self._turns.setdefault((scope.tenant, task), asyncio.Lock()):
+            for _ in range(CHANGES):
+                pointer, before = await self._found(scope, task)
+                if expect is not None and pointer.version != expect:
+                    raise VersionConflict(f"The task is at version {pointer.version}, not {expect}.")
+                renewed = before if before.artifact == self.artifact.digest else await self._renewed(task, before)
+                rows, rejected = change(rows_of(renewed), bool(renewed.images))
+                record = like(self._record(rows, renewed.method), before)
+                if record_id(record) == pointer.head:
+                    return replace(await self._told(task, pointer, record, known=True), rejected=rejected)
+                try:
+                    return await self._store(scope, task, record, pointer.version, rejected=rejected, embedded=embedded)
+                except VersionConflict:
+                    if expect is not None:
+                        raise
+        raise VersionConflict("The task kept moving while it was being changed; try again.")
+
+    async def _store(
+        self,
+        scope: Scope,
+        task: str,
+        record: Record,
+        expect: int | None,
+        *,
+        rejected: tuple[Rejected, ...] = (),
+        embedded: Embedded | None = None,
+    ) -> Adapted:
+        """Adapts to a record and commits both."""
+        start = time.perf_counter()
+        learned = await self._learned(record)
+        adapted = time.perf_counter()
+        pointer = await scope.commit(task, record, record_id(record), learned.head, expect=expect)
+        timings = {
+            **(_stages(embedded) if embedded else {}),
+            "adapt": (adapted - start) * 1e3,
+            "store": (time.perf_counter() - adapted) * 1e3,
+        }
+        self._observe("adapt", timings, good=len(embedded.items) - len(rejected) if embedded else 0, bad=len(rejected))
+        created = pointer.version == 1
+        rejects = learned.head.gauge is not None
+        return Adapted(task, pointer, record, learned.report, rejects, created, rejected=rejected, timings_ms=timings)
+
+    async def _told(self, task: str, pointer: Pointer, record: Record, *, known: bool = False) -> Adapted:
+        """A task with its report, which is made again each time: it takes a millisecond and needs no place."""
+        if record.artifact == self.artifact.digest:
+            learned = await self._learned(record)
+            return Adapted(task, pointer, record, learned.report, learned.head.gauge is not None, known=known)
+        return Adapted(task, pointer, record, Report(None, None, "none", (), (), STALE_ADVICE), False, known=known)
+
     async def _rebuild(self, scope: Scope, task: str) -> tuple[Pointer, Head]:
-        """Makes an evicted head again from its record, and tells whose it is: the task may have moved meanwhile."""
+        """Makes a head again from its record, and tells whose it is: the task may have moved meanwhile."""
         pointer, record = await self._found(scope, task)
         if record.artifact != self.artifact.digest:
-            raise _stale(task)
-        learner = self._learner(record.method)
-        head = await self.batcher.run(lambda: self._head(record, learner))
+            record = await self._renewed(task, record)
+            head = (await self._learned(record)).head
+            try:
+                return await scope.commit(task, record, record_id(record), head, expect=pointer.version), head
+            except VersionConflict:
+                return await self._rebuild(scope, task)
+        head = (await self._learned(record)).head
         await scope.keep_head(pointer.head, head)
         return pointer, head
+
+    async def _renewed(self, task: str, record: Record) -> Record:
+        """The same task for the artifact that is served now, from its retained images. Raises TaskStale without."""
+        if not record.images:
+            raise TaskStale(f"The task {task!r} was learned with another artifact; send its examples again.")
+        embedded = await self.batcher.embed(record.images)
+        labels = [record.labels[c] for c in record.classes]
+        examples = [Example(label, image) for label, image in zip(labels, record.images, strict=False)]
+        try:
+            rows, _ = usable(examples, record.images[len(labels) :], embedded.items, on_bad_image="fail", retain=True)
+        except (UndecodableExample, TooLarge):  # a limit was lowered since; the caller sent no such image
+            raise TaskStale(f"Not all images of the task {task!r} can be read now; send its examples again.") from None
+        method = record.method if record.method in self.learners else self.default_method
+        return like(self._record(rows, method), record)
 
     async def _once(self, key: tuple[str, ...], work: Callable[[], Awaitable[T]]) -> T:
         """Twins share one piece of work, and a caller who leaves does not end it for the others."""
@@ -271,46 +469,42 @@ class Engine:
             known = ", ".join(self.learners)
             raise UnknownMethod(f"There is no method {method[:64]!r}; this artifact has {known}.") from None
 
-    def _check_queries(self, payloads: Sequence[bytes]) -> None:
+    def _check_queries(self, payloads: Sequence[Payload]) -> None:
         if not payloads:
             raise InvalidRequest("There is no image to classify.")
         if len(payloads) > self.limits.max_queries:
             raise TooLarge(f"There are {len(payloads)} images; the limit is {self.limits.max_queries} (MAX_QUERIES).")
 
-    def _record(
-        self,
-        examples: Sequence[Example],
-        unlabelled: Sequence[bytes],
-        embedded: Embedded,
-        method: str,
-        on_bad_image: OnBadImage,
-    ) -> tuple[Record, tuple[Rejected, ...]]:
-        return record_of(
-            examples,
-            unlabelled,
-            embedded.items,
-            artifact=self.artifact.digest,
-            method=method,
-            dim=self.artifact.manifest.dim,
-            on_bad_image=on_bad_image,
-        )
+    def _record(self, rows: Rows, method: str) -> Record:
+        manifest = self.artifact.manifest
+        return record_of(rows, artifact=self.artifact.digest, method=method, dim=manifest.dim, limits=self.limits)
 
-    def _head(self, record: Record, learner: Learner) -> Head:
-        """Adapts; runs on a lane."""
-        return head_of(record, learner, self.artifact.manifest.methods[record.method], device=self._device)
+    async def _learned(self, record: Record) -> Learned:
+        """Adapts on a lane."""
+        learner, manifest = self._learner(record.method), self.artifact.manifest
+        temperature, rejection = manifest.methods[record.method], manifest.rejections.get(record.method)
+        return await self.batcher.run(lambda: learn(record, learner, temperature, rejection, device=self._device))
 
     def _rows(
-        self, head: Head, embedded: Embedded, on_bad_image: OnBadImage
-    ) -> tuple[list[np.ndarray | FewshotError], dict[str, float]]:
-        """Probabilities of each image, or its error; when none is good, the first error is raised."""
+        self, head: Head, embedded: Embedded, on_bad_image: OnBadImage, explain: Record | None
+    ) -> tuple[list[Answer | FewshotError], dict[str, float]]:
+        """The answer for each image, or its error; when none is good, the first error is raised."""
         start = time.perf_counter()
         good = [item for item in embedded.items if isinstance(item, np.ndarray)]
         errors = [item for item in embedded.items if isinstance(item, FewshotError)]
         self._observe("classify", _stages(embedded), good=len(good), bad=len(errors))
         if errors and (not good or on_bad_image == "fail" or isinstance(errors[0], ExtractorFailed)):
             raise errors[0]
-        probabilities = iter(head.probabilities(np.stack(good)))
-        rows = [item if isinstance(item, FewshotError) else next(probabilities) for item in embedded.items]
+        features = np.stack(good)
+        logits = head.logits(features)
+        probabilities = softmax(logits)
+        rejection = self.artifact.manifest.rejections.get(head.method)
+        known: list[float | None] = [None] * len(good)
+        if rejection is not None and head.gauge is not None:
+            known = rejection.known(energy(logits), head.gauge).tolist()
+        near = _nearest(features, explain) if explain is not None else [()] * len(good)
+        answers = iter(map(Answer, probabilities, known, near))
+        rows = [item if isinstance(item, FewshotError) else next(answers) for item in embedded.items]
         return rows, {**_stages(embedded), "head": (time.perf_counter() - start) * 1e3}
 
     def _observe(self, op: str, timings_ms: dict[str, float], *, good: int, bad: int) -> None:
@@ -326,8 +520,16 @@ def _damaged(task: str) -> TaskStale:
     return TaskStale(f"What was stored of the task {task!r} is damaged; send its examples again.")
 
 
-def _stale(task: str) -> TaskStale:
-    return TaskStale(f"The task {task!r} was learned with another artifact; send its examples again.")
+def _nearest(features: np.ndarray, record: Record, count: int = 2) -> list[tuple[Near, ...]]:
+    """The support examples that each image resembles most."""
+    similarity = features @ record.features.astype(np.float32).T  # features have unit length
+    return [
+        tuple(
+            Near(record.ids[i], record.labels[record.classes[i]], round(float(row[i]), 4))
+            for i in np.argsort(-row)[:count]
+        )
+        for row in similarity
+    ]
 
 
 def _stages(embedded: Embedded) -> dict[str, float]:
@@ -340,7 +542,3 @@ def _part(embedded: Embedded, start: int, stop: int) -> Embedded:
         if isinstance(item, FewshotError):
             item.index = index
     return Embedded(items, embedded.queued_s, embedded.decode_s, embedded.embed_s)
-
-
-def _expiring(record: Record, ttl_s: float) -> Record:
-    return dataclasses.replace(record, expires=record.created + ttl_s)

@@ -14,17 +14,27 @@ import re
 import time
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from models import report
 from models.arrays import fetch, place
-from models.calibration import Temperature
+from models.calibration import Rejection, Temperature
 from models.episode import Support
-from models.errors import ExtractorFailed, FewshotError, InvalidRequest, InvalidSupport, TooLarge
+from models.errors import (
+    ClassNotFound,
+    ExampleNotFound,
+    ExtractorFailed,
+    FewshotError,
+    InvalidRequest,
+    InvalidSupport,
+    TooLarge,
+)
 from models.head import Affine, Head
 from models.learners import Learner
+from models.report import Report
 from service.stores import Record
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -56,19 +66,49 @@ class Rejected:
     detail: str
 
 
-def checked(examples: Sequence[Example], unlabelled: Sequence[bytes], limits: Limits) -> list[Example]:
-    """Labels in their normal form and every limit kept. Raises InvalidSupport or TooLarge."""
+class Row(NamedTuple):
+    """One usable example: what is kept of it."""
+
+    feature: np.ndarray  # [dim] float16
+    image: bytes = b""  # only where images are retained
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The usable examples of a task, by what they are called."""
+
+    labelled: dict[tuple[str, str], Row] = field(default_factory=dict)  # (label, id)
+    unlabelled: dict[str, Row] = field(default_factory=dict)  # id
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(sorted({label for label, _ in self.labelled}))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    head: Head
+    report: Report
+
+
+def checked(
+    examples: Sequence[Example], unlabelled: Sequence[bytes], limits: Limits, *, whole: bool = True
+) -> list[Example]:
+    """Labels in their normal form and every limit kept; `whole`: it is to be a task by itself.
+
+    Raises InvalidSupport or TooLarge.
+    """
     total = len(examples) + len(unlabelled)
     if total > limits.max_examples:
         raise TooLarge(f"The support set has {total} images; the limit is {limits.max_examples} (MAX_EXAMPLES).")
-    if not examples:
+    if not examples and (whole or not unlabelled):
         raise InvalidSupport("The support set is empty: send at least one image of each of two classes.")
     normal = [
         Example(normal_label(example.label, index=index, limits=limits), example.payload)
         for index, example in enumerate(examples)
     ]
     labels = {example.label for example in normal}
-    if len(labels) < 2:
+    if whole and len(labels) < 2:
         raise InvalidSupport(f"Only the class {next(iter(labels))!r} has examples; a task needs two classes or more.")
     if len(labels) > limits.max_way:
         raise TooLarge(f"The task has {len(labels)} classes; the limit is {limits.max_way} (MAX_WAY).")
@@ -119,24 +159,22 @@ def _digest(artifact: str, method: str, ids: Sequence[tuple[str, str]], unlabell
     return "hd_" + hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
-def record_of(
+def usable(
     examples: Sequence[Example],
     unlabelled: Sequence[bytes],
     items: Sequence[np.ndarray | FewshotError],
     *,
-    artifact: str,
-    method: str,
-    dim: int,
     on_bad_image: OnBadImage,
-) -> tuple[Record, tuple[Rejected, ...]]:
-    """The record of the usable examples, in canonical order: by label, then by content.
+    retain: bool = False,
+    have: Rows | None = None,
+) -> tuple[Rows, tuple[Rejected, ...]]:
+    """The usable examples, added to those that a task has already, and what was left out.
 
     `items` are the features [dim] of each example and each unlabelled image, or its error. Raises InvalidSupport when
     a class is left with no example, and the first error of an image when they are not to be skipped.
     """
     rejected: list[Rejected] = []
-    rows: dict[tuple[str, str], np.ndarray] = {}
-    extra: dict[str, np.ndarray] = {}
+    rows = Rows(dict(have.labelled), dict(have.unlabelled)) if have else Rows()
     for index, item in enumerate(items):
         labelled = index < len(examples)
         label = examples[index].label if labelled else ""
@@ -147,48 +185,107 @@ def record_of(
                 raise item
             rejected.append(Rejected(index, item.code, item.detail))
             continue
-        name = example_id(label, examples[index].payload if labelled else unlabelled[index - len(examples)])
-        if (label, name) in rows or name in extra:
+        payload = examples[index].payload if labelled else unlabelled[index - len(examples)]
+        name = example_id(label, payload)
+        row = Row(item.astype(np.float16), payload if retain else b"")
+        if (label, name) in rows.labelled or name in rows.unlabelled:
             rejected.append(Rejected(index, "duplicate_example", "The same image was sent twice; it counts once."))
         elif labelled:
-            rows[label, name] = item
+            rows.labelled[label, name] = row
         else:
-            extra[name] = item
-    labels = sorted({example.label for example in examples})
-    for label in labels:
-        if not any(key[0] == label for key in rows):
-            reasons = {r.index: r.detail for r in rejected}
-            index = next(i for i, example in enumerate(examples) if example.label == label)
-            raise InvalidSupport(f"The class {label!r} has no usable image: {reasons[index]}", index=index)
-    keys = sorted(rows)
-    record = Record(
+            rows.unlabelled[name] = row
+    for label in sorted({example.label for example in examples} - set(rows.labels)):
+        reasons = {r.index: r.detail for r in rejected}
+        index = next(i for i, example in enumerate(examples) if example.label == label)
+        raise InvalidSupport(f"The class {label!r} has no usable image: {reasons[index]}", index=index)
+    return rows, tuple(rejected)
+
+
+def without_example(rows: Rows, example: str) -> Rows:
+    """Raises ExampleNotFound, or InvalidSupport when too little would be left."""
+    kept = {key: row for key, row in rows.labelled.items() if key[1] != example}
+    extra = {key: row for key, row in rows.unlabelled.items() if key != example}
+    if len(kept) + len(extra) == len(rows.labelled) + len(rows.unlabelled):
+        raise ExampleNotFound(f"The task has no example {example[:64]!r}.")
+    left = Rows(kept, extra)
+    gone = set(rows.labels) - set(left.labels)
+    if gone:
+        raise InvalidSupport(f"It is the last example of {gone.pop()!r}: take the class back instead.")
+    return left
+
+
+def without_class(rows: Rows, label: str) -> Rows:
+    """Raises ClassNotFound, or InvalidSupport when fewer than two classes would be left."""
+    if label not in rows.labels:
+        raise ClassNotFound(f"The task has no class {label[:64]!r}.")
+    left = Rows({key: row for key, row in rows.labelled.items() if key[0] != label}, rows.unlabelled)
+    if len(left.labels) < 2:
+        raise InvalidSupport("A task needs two classes or more; forget the task instead.")
+    return left
+
+
+def rows_of(record: Record) -> Rows:
+    images = record.images or (b"",) * len(record.ids)
+    n = len(record.classes)
+    labelled = {
+        (record.labels[c], record.ids[i]): Row(record.features[i], images[i]) for i, c in enumerate(record.classes)
+    }
+    return Rows(labelled, {record.ids[n + i]: Row(f, images[n + i]) for i, f in enumerate(record.unlabelled)})
+
+
+def record_of(rows: Rows, *, artifact: str, method: str, dim: int, limits: Limits) -> Record:
+    """The record of some examples, in canonical order: by label, then by content. Raises TooLarge."""
+    total = len(rows.labelled) + len(rows.unlabelled)
+    if total > limits.max_examples:
+        raise TooLarge(f"The task would have {total} images; the limit is {limits.max_examples} (MAX_EXAMPLES).")
+    labels = rows.labels
+    if len(labels) > limits.max_way:
+        raise TooLarge(f"The task would have {len(labels)} classes; the limit is {limits.max_way} (MAX_WAY).")
+    keys, extra = sorted(rows.labelled), sorted(rows.unlabelled)
+    order = {label: index for index, label in enumerate(labels)}
+    ordered = [*(rows.labelled[key] for key in keys), *(rows.unlabelled[key] for key in extra)]
+    retained = all(row.image for row in ordered)
+    return Record(
         artifact=artifact,
         method=method,
-        labels=tuple(labels),
-        ids=(*(key[1] for key in keys), *sorted(extra)),
-        classes=np.array([labels.index(key[0]) for key in keys], np.int32),
-        features=np.stack([rows[key] for key in keys]).astype(np.float16),
-        unlabelled=np.array([extra[key] for key in sorted(extra)], np.float16).reshape(len(extra), dim),
+        labels=labels,
+        ids=(*(key[1] for key in keys), *extra),
+        classes=np.array([order[key[0]] for key in keys], np.int32),
+        features=np.stack([rows.labelled[key].feature for key in keys]),
+        unlabelled=np.array([rows.unlabelled[key].feature for key in extra], np.float16).reshape(len(extra), dim),
         created=time.time(),
+        images=tuple(row.image for row in ordered) if retained else (),
     )
-    return record, tuple(rejected)
 
 
-def head_of(record: Record, learner: Learner, temperature: Temperature, *, device: str) -> Head:
-    """Adapts. Raises ExtractorFailed when the numbers are not finite."""
+def like(record: Record, before: Record) -> Record:
+    """A changed record keeps the birth and the end of what it was changed from."""
+    return replace(record, created=before.created, expires=before.expires)
+
+
+def learn(
+    record: Record, learner: Learner, temperature: Temperature, rejection: Rejection | None, *, device: str
+) -> Learned:
+    """Adapts, and says how well that went. Raises ExtractorFailed when the numbers are not finite."""
     way = len(record.labels)
-    unlabelled = record.unlabelled.astype(np.float32)
+    features, unlabelled = record.features.astype(np.float32), record.unlabelled.astype(np.float32)
     support = Support(
-        place(record.features.astype(np.float32), device),
+        place(features, device),
         place(record.classes, device),
         way,
         place(unlabelled, device) if len(unlabelled) else None,
     )
     affine = learner.adapt(support)
     shots = tuple(int(count) for count in np.bincount(record.classes, minlength=way))
-    weight, bias = fetch(affine.weight), fetch(affine.bias)
-    folded = temperature.fold(Affine(weight, bias), shots)
+    folded = temperature.fold(Affine(fetch(affine.weight), fetch(affine.bias)), shots)
     affine = Affine(folded.weight.astype(np.float32), folded.bias.astype(np.float32))
     if not (np.isfinite(affine.weight).all() and np.isfinite(affine.bias).all()):
         raise ExtractorFailed("The adaptation gave numbers that are not finite; nothing was stored.")
-    return Head(affine, record.labels, shots, record.method, record.artifact)
+    held = report.held_out(learner, support)
+    held = replace(held, logits=held.logits / temperature.at(way, shots))
+    head = Head(affine, record.labels, shots, record.method, record.artifact)
+    if rejection is not None:
+        rivals = report.without_own(head.logits(features), record.classes)
+        head = replace(head, gauge=rejection.gauge(shots, held_out=held.logits, rivals=rivals))
+    found = report.report(held, classes=record.classes, labels=record.labels, ids=record.ids)
+    return Learned(head, found)

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from models.artifact import ARRAYS, Artifact, Manifest
-from models.calibration import Temperature
+from models.calibration import Rejection, Temperature
 from models.head import Affine, Head
 
 DIM = 3
@@ -58,8 +58,22 @@ class Gated(MeanColour):
         return super().__call__(batch)
 
 
-def tiny_artifact(folder: Path, *, name: str = "tiny") -> Artifact:
-    """An artifact for MeanColour: prototypes and ridge over three features. Its graph is never run."""
+# Of MeanColour under the prototypes of `tiny_artifact`: an image that shows a class has an energy near 7.4, one that
+# shows none of them 5.7 (indigo among red and blue) or less (black).
+REJECTION = Rejection(
+    location=(0.0, 0.0, 0.0, 1.0, 0.0),  # the mean energy of what was held out
+    spread=(0.0, 0.0, 0.0, 0.0, 0.0),
+    location_one_shot=(7.4, 0.0, 0.0, 0.0, 0.0),
+    spread_one_shot=(0.0, 0.0, 0.0, 0.0, 0.0),
+    quantiles=tuple(float(value) for value in np.linspace(-2, 1, 31)),
+)
+
+
+def tiny_artifact(folder: Path, *, name: str = "tiny", rejects: bool = False) -> Artifact:
+    """An artifact for MeanColour: prototypes and ridge over three features. Its graph is never run.
+
+    `rejects`: with prototypes, it can say that an image shows none of the classes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {"prototype/log_scale": 2.0, "ridge/log_scale": 2.0, "ridge/log_penalty": -1.0}
     save_file({key: np.array(value, np.float32) for key, value in numbers.items()}, folder / ARRAYS)
@@ -75,6 +89,7 @@ def tiny_artifact(folder: Path, *, name: str = "tiny") -> Artifact:
         accuracy=(),
         int8=None,
         files={},
+        rejections={"prototype": REJECTION} if rejects else {},
     )
     return Artifact(folder, manifest, f"sha256:{name}")
 

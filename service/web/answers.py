@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.responses import Response
 
 from models.errors import FewshotError
-from service.engine import Adapted, Predictions
+from models.report import Report
+from service.batcher import Embedded
+from service.engine import Adapted, Answer, Predictions
 from service.support import Rejected
+from service.web.bodies import JSON_LINES
 
 
 def etag(adapted: Adapted) -> str:
@@ -52,6 +56,9 @@ def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int) -> R
             for example, index in zip(record.ids, record.classes, strict=False)  # unlabelled ids follow
         ],
         "unlabelled": len(record.unlabelled),
+        "retained": bool(record.images),
+        "rejects": adapted.rejects,
+        "report": report(adapted.report),
         "rejected": rejected_rows(adapted.rejected),
         "created_at": _time(record.created),
         "expires_at": _time(record.expires),
@@ -63,30 +70,75 @@ def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int) -> R
     return answer(body, status=status, headers=headers)
 
 
-def predictions(state: MutableMapping[str, Any], found: Predictions, rejected: tuple[Rejected, ...] = ()) -> Response:
-    labels = found.head.labels
-    rows: list[dict[str, Any]] = []
-    for index, row in enumerate(found.rows):
-        if isinstance(row, FewshotError):
-            rows.append({"index": index, "error": {"index": index, "code": row.code, "detail": row.detail}})
-            continue
-        values = [round(value, 6) for value in row.tolist()]
-        best = int(row.argmax())
-        rows.append(
-            {
-                "index": index,
-                "label": labels[best],
-                "probability": values[best],
-                "probabilities": dict(zip(labels, values, strict=True)),
-            }
-        )
+def report(found: Report) -> dict[str, Any]:
+    return {
+        "accuracy": found.accuracy,
+        "interval": found.interval,
+        "estimate": found.estimate,
+        "confusions": [{"from": item.label, "to": item.taken_for, "count": item.count} for item in found.confusions],
+        "suspects": [dataclasses.asdict(item) for item in found.suspects],
+        "advice": found.advice,
+    }
+
+
+def prediction(index: int, row: Answer | FewshotError, labels: Sequence[str], reject: float) -> dict[str, Any]:
+    """One line of an answer. `reject` is the share of genuine images that may be turned away; 0: none is."""
+    if isinstance(row, FewshotError):
+        return {"index": index, "error": {"index": index, "code": row.code, "detail": row.detail}}
+    values = [round(value, 6) for value in row.probabilities.tolist()]
+    best = int(row.probabilities.argmax())
+    known = None if row.known is None else round(row.known, 4)
+    body: dict[str, Any] = {
+        "index": index,
+        "label": labels[best],
+        "probability": values[best],
+        "probabilities": dict(zip(labels, values, strict=True)),
+        "known": known,
+    }
+    if row.is_none(reject):
+        body |= {"label": None, "reason": "none_of_these"}
+    if row.nearest:
+        body["nearest"] = [dataclasses.asdict(near) for near in row.nearest]
+    return body
+
+
+def predictions(
+    state: MutableMapping[str, Any],
+    found: Predictions,
+    rejected: tuple[Rejected, ...] = (),
+    *,
+    reject: float,
+    lines: bool = False,
+) -> Response:
+    """`lines`: one prediction a line, without what goes around them."""
+    rows = [prediction(index, row, found.head.labels, reject) for index, row in enumerate(found.rows)]
+    timings = _timing(state, found.timings_ms)
+    if lines:
+        return Response("".join(json.dumps(row) + "\n" for row in rows), media_type=JSON_LINES)
     body = {
         "task": found.task,
         "version": found.pointer.version if found.pointer else None,
         "head": found.head_id,
         "stale": found.pointer.stale if found.pointer else False,
+        "reject": reject or None,
         "predictions": rows,
         "rejected": rejected_rows(rejected),
-        "timings_ms": _timing(state, found.timings_ms),
+        "timings_ms": timings,
+    }
+    return answer(body)
+
+
+def features(state: MutableMapping[str, Any], embedded: Embedded, *, artifact: str, dim: int) -> Response:
+    errors = [(i, item) for i, item in enumerate(embedded.items) if isinstance(item, FewshotError)]
+    timings = {"queue": embedded.queued_s * 1e3, "decode": embedded.decode_s * 1e3, "embed": embedded.embed_s * 1e3}
+    body = {
+        "artifact": artifact,
+        "dim": dim,
+        "features": [
+            None if isinstance(item, FewshotError) else [round(value, 6) for value in item.tolist()]
+            for item in embedded.items
+        ],
+        "errors": [{"index": i, "code": item.code, "detail": item.detail} for i, item in errors],
+        "timings_ms": _timing(state, timings),
     }
     return answer(body)

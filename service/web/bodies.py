@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeVar
+from urllib.parse import unquote
 
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -27,11 +28,12 @@ from starlette.requests import Request
 
 from models.errors import InvalidRequest, InvalidSupport, TooLarge, UnsupportedMedia
 from service.support import Example
-from service.web.schemas import OneCallBody, QueryBody, SupportBody
+from service.web.schemas import OneCallBody, QueryBody, QueryLine, SupportBody, SupportLine
 
 T = TypeVar("T")
-SUPPORT_TYPES = "multipart/form-data, application/json, application/zip or application/x-tar"
-QUERY_TYPES = "image/jpeg, image/png, image/webp, multipart/form-data or application/json"
+JSON_LINES = "application/x-ndjson"
+SUPPORT_TYPES = f"multipart/form-data, application/json, {JSON_LINES}, application/zip or application/x-tar"
+QUERY_TYPES = f"image/jpeg, image/png, image/webp, multipart/form-data, application/json or {JSON_LINES}"
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
 TAR_TYPES = ("application/x-tar", "application/tar")
 UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
@@ -82,11 +84,22 @@ async def read_support(request: Request, bounds: Bounds, *, with_queries: bool =
     elif kind in ZIP_TYPES + TAR_TYPES and not with_queries:
         entries = _zip_entries if kind in ZIP_TYPES else _tar_entries
         given = await _aside(await request.body(), lambda body: _from_entries(entries(body, bounds)))
+    elif kind == JSON_LINES and not with_queries:
+        given = await _aside(await request.body(), lambda body: _from_lines(_lines(SupportLine, body, bounds)))
     elif not kind:
         raise UnsupportedMedia(f"The request has no Content-Type; send {SUPPORT_TYPES}.")
+    elif kind == "application/x-www-form-urlencoded":
+        raise UnsupportedMedia(
+            "curl's -d and --data-binary need -H 'Content-Type: application/json', or application/zip for a zip; "
+            "or use -F LABEL=@FILE."
+        )
     else:
         hint = " For one image without a label there is nothing to learn." if kind.startswith("image/") else ""
         raise UnsupportedMedia(f"A support set comes as {SUPPORT_TYPES}.{hint}")
+    if with_queries and not given.queries:
+        raise InvalidRequest(
+            "There is no image to classify: the questions are the files named `query`, in JSON `queries`."
+        )
     return given
 
 
@@ -105,6 +118,14 @@ async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
             return [_base64(text, f"/images/{index}") for index, text in enumerate(images)]
 
         return await _aside(body, decode)
+    if kind == JSON_LINES:
+
+        def decode_lines(body: bytes) -> list[bytes]:
+            return [
+                _base64(line.image, f"/{index}/image") for index, line in enumerate(_lines(QueryLine, body, bounds))
+            ]
+
+        return await _aside(await request.body(), decode_lines)
     if kind == "application/x-www-form-urlencoded":
         raise UnsupportedMedia("curl's --data-binary needs -H 'Content-Type: image/jpeg'; or use -F image=@FILE.")
     raise UnsupportedMedia(f"Images come as {QUERY_TYPES}.")
@@ -160,7 +181,31 @@ def _from_fields(files: list[tuple[str, bytes]], with_queries: bool) -> Given:
     return given
 
 
-Body = TypeVar("Body", SupportBody, QueryBody, OneCallBody)
+Body = TypeVar("Body", SupportBody, QueryBody, OneCallBody, SupportLine, QueryLine)
+Line = TypeVar("Line", SupportLine, QueryLine)
+
+
+def _lines(model: type[Line], body: bytes, bounds: Bounds) -> list[Line]:
+    if body.count(b"\n") > bounds.parts:
+        raise TooLarge(f"The body has too many lines; the limit is {bounds.parts}.")
+    found = []
+    for index, line in enumerate(filter(bytes.strip, body.split(b"\n"))):  # blank ones count for nothing
+        try:
+            found.append(_parse(model, line))
+        except InvalidRequest as error:
+            raise InvalidRequest(error.detail, index=index, pointer=error.pointer) from None
+    return found
+
+
+def _from_lines(lines: list[SupportLine]) -> Given:
+    given = Given([], [], [])
+    for index, line in enumerate(lines):
+        image = _base64(line.image, f"/{index}/image")
+        if line.label is None:
+            given.unlabelled.append(image)
+        else:
+            given.examples.append(Example(line.label, image))
+    return given
 
 
 def _parse(model: type[Body], body: bytes) -> Body:
@@ -215,8 +260,16 @@ def _from_entries(entries: Iterator[tuple[PurePosixPath, bytes]]) -> Given:
         if label == UNLABELLED:
             given.unlabelled.append(data)
         else:
-            given.examples.append(Example(label.removeprefix(LABEL), data))
+            given.examples.append(Example(_decoded(label.removeprefix(LABEL)), data))
     return given
+
+
+def _decoded(folder: str) -> str:
+    """The label that a folder stands for: percent-encoded is what no folder can be called."""
+    try:
+        return unquote(folder, errors="strict")
+    except UnicodeDecodeError:
+        return folder
 
 
 def _checked(name: str, index: int) -> PurePosixPath | None:

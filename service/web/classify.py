@@ -10,20 +10,28 @@ from pydantic import Field
 from service.engine import Engine
 from service.web import answers, schemas
 from service.web.access import scope_of
-from service.web.bodies import Bounds, one_of, read_queries, read_support
+from service.web.bodies import JSON_LINES, Bounds, one_of, read_queries, read_support
 from service.web.openapi import NOT_FOUND, ONE_CALL_BODY, PROBLEMS, QUERY_BODY, STALE
 
-
-class OneCallOptions(schemas.Closed):
-    method: str = Field("", max_length=64, description="learner; empty = the default of the service")
-    on_bad_image: Literal["skip", "fail"] = "skip"
+Reject = Literal["off"] | Annotated[float, Field(ge=0.001, le=0.5)]
+REJECT = Field(None, description="share of genuine images that may be turned away as none of these, or off")
 
 
 class ClassifyOptions(schemas.Closed):
+    reject: Reject | None = REJECT
+    explain: bool = Field(False, description="name the support examples that each image resembles most")
     on_bad_image: Literal["skip", "fail"] = Field("skip", description="an error for each bad image, or refuse them all")
 
 
-def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
+class OneCallOptions(ClassifyOptions):
+    method: str = Field("", max_length=64, description="learner; empty = the default of the service")
+
+
+class EmbedOptions(schemas.Closed):
+    on_bad_image: Literal["skip", "fail"] = Field("skip", description="an error for each bad image, or refuse them all")
+
+
+def create_router(engine: Engine, bounds: Bounds, *, reject: float) -> APIRouter:
     router = APIRouter(tags=["classify"])
 
     @router.post(
@@ -36,8 +44,12 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     )
     async def classify(request: Request, task: str, options: Annotated[ClassifyOptions, Query()]) -> Response:
         payloads = await read_queries(request, bounds)
-        predictions = await engine.classify(scope_of(request), task, payloads, on_bad_image=options.on_bad_image)
-        return answers.predictions(request.scope["state"], predictions)
+        predictions = await engine.classify(
+            scope_of(request), task, payloads, explain=options.explain, on_bad_image=options.on_bad_image
+        )
+        rate = _rate(options.reject, reject)
+        engine.metrics.none_of_these.inc(predictions.none_of_these(rate))
+        return answers.predictions(request.scope["state"], predictions, reject=rate, lines=_wants_lines(request))
 
     @router.post(
         "/v1/classify",
@@ -54,8 +66,33 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
             given.queries,
             unlabelled=given.unlabelled,
             method=one_of(options.method, given.method),
+            explain=options.explain,
             on_bad_image=options.on_bad_image,
         )
-        return answers.predictions(request.scope["state"], predictions, rejected)
+        rate = _rate(options.reject, reject)
+        engine.metrics.none_of_these.inc(predictions.none_of_these(rate))
+        return answers.predictions(request.scope["state"], predictions, rejected, reject=rate)
+
+    @router.post(
+        "/v1/embed",
+        operation_id="embed",
+        summary="Features of images",
+        response_model=schemas.Features,
+        openapi_extra=QUERY_BODY,
+        responses=PROBLEMS,
+    )
+    async def embed(request: Request, options: Annotated[EmbedOptions, Query()]) -> Response:
+        payloads = await read_queries(request, bounds)
+        embedded = await engine.embed(payloads, on_bad_image=options.on_bad_image)
+        artifact = engine.artifact
+        return answers.features(request.scope["state"], embedded, artifact=artifact.digest, dim=artifact.manifest.dim)
 
     return router
+
+
+def _rate(asked: Literal["off"] | float | None, default: float) -> float:
+    return default if asked is None else 0.0 if asked == "off" else asked
+
+
+def _wants_lines(request: Request) -> bool:
+    return JSON_LINES in request.headers.get("accept", "")

@@ -15,17 +15,19 @@ from starlette.types import Scope as ASGIScope
 
 from models.errors import FewshotError
 from service.engine import Engine
-from service.web import answers, problems
+from service.web import answers, bodies, problems
 
 PATH = re.compile(r"/v1/tasks/([A-Za-z0-9_-]{1,64})/classify")
+JSON_LINES = bodies.JSON_LINES.encode()
 TYPES = (b"image/jpeg", b"image/png", b"image/webp", b"application/octet-stream")
 ROUTE = SimpleNamespace(path="/v1/tasks/{task}/classify")
 
 
 class LeanClassify:
-    def __init__(self, app: ASGIApp, engine: Engine):
+    def __init__(self, app: ASGIApp, engine: Engine, *, reject: float):
         self.app = app
         self.engine = engine
+        self.reject = reject
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         task = _task(scope)
@@ -44,7 +46,8 @@ class LeanClassify:
         response: Response
         try:
             predictions = await self.engine.classify(scope["state"]["tenant"], task, [b"".join(chunks)])
-            response = answers.predictions(scope["state"], predictions)
+            self.engine.metrics.none_of_these.inc(predictions.none_of_these(self.reject))
+            response = answers.predictions(scope["state"], predictions, reject=self.reject)
         except FewshotError as error:
             response = problems.of_error(error, request_id=scope["state"]["request_id"])
         await response(scope, receive, send)
@@ -57,7 +60,7 @@ def _task(scope: ASGIScope) -> str | None:
     found = PATH.fullmatch(scope["path"])
     if found is None:
         return None
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            return found[1] if value in TYPES else None
-    return None
+    headers = dict(scope["headers"])
+    if headers.get(b"content-type") not in TYPES or JSON_LINES in headers.get(b"accept", b""):
+        return None
+    return found[1]

@@ -31,6 +31,19 @@ class SupportBody(Closed):
     method: str = ""
 
 
+class SupportLine(Closed):
+    """One line of a support set as JSON lines; without a label, an unlabelled example."""
+
+    label: str | None = None
+    image: Base64
+
+
+class QueryLine(Closed):
+    """One line of images to classify as JSON lines."""
+
+    image: Base64
+
+
 class QueryBody(Closed):
     """Images to classify, as JSON."""
 
@@ -59,6 +72,34 @@ class RejectedInfo(Closed):
     detail: str
 
 
+class ConfusionInfo(Closed):
+    model_config = ConfigDict(populate_by_name=True)
+
+    from_: str = Field(alias="from")
+    to: str
+    count: int
+
+
+class SuspectInfo(Closed):
+    """An example that a head made without it would call something else."""
+
+    example: str
+    label: str
+    looks_like: str
+    score: float
+
+
+class ReportInfo(Closed):
+    """What the support set says about itself, each example held out in turn."""
+
+    accuracy: float | None
+    interval: tuple[float, float] | None
+    estimate: str
+    confusions: list[ConfusionInfo]
+    suspects: list[SuspectInfo]
+    advice: str
+
+
 class Task(Closed):
     task: str
     version: int
@@ -68,6 +109,9 @@ class Task(Closed):
     classes: list[ClassInfo]
     examples: list[ExampleInfo]
     unlabelled: int
+    retained: bool
+    rejects: bool
+    report: ReportInfo
     rejected: list[RejectedInfo]
     created_at: str
     expires_at: str | None
@@ -85,13 +129,34 @@ class TaskList(Closed):
     next_cursor: str | None
 
 
+class VersionItem(Closed):
+    version: int
+    head: str
+
+
+class VersionList(Closed):
+    items: list[VersionItem]
+
+
+class NearInfo(Closed):
+    example: str
+    label: str
+    similarity: float
+
+
 class Prediction(Closed):
-    """The answer for one image: a label with its probability, or an error."""
+    """The answer for one image: a label with its probability, none of these (`label` null, with a reason), or an error.
+
+    `known` is the share of genuine images of the task that look less like its classes than this one.
+    """
 
     index: int
     label: str | None = None
     probability: float | None = None
     probabilities: dict[str, float] | None = None
+    known: float | None = None
+    reason: Literal["none_of_these"] | None = None
+    nearest: list[NearInfo] | None = None
     error: RejectedInfo | None = None
 
 
@@ -100,8 +165,19 @@ class Predictions(Closed):
     version: int | None
     head: str
     stale: bool = False
+    reject: float | None = None
     predictions: list[Prediction]
     rejected: list[RejectedInfo] = []
+    timings_ms: dict[str, float]
+
+
+class Features(Closed):
+    """Features of images: unit-length vectors, null where the image has an error."""
+
+    artifact: str
+    dim: int
+    features: list[list[float] | None]
+    errors: list[RejectedInfo]
     timings_ms: dict[str, float]
 
 

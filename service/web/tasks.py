@@ -1,24 +1,49 @@
-"""Routes about tasks: learn, describe, list, forget. Parse, call the engine, answer."""
+"""Routes about tasks: learn, change, describe, list, forget. Parse, call the engine, answer."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import asyncio
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
-from models.errors import InvalidRequest, VersionConflict
+from models.errors import ExampleNotFound, InvalidRequest, VersionConflict
 from service.engine import Engine
 from service.web import answers, schemas
 from service.web.access import scope_of
 from service.web.bodies import Bounds, one_of, read_support
-from service.web.openapi import CONFLICT, NOT_FOUND, PROBLEMS, STALE, SUPPORT_BODY
+from service.web.idempotency import once
+from service.web.openapi import CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STALE, SUPPORT_BODY
+from service.web.retained import archive, format_of, retained
+
+CHANGED: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 500, 503)}
+READ: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 503)}
+Version = Annotated[int, Field(ge=1, lt=2**53)]
 
 
 class AdaptOptions(schemas.Closed):
     method: str = Field("", max_length=64, description="learner; empty = the default of the service")
     ttl: float | None = Field(None, gt=0, le=10 * 365 * 86400, description="seconds until the task is forgotten")
     on_bad_image: Literal["skip", "fail"] = Field("skip", description="leave unreadable images out, or refuse them all")
+
+
+class NewOptions(AdaptOptions):
+    retain: Literal["features", "images"] = Field(
+        "features", description="images: kept too, so that the task outlives a change of artifact"
+    )
+
+
+class AddOptions(schemas.Closed):
+    on_bad_image: Literal["skip", "fail"] = Field("skip", description="leave unreadable images out, or refuse them all")
+
+
+class GetOptions(schemas.Closed):
+    version: Version | None = Field(None, description="an earlier version that is still kept")
+
+
+class RollbackOptions(schemas.Closed):
+    version: Version
 
 
 class ListOptions(schemas.Closed):
@@ -38,7 +63,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         openapi_extra=SUPPORT_BODY,
         responses={200: {"model": schemas.Task, "description": "known already"}, **PROBLEMS},
     )
-    async def adapt(request: Request, options: Annotated[AdaptOptions, Query()]) -> Response:
+    async def adapt(request: Request, options: Annotated[NewOptions, Query()]) -> Response:
         given = await read_support(request, bounds)
         adapted = await engine.adapt(
             scope_of(request),
@@ -47,6 +72,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
             unlabelled=given.unlabelled,
             method=one_of(options.method, given.method),
             ttl_s=options.ttl,
+            retain=options.retain == "images",
             on_bad_image=options.on_bad_image,
         )
         return answers.task(request.scope["state"], adapted, status=201 if adapted.created else 200)
@@ -59,7 +85,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         openapi_extra=SUPPORT_BODY,
         responses={201: {"model": schemas.Task, "description": "created"}, **PROBLEMS, **CONFLICT},
     )
-    async def adapt_named(request: Request, task: str, options: Annotated[AdaptOptions, Query()]) -> Response:
+    async def adapt_named(request: Request, task: str, options: Annotated[NewOptions, Query()]) -> Response:
         expect = _expected(request)
         given = await read_support(request, bounds)
         adapted = await engine.adapt(
@@ -69,6 +95,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
             unlabelled=given.unlabelled,
             method=one_of(options.method, given.method),
             ttl_s=options.ttl,
+            retain=options.retain == "images",
             expect=expect,
             on_bad_image=options.on_bad_image,
         )
@@ -94,8 +121,8 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         response_model=schemas.Task,
         responses={304: {"description": "not modified"}, 503: PROBLEMS[503], 422: PROBLEMS[422], **NOT_FOUND, **STALE},
     )
-    async def get_task(request: Request, task: str) -> Response:
-        adapted = await engine.describe(scope_of(request), task)
+    async def get_task(request: Request, task: str, options: Annotated[GetOptions, Query()]) -> Response:
+        adapted = await engine.describe(scope_of(request), task, version=options.version)
         if request.headers.get("if-none-match") == answers.etag(adapted):
             return Response(status_code=304, headers={"ETag": answers.etag(adapted)})
         return answers.task(request.scope["state"], adapted, status=200)
@@ -110,6 +137,108 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     async def delete_task(request: Request, task: str) -> Response:
         await engine.forget(scope_of(request), task)
         return Response(status_code=204)
+
+    @router.post(
+        "/v1/tasks/{task}/examples",
+        operation_id="add_examples",
+        summary="Add examples, perhaps of new classes",
+        response_model=schemas.Task,
+        openapi_extra=SUPPORT_BODY,
+        responses={**PROBLEMS, **NOT_FOUND, **STALE, **CONFLICT},
+    )
+    async def add_examples(request: Request, task: str, options: Annotated[AddOptions, Query()]) -> Response:
+        async def work() -> Response:
+            given = await read_support(request, bounds)
+            if given.method:
+                raise InvalidRequest("Examples are added to a task as it is; `method` belongs to a new task.")
+            adapted = await engine.add(
+                scope_of(request),
+                task,
+                given.examples,
+                unlabelled=given.unlabelled,
+                expect=_expected(request),
+                on_bad_image=options.on_bad_image,
+            )
+            return answers.task(request.scope["state"], adapted, status=200)
+
+        return await once(request, task, work)
+
+    @router.delete(
+        "/v1/tasks/{task}/examples/{example}",
+        operation_id="remove_example",
+        summary="Take an example back",
+        response_model=schemas.Task,
+        responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
+    )
+    async def remove_example(request: Request, task: str, example: str) -> Response:
+        adapted = await engine.remove_example(scope_of(request), task, example, expect=_expected(request))
+        return answers.task(request.scope["state"], adapted, status=200)
+
+    @router.delete(
+        "/v1/tasks/{task}/classes/{label:path}",
+        operation_id="remove_class",
+        summary="Take a class back",
+        response_model=schemas.Task,
+        responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
+    )
+    async def remove_class(request: Request, task: str, label: str) -> Response:
+        adapted = await engine.remove_class(scope_of(request), task, label, expect=_expected(request))
+        return answers.task(request.scope["state"], adapted, status=200)
+
+    @router.get(
+        "/v1/tasks/{task}/versions",
+        operation_id="list_versions",
+        summary="The versions that can be rolled back to, newest first",
+        response_model=schemas.VersionList,
+        responses={503: PROBLEMS[503], 422: PROBLEMS[422], **NOT_FOUND, **STALE},
+    )
+    async def list_versions(request: Request, task: str) -> Response:
+        found = await engine.versions(scope_of(request), task)
+        return answers.answer({"items": [{"version": p.version, "head": p.head} for p in found]})
+
+    @router.post(
+        "/v1/tasks/{task}/rollback",
+        operation_id="rollback",
+        summary="Make an earlier version the newest",
+        response_model=schemas.Task,
+        responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
+    )
+    async def rollback(request: Request, task: str, options: Annotated[RollbackOptions, Query()]) -> Response:
+        async def work() -> Response:
+            adapted = await engine.rollback(scope_of(request), task, options.version, expect=_expected(request))
+            return answers.task(request.scope["state"], adapted, status=200)
+
+        return await once(request, task, work)
+
+    @router.get(
+        "/v1/tasks/{task}/support",
+        operation_id="download_support",
+        summary="The images of a task, where they were kept: a zip with one folder per label",
+        response_class=Response,
+        responses={200: {"content": {"application/zip": {}}}, **READ, **NOT_FOUND, **NOT_RETAINED},
+    )
+    async def download_support(request: Request, task: str) -> Response:
+        _, record = await engine.record(scope_of(request), task)
+        body = await asyncio.to_thread(archive, record)
+        return Response(
+            body,
+            media_type="application/zip",
+            headers={"Content-Disposition": f'attachment; filename="{task}.zip"'},
+        )
+
+    @router.get(
+        "/v1/tasks/{task}/examples/{example}/image",
+        operation_id="get_example_image",
+        summary="The image of an example, where it was kept",
+        response_class=Response,
+        responses={200: {"content": {"image/*": {}}}, **READ, **NOT_FOUND, **NOT_RETAINED},
+    )
+    async def get_example_image(request: Request, task: str, example: str) -> Response:
+        _, record = await engine.record(scope_of(request), task)
+        if example not in record.ids:
+            raise ExampleNotFound(f"The task has no example {example[:64]!r}.")
+        image = retained(record)[record.ids.index(example)]
+        return Response(image, media_type=f"image/{format_of(image)}")
 
     return router
 

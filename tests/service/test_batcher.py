@@ -114,6 +114,40 @@ def test_one_bad_image_fails_alone_and_its_neighbours_do_not_notice() -> None:
     run(work, MeanColour())
 
 
+def test_pixels_share_a_batch_with_encoded_images_and_are_not_decoded() -> None:
+    extractor = Gated()
+
+    async def work(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.embed([RED]))
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        mixed = asyncio.create_task(batcher.embed([DECODER(RED), BLUE]))
+        await asyncio.sleep(0)
+        extractor.gate.set()
+        found = features(await mixed)
+        np.testing.assert_array_equal(found[0], features(await first)[0])
+        assert found[1].argmax() == 2
+        assert extractor.batches == [1, 2]
+
+    run(work, extractor)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.zeros((16, 16), np.uint8), np.zeros((16, 17, 3), np.uint8), np.zeros((16, 16, 3), np.float32)],
+    ids=["flat", "wide", "float"],
+)
+def test_pixels_that_do_not_fit_fail_alone(pixels: np.ndarray) -> None:
+    async def work(batcher: Batcher) -> None:
+        items = (await batcher.embed([RED, pixels, DECODER(BLUE)])).items
+        assert isinstance(items[1], UndecodableExample)
+        assert items[1].index == 1
+        assert "16 x 16 x 3" in items[1].detail
+        assert isinstance(items[0], np.ndarray)
+        assert isinstance(items[2], np.ndarray)
+
+    run(work, MeanColour())
+
+
 def test_a_bug_of_the_decoder_costs_its_image_and_not_the_lane() -> None:
     class Buggy(ImageDecoder):
         def __call__(self, payload: bytes) -> np.ndarray:
