@@ -1,0 +1,62 @@
+"""How many images a caller may send in a minute, counted in this process.
+
+The allowance of the request in hand lies in a context variable: the engine's use cases call `spend` before they work,
+and no route has to hand anything on, so none can forget it. Windows are fixed: one begins with the first image after
+the last has ended. Knows nothing of keys or HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+
+from models.errors import OverQuota
+
+WINDOW_S = 60
+
+
+class Allowance:
+    """What one caller may spend; kept between requests."""
+
+    def __init__(self, quota: int, *, clock: Callable[[], float] = time.monotonic):
+        """`quota` is the number of images in a window."""
+        self.quota = quota
+        self._clock = clock
+        self._spent = 0
+        self._ends = -math.inf
+
+    def left(self) -> tuple[int, int]:
+        """Images that may still be sent, and the seconds, rounded up, until all may be sent again."""
+        remaining = self._ends - self._clock()
+        if remaining <= 0:
+            return self.quota, WINDOW_S
+        return self.quota - self._spent, math.ceil(remaining)
+
+    def spend(self, images: int) -> None:
+        """Takes the images of one request, all or none. Raises OverQuota."""
+        left, seconds = self.left()
+        if images > self.quota:
+            raise OverQuota(
+                f"The request has {images} images, and this key's quota is {self.quota} a minute: send fewer at once.",
+                retry_after=seconds,
+            )
+        if images > left:
+            raise OverQuota(
+                f"The request has {images} images, and of this key's quota of {self.quota} a minute {left} are left.",
+                retry_after=seconds,
+            )
+        if self._ends <= self._clock():
+            self._ends, self._spent = self._clock() + WINDOW_S, 0
+        self._spent += images
+
+
+current: ContextVar[Allowance | None] = ContextVar("allowance", default=None)
+
+
+def spend(images: int) -> None:
+    """Takes images from the allowance of the request in hand, where it has one. Raises OverQuota."""
+    allowance = current.get()
+    if allowance is not None:
+        allowance.spend(images)
