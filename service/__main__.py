@@ -18,10 +18,13 @@ from pathlib import Path  # noqa: E402
 import uvicorn  # noqa: E402
 
 from models.errors import ArtifactInvalid, FewshotError  # noqa: E402
+from service import logs  # noqa: E402
 from service.settings import Settings, SettingsError, read  # noqa: E402
 from service.web.app import create_app  # noqa: E402
 
+log = logging.getLogger("fewshot")
 SAMPLE = Path(__file__).resolve().parent / "sample"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Server(uvicorn.Server):
@@ -46,6 +49,7 @@ def welcome(settings: Settings, port: int) -> str:
         f"\nfewshot is ready at {address} (API reference: {address}/docs)\n"
         f"Teach it two characters from three examples each, and ask about a new one, in one call:\n\n"
         f"  curl -s {address}/v1/classify"
+        + (' -H "Authorization: Bearer $KEY"' if settings.keys_file else "")
         + "".join(f" -F {label}=@{sample}/{label}/{n}.png" for label in ("alpha", "theta") for n in (1, 2, 3))
         + f" -F query=@{sample}/theta/9.png\n"
     )
@@ -56,8 +60,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = read()
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        logs.configure(settings.log_level)
         app = create_app(settings)
+        if settings.keys_file is None:
+            open_to = "this computer" if settings.host in LOOPBACK else f"everybody who reaches {settings.host}"
+            level = logging.INFO if settings.host in LOOPBACK else logging.WARNING
+            log.log(level, "No keys are configured (FEWSHOT_KEYS_FILE): all tasks are open to %s.", open_to)
     except (SettingsError, ArtifactInvalid) as error:
         print(f"fewshot cannot start: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,10 @@ class Metrics:
             registry=self.registry,
         )
         self.images = Counter("fewshot_images", "Images by use and outcome.", ["op", "outcome"], registry=self.registry)
+        self.none_of_these = Counter(
+            "fewshot_none_of_these", "Images that resembled none of the classes.", registry=self.registry
+        )
+        self.build_info = Gauge("fewshot_build_info", "Always 1.", ["version", "artifact"], registry=self.registry)
         self.batch_size = Histogram(
             "fewshot_batch_size",
             "Images in one call of the extractor.",

@@ -7,7 +7,6 @@ has, counts and logs, and answers 500 for a bug, without a word of what went wro
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -69,7 +68,9 @@ class Boundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message["headers"], *ALWAYS, (b"x-request-id", request_id.encode())]
+                named = {name for name, _ in message["headers"]}
+                always = [header for header in ALWAYS if header[0] not in named]
+                headers = [*message["headers"], *always, (b"x-request-id", request_id.encode())]
                 total = (time.perf_counter() - start) * 1e3
                 timing = f"{state['timing']}, total;dur={total:.1f}" if "timing" in state else f"total;dur={total:.1f}"
                 headers.append((b"server-timing", timing.encode()))
@@ -103,15 +104,14 @@ class Boundary:
         route = getattr(scope.get("route"), "path", "none")
         self.metrics.observe_answer(route, status, seconds)
         if log.isEnabledFor(logging.INFO):
-            line = {
-                "event": "request",
+            fields = {
                 "request_id": request_id,
                 "method": scope["method"],
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1e3, 2),
             }
-            log.info(json.dumps(line))
+            log.info("request", extra={"fields": fields})
 
 
 def _request_id(scope: Scope) -> str:
