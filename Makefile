@@ -3,6 +3,7 @@
 # lint   ruff and mypy
 # bench  measures speed against the floor of the same run
 # train  trains the two artifacts that ship, from data in $FEWSHOT_DATA (see README)
+# offline  fetches what runs exported tasks in a browser (needs npm)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test lint bench train redis-server clean
+.PHONY: run test lint bench train offline redis-server chromium clean
 
 $(VENV)/serve: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed."; exit 1; }
@@ -38,14 +39,24 @@ redis-server:
 	  && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends redis-server; } \
 	  || { echo "redis-server is missing and cannot be installed here: install it and run make test again."; exit 1; }
 
-test: $(VENV)/dev redis-server lint
-	FEWSHOT_TEST_REQUIRE=$${FEWSHOT_TEST_REQUIRE:-torch,redis} $(BIN)/python -m pytest -m '' -q --durations=10
+# The page is tested in a real browser; Debian's is taken, any Chromium on the path will do.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends chromium; } \
+	  || { echo "chromium is missing and cannot be installed here: install it and run make test again."; exit 1; }
+
+test: $(VENV)/dev redis-server chromium lint
+	FEWSHOT_TEST_REQUIRE=$${FEWSHOT_TEST_REQUIRE:-torch,redis,browser} $(BIN)/python -m pytest -m '' -q --durations=10
 
 bench: $(VENV)/dev
 	$(BIN)/python deploy/bench.py
 
 train: $(VENV)/dev
 	PATH="$(abspath $(BIN)):$$PATH" bash deploy/train.sh
+
+offline:
+	@bash deploy/offline.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

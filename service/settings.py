@@ -6,6 +6,7 @@ unknown variable with our prefix stops the start with its name.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,12 @@ class Settings(BaseModel):
     )
     precision: Literal["float32", "int8"] = Field("float32", description="which graph of the artifact runs on a CPU")
     default_method: str = Field("", description="learner used when a request names none; empty = the artifact's own")
+    keys_file: Path | None = Field(
+        None, description="file of the API keys, made by `fewshot keys`; without one no key is asked for"
+    )
+    reject: float = Field(
+        0.05, ge=0, le=0.5, description="share of genuine images that may be turned away as none of these; 0 = off"
+    )
     redis_url: str = Field("", description="redis://host:port/db of the shared store; empty = SQLite in DATA_DIR")
     redis_password_file: Path | None = Field(None, description="file that holds the password of Redis")
     redis_user: str = Field("", description="user name at Redis, when it has one")
@@ -47,6 +54,7 @@ class Settings(BaseModel):
     head_ttl_s: int = Field(
         7 * 24 * 3600, ge=60, description="how long a head is kept in Redis; it is made again when gone"
     )
+    versions_kept: int = Field(10, ge=1, description="versions of a task that are kept, the current one included")
     lru_heads: int = Field(4096, ge=1, description="heads kept in memory")
     lanes: int = Field(0, ge=0, description="threads that decode and extract; 0 = as many as cores, at most 8")
     max_batch: int = Field(16, ge=1, description="most images in one call of the extractor")
@@ -59,6 +67,7 @@ class Settings(BaseModel):
     max_queries: int = Field(64, ge=1, le=10_000, description="most images of one classify request")
     max_way: int = Field(256, ge=2, description="most classes of a task")
     max_label: int = Field(256, ge=1, description="most characters of a label")
+    trace_endpoint: str = Field("", description="OTLP/HTTP address that spans are sent to; empty = none are made")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def secret(self, path: Path | None) -> str:
@@ -75,17 +84,19 @@ def read(environment: Mapping[str, str] | None = None) -> Settings:
     """Settings from the environment. Raises SettingsError, with the variable's name."""
     given = os.environ if environment is None else environment
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    # FEWSHOT_DATA and FEWSHOT_TEST_* belong to training and tests.
+    # FEWSHOT_DATA and FEWSHOT_TEST_* belong to training and tests, FEWSHOT_URL and FEWSHOT_KEY to the client.
     unknown = sorted(
         name
         for name in given
         if name.startswith(PREFIX)
         and name not in known
-        and name != "FEWSHOT_DATA"
+        and name not in ("FEWSHOT_DATA", "FEWSHOT_URL", "FEWSHOT_KEY")
         and not name.startswith("FEWSHOT_TEST_")
     )
     if unknown:
-        raise SettingsError(f"{unknown[0]} is no setting. Settings are {', '.join(sorted(known))}.")
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"Is it {near[0]}?" if near else f"Settings are {', '.join(sorted(known))}."
+        raise SettingsError(f"{unknown[0]} is no setting. {hint}")
     values = {name: given[PREFIX + name.upper()] for name in Settings.model_fields if PREFIX + name.upper() in given}
     try:
         return Settings(**values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -95,6 +96,17 @@ def learners_see_arrays_episodes_heads_and_each_other(found: Import) -> bool:
     )
 
 
+def the_client_needs_httpx_alone(found: Import) -> bool:
+    known = within(found.module, "httpx", "service.client", *sys.stdlib_module_names)
+    return found.path.startswith("service/client/") and not known
+
+
+def the_command_loads_what_it_starts_when_it_starts_it(found: Import) -> bool:
+    at_once = within(found.module, "typer", "rich", "service.cli", "service.client", *sys.stdlib_module_names)
+    later = found.inside and within(found.module, "service.__main__", "service.keys", "service.doctor")
+    return found.path.startswith("service/cli/") and not at_once and not later
+
+
 Rule = Callable[[Import], bool]  # whether it forbids that import
 
 # Each rule with files that break it, and files close by that do not.
@@ -159,6 +171,32 @@ RULES: list[tuple[Rule, list[tuple[str, str]], list[tuple[str, str]]]] = [
             ("service/engine.py", "import uvicorn"),
         ],
         [("service/__main__.py", "import uvicorn"), ("service/web/app.py", "import fastapi, starlette.types")],
+    ),
+    (
+        the_client_needs_httpx_alone,
+        [
+            ("service/client/pictures.py", "from PIL import Image"),
+            ("service/client/errors.py", "from models import errors"),
+            ("service/client/plans.py", "from service.settings import Settings"),
+            ("service/client/sync.py", "def later():\n    import numpy"),
+        ],
+        [
+            ("service/client/sync.py", "import httpx, time\nfrom service.client import values"),
+            ("service/doctor.py", "import redis"),
+        ],
+    ),
+    (
+        the_command_loads_what_it_starts_when_it_starts_it,
+        [
+            ("service/cli/operate.py", "from service.keys import main"),
+            ("service/cli/operate.py", "import service.__main__"),
+            ("service/cli/teach.py", "def adapt():\n    import torch"),
+            ("service/cli/operate.py", "def train():\n    from training import pretrain"),
+        ],
+        [
+            ("service/cli/operate.py", "def keys():\n    from service.keys import main"),
+            ("service/cli/show.py", "import json\nfrom rich.table import Table\nfrom service.client import Client"),
+        ],
     ),
     (
         learners_see_arrays_episodes_heads_and_each_other,

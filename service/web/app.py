@@ -21,16 +21,18 @@ from models.errors import FewshotError, InvalidRequest
 from models.extractor import Extractor, best_device, load_extractor
 from service.batcher import Batcher
 from service.engine import Engine
+from service.keys import Keyring
 from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 from service.stores import Store, StoreMisconfigured
 from service.stores.opening import open_store
 from service.support import Limits
-from service.web import about, classify, docs, openapi, problems, tasks
+from service.web import about, classify, docs, export, open_inference, openapi, page, problems, tasks, tracing
 from service.web.access import Access
 from service.web.bodies import Bounds
 from service.web.boundary import Boundary
 from service.web.lean import LeanClassify
+from service.web.tracing import Traced
 
 log = logging.getLogger(__name__)
 VERSION = "0.1.0"
@@ -45,6 +47,7 @@ def create_app(
     store: Store | None = None,
 ) -> ASGIApp:
     """The service as an ASGI app. Raises ArtifactInvalid or SettingsError before anything is served."""
+    keyring = None if settings.keys_file is None else Keyring(settings.keys_file)
     artifact = artifact or Artifact.load(settings.artifact)
     for name in ("device", "adapt_device"):
         if getattr(settings, name) == "cuda" and best_device() != "cuda":
@@ -57,6 +60,7 @@ def create_app(
             "artifact %s (%s) on %s, probe within %.1e", artifact.manifest.name, artifact.digest, device, difference
         )
     metrics = Metrics()
+    metrics.build_info.labels(VERSION, artifact.manifest.name).set(1)
     store = store or open_store(settings)
     # Lanes are threads and threads belong to a running app: they start with the event loop.
     batcher = Batcher(
@@ -106,19 +110,20 @@ def create_app(
     )
     routers = [
         tasks.create_router(engine, bounds),
-        classify.create_router(engine, bounds),
+        classify.create_router(engine, bounds, reject=settings.reject),
         about.create_router(engine, store, settings),
+        open_inference.create_router(
+            engine, version=VERSION, max_body_bytes=settings.max_body_bytes, reject=settings.reject
+        ),
+        export.create_router(engine, precision=settings.precision, reject=settings.reject),
         docs.create_router(),
+        page.create_router(offline=export.runtime_is_there()),
     ]
     for router in routers:
         app.include_router(router)
 
     generated = app.openapi
     app.openapi = lambda: openapi.complete(generated())  # type: ignore[method-assign]
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return Response(status_code=307, headers={"Location": "docs"})
 
     @app.exception_handler(FewshotError)
     async def ours(request: Request, error: FewshotError) -> Response:
@@ -144,9 +149,10 @@ def create_app(
         text = f"`{where}`: {first['msg']}." if where else "An unknown query parameter is not allowed here."
         return problems.of_error(InvalidRequest(text), request_id=request.state.request_id)
 
-    return Boundary(
-        Access(LeanClassify(app, engine), store),
+    bounded = Boundary(
+        Access(LeanClassify(app, engine, reject=settings.reject), store, keyring),
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
         metrics=metrics,
     )
+    return Traced(bounded, tracing.provider(settings.trace_endpoint)) if settings.trace_endpoint else bounded

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from service.web import schemas
+from service.web.access import PUBLIC, needed
 
 
 def ref(model: type[BaseModel]) -> dict[str, str]:
@@ -31,6 +32,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {**PROBLEMS[422], "description": "no task of that name"}}
 STALE: dict[int | str, dict[str, Any]] = {409: {**PROBLEMS[422], "description": "learned with another artifact"}}
+NOT_RETAINED: dict[int | str, dict[str, Any]] = {409: {**PROBLEMS[422], "description": "the images were not kept"}}
+DENIED: dict[int, dict[str, Any]] = {
+    401: {**PROBLEMS[422], "description": "no key, or none that is good here"},
+    403: {**PROBLEMS[422], "description": "the key lacks the scope"},
+    429: {**PROBLEMS[422], "description": "the key's quota is used up; see Retry-After"},
+}
 CONFLICT: dict[int | str, dict[str, Any]] = {412: {**PROBLEMS[422], "description": "the task has moved"}}
 
 
@@ -49,6 +56,10 @@ SUPPORT_BODY = _body(
     {
         "multipart/form-data": {**_FILES, "description": "files; the name of a field is the label"},
         "application/json": {"schema": ref(schemas.SupportBody)},
+        "application/x-ndjson": {
+            "schema": ref(schemas.SupportLine),
+            "description": "one example a line",
+        },
         "application/zip": _binary("one folder per label"),
         "application/x-tar": _binary("one folder per label"),
     }
@@ -66,6 +77,7 @@ QUERY_BODY = _body(
         "image/webp": _binary("one image"),
         "multipart/form-data": {**_FILES, "description": "files"},
         "application/json": {"schema": ref(schemas.QueryBody)},
+        "application/x-ndjson": {"schema": ref(schemas.QueryLine), "description": "one image a line"},
     }
 )
 
@@ -73,8 +85,27 @@ QUERY_BODY = _body(
 def complete(document: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's file, with the schemas that only our own descriptions refer to."""
     known = document["components"]["schemas"]
-    for model in (schemas.SupportBody, schemas.QueryBody, schemas.OneCallBody, schemas.Problem):
+    models = (schemas.SupportBody, schemas.QueryBody, schemas.OneCallBody, schemas.SupportLine, schemas.QueryLine)
+    for model in (*models, schemas.Problem):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         known.update(schema.pop("$defs", {}))
         known[model.__name__] = schema
+    return _guarded(document)
+
+
+def _guarded(document: dict[str, Any]) -> dict[str, Any]:
+    """The file, with the scope that each operation needs and what is answered without it."""
+    document["components"]["securitySchemes"] = {
+        "key": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "An API key, where keys are configured; without them nobody is asked for one.",
+        }
+    }
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            need = needed(method.upper(), path)
+            if need != PUBLIC:
+                operation["security"] = [{"key": [need]}]
+                operation["responses"].update({str(status): answer for status, answer in DENIED.items()})
     return document
