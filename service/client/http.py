@@ -1,0 +1,67 @@
+"""What both clients tell httpx, and what they make of its errors."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from service.client.wire import Answer, Call, Lost
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CONNECT_S = 5.0
+
+
+def address(url: str) -> str:
+    """The address of a service, with its scheme. Raises ValueError."""
+    url = url if "://" in url else f"http://{url}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no address of a service; one looks like {DEFAULT_URL}.")
+    return url.rstrip("/")
+
+
+def settings(url: str, key: str | None, timeout: float) -> dict[str, Any]:
+    """Arguments of httpx.Client and httpx.AsyncClient."""
+    headers = {"User-Agent": "fewshot-client", "Accept": "application/json"}
+    if key:
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError("The key holds characters that no key has; was it copied whole, and only it?")
+        headers["Authorization"] = f"Bearer {key}"
+    return {
+        "base_url": url,
+        "headers": headers,
+        "timeout": httpx.Timeout(timeout, connect=min(CONNECT_S, timeout)),
+        # A proxy that the environment names does not know the way to this computer's own services.
+        "trust_env": urlsplit(url).hostname not in LOOPBACK,
+    }
+
+
+def request(call: Call) -> dict[str, Any]:
+    """Arguments of `request`."""
+    return {
+        "method": call.method,
+        "url": call.path,
+        "params": dict(call.query),
+        "content": call.content,
+        "headers": dict(call.headers),
+    }
+
+
+def answer(response: httpx.Response) -> Answer:
+    return Answer(response.status_code, {k.lower(): v for k, v in response.headers.items()}, response.content)
+
+
+def lost(error: httpx.RequestError, url: str) -> Lost:
+    match error:
+        case httpx.ConnectError() if isinstance(error.__cause__ and error.__cause__.__cause__, ssl.SSLError):
+            return Lost(f"The certificate of {url} is not trusted, or it does not speak TLS ({error}).")
+        case httpx.ConnectError() | httpx.ConnectTimeout():
+            return Lost(f"Nothing answers at {url}; is the service running there? `fewshot serve` starts one.")
+        case httpx.TimeoutException():
+            return Lost(f"The service at {url} did not answer in time.", timed_out=True)
+        case _:
+            return Lost(f"The connection to {url} broke ({type(error).__name__}).")

@@ -1,0 +1,433 @@
+"""Every use of the API, written once: which requests it takes, and what their answers mean.
+
+Nothing here opens a socket or waits; see `wire.py` for what a plan is. What depends on the size of things happens here
+as well: a support set or a list of images that is too large for one request is sent in several.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+from urllib.parse import quote
+
+from service.client import errors, pictures, values, wire
+from service.client.pictures import File, Images, Support
+from service.client.wire import Call, Patience, Plan
+
+T = TypeVar("T")
+OnBadImage: TypeAlias = Literal["skip", "fail"]
+Precision: TypeAlias = Literal["float32", "int8"]
+Reject: TypeAlias = float | Literal["off"]
+Progress: TypeAlias = Callable[[int, int], None]  # images sent and of how many; called from another thread if async
+Loaded: TypeAlias = list[tuple[File, bytes]]
+
+HEADROOM = 1000  # bytes of a body that are left free
+ENCODED = 4 / 3  # base64
+MOST_NAMES = 10_000  # that a client remembers
+
+
+class Plans:
+    def __init__(self, patience: Patience):
+        self.patience = patience
+        self._names: dict[str, str] = {}  # of files by the ids of the examples that they became
+        self._limits: values.Limits | None = None
+
+    # Tasks
+
+    def adapt(
+        self,
+        support: Support,
+        *,
+        task: str | None,
+        unlabelled: Images,
+        method: str | None,
+        ttl: float | None,
+        retain: Literal["features", "images"] | None,
+        on_bad_image: OnBadImage,
+        progress: Progress | None,
+    ) -> Plan[values.TaskState]:
+        files = pictures.support(support, unlabelled)
+        options = _query(method=method, ttl=ttl, retain=retain, on_bad_image=on_bad_image)
+        first = ("POST", "/v1/tasks", options) if task is None else ("PUT", _path(task), options)
+        limits = yield from self.limits()
+        if len(files) > limits.max_examples:
+            raise errors.TooLarge(
+                f"These are {len(files)} images; a task may have {limits.max_examples} on this service.",
+                code="too_large",
+            )
+        return (yield from self._learn(files, limits, first, on_bad_image, progress))
+
+    def add(
+        self, task: str, support: Support, *, unlabelled: Images, on_bad_image: OnBadImage, progress: Progress | None
+    ) -> Plan[values.TaskState]:
+        files = pictures.support(support, unlabelled)
+        limits = yield from self.limits()
+        return (yield from self._learn(files, limits, _adding(task, on_bad_image), on_bad_image, progress))
+
+    def task(self, task: str, *, version: int | None = None) -> Plan[values.TaskState]:
+        return (yield from self._ask(Call("GET", _path(task), _query(version=version)), self._task))
+
+    def page(self, cursor: str) -> Plan[tuple[tuple[values.TaskItem, ...], str | None]]:
+        call = Call("GET", "/v1/tasks", {"limit": "200", **_query(cursor=cursor or None)})
+        return (yield from self._ask(call, values.page))
+
+    def versions(self, task: str) -> Plan[tuple[values.Version, ...]]:
+        return (yield from self._ask(Call("GET", _path(task, "versions")), values.versions))
+
+    def remove(self, task: str, kind: Literal["examples", "classes"], name: str) -> Plan[values.TaskState]:
+        try:
+            return (yield from self._ask(Call("DELETE", _path(task, kind, name)), self._task))
+        except (errors.ExampleNotFound, errors.ClassNotFound) as error:
+            if error.attempts == 1:
+                raise
+            # The first attempt was heard and its answer lost.
+            return (yield from self.task(task))
+
+    def rollback(self, task: str, version: int) -> Plan[values.TaskState]:
+        call = Call("POST", _path(task, "rollback"), _query(version=version), headers=wire.once())
+        return (yield from self._ask(call, self._task))
+
+    def forget(self, task: str) -> Plan[None]:
+        try:
+            yield from wire.ask(Call("DELETE", _path(task)), self.patience)
+        except errors.TaskNotFound as error:
+            if error.attempts == 1:
+                raise
+
+    def export(self, task: str, path: str | os.PathLike[str], *, precision: Precision | None) -> Plan[Path]:
+        kind = "zip" if os.fspath(path).endswith(".zip") else "onnx"
+        return (
+            yield from self._save(Call("GET", _path(task, "export"), _query(format=kind, precision=precision)), path)
+        )
+
+    def save_support(self, task: str, path: str | os.PathLike[str]) -> Plan[Path]:
+        return (yield from self._save(Call("GET", _path(task, "support")), path))
+
+    def image(self, task: str, example: str) -> Plan[bytes]:
+        answer = yield from wire.ask(Call("GET", _path(task, "examples", example, "image")), self.patience)
+        return answer.content
+
+    # Questions
+
+    def classify_one(self, task: str, image: pictures.Image, **options: Any) -> Plan[values.Prediction]:
+        data = pictures.one(image).load()
+        headers = {"Content-Type": "application/octet-stream"}
+        call = Call("POST", _path(task, "classify"), _query(**options), data, headers)
+        return (yield from self._ask(call, lambda body: self._prediction(body["predictions"][0])))
+
+    def classify_many(
+        self, task: str, images: Images, *, on_bad_image: OnBadImage, progress: Progress | None, **options: Any
+    ) -> Plan[list[values.Prediction]]:
+        def read(body: Any) -> list[values.Prediction]:
+            return [self._prediction(row) for row in body["predictions"]]
+
+        query = _query(**options, on_bad_image=on_bad_image)
+        path, files = _path(task, "classify"), pictures.many(images)
+        rows, refused = yield from self._each(path, query, files, read, on_bad_image, progress)
+        if refused is not None:
+            raise refused
+        return [
+            values.Prediction(index, error=row)
+            if isinstance(row, values.ImageError)
+            else dataclasses.replace(row, index=index)
+            for index, row in enumerate(rows)
+        ]
+
+    def classify_once(
+        self, support: Support, queries: Images, *, unlabelled: Images, **options: Any
+    ) -> Plan[values.Predictions]:
+        files = [(file, file.load()) for file in pictures.support(support, unlabelled)]
+        self._remember(files)
+        questions = [file.load() for file in pictures.many(queries)]
+        content, headers = _body(files, questions)
+
+        def read(body: Any) -> values.Predictions:
+            return values.Predictions(
+                tuple(self._prediction(row) for row in body["predictions"]),
+                tuple(values.of(values.Rejected, row, name=files[row["index"]][0].name) for row in body["rejected"]),
+            )
+
+        return (yield from self._ask(Call("POST", "/v1/classify", _query(**options), content, headers), read))
+
+    def embed(self, images: Images, *, on_bad_image: OnBadImage) -> Plan[values.Embedding]:
+        about: dict[str, Any] = {}
+
+        def read(body: Any) -> list[tuple[float, ...] | values.ImageError]:
+            about.update(artifact=body["artifact"], dim=body["dim"])
+            return values.features(body)
+
+        files = pictures.many(images)
+        rows, refused = yield from self._each("/v1/embed", {"on_bad_image": on_bad_image}, files, read, on_bad_image)
+        if refused is not None:
+            raise refused
+        bad = [(index, row) for index, row in enumerate(rows) if isinstance(row, values.ImageError)]
+        return values.Embedding(
+            **about,
+            features=tuple(None if isinstance(row, values.ImageError) else row for row in rows),
+            errors=tuple(values.Rejected(index, row.code, row.detail, files[index].name) for index, row in bad),
+        )
+
+    # The service
+
+    def artifact(self) -> Plan[values.Artifact]:
+        return (yield from self._ask(Call("GET", "/v1/artifact"), values.artifact))
+
+    def limits(self) -> Plan[values.Limits]:
+        if self._limits is None:
+            self._limits = yield from self._ask(Call("GET", "/v1/limits"), values.limits)
+        return self._limits
+
+    def health(self) -> Plan[values.Health]:
+        """Asked once: that the service is not ready is an answer as well."""
+        outcome = yield Call("GET", "/readyz")
+        if not (isinstance(outcome, wire.Answer) and outcome.status == 503):
+            outcome = wire.answered(outcome)
+        return wire.read(outcome, lambda body: values.of(values.Health, body))
+
+    # What they are made of
+
+    def _ask(self, call: Call, read: Callable[[Any], T]) -> Plan[T]:
+        """What `read` makes of the JSON of the answer."""
+        answer = yield from wire.ask(call, self.patience)
+        return wire.read(answer, read)
+
+    def _remember(self, files: Loaded) -> None:
+        for file, data in files:
+            self._names[pictures.example_id(file, data)] = file.name
+        for id in list(self._names)[: max(0, len(self._names) - MOST_NAMES)]:
+            self._names.pop(id, None)
+
+    def _task(self, body: Any) -> values.TaskState:
+        """A task, with the names of the files that this client sent."""
+        state = values.task(body)
+        suspects = tuple(dataclasses.replace(s, name=self._names.get(s.example)) for s in state.report.suspects)
+        advice = state.report.advice
+        for item in suspects:
+            advice = advice.replace(f"example {item.example}", item.name or f"example {item.example}")
+        return dataclasses.replace(
+            state,
+            examples=tuple(dataclasses.replace(item, name=self._names.get(item.id)) for item in state.examples),
+            report=dataclasses.replace(state.report, suspects=suspects, advice=advice),
+        )
+
+    def _prediction(self, body: Any) -> values.Prediction:
+        row = values.prediction(body)
+        nearest = tuple(dataclasses.replace(item, name=self._names.get(item.example)) for item in row.nearest)
+        return dataclasses.replace(row, nearest=nearest) if nearest else row
+
+    def _save(self, call: Call, path: str | os.PathLike[str]) -> Plan[Path]:
+        target = Path(path)
+        answer = yield from wire.ask(call, self.patience)
+        target.write_bytes(answer.content)
+        return target
+
+    def _learn(
+        self,
+        files: Sequence[File],
+        limits: values.Limits,
+        first: tuple[str, str, Mapping[str, str]],
+        on_bad_image: OnBadImage,
+        progress: Progress | None,
+    ) -> Plan[values.TaskState]:
+        """Sends examples in as few requests as the limit on bodies allows; those after the first one add to it."""
+        waiting = Waiting(files, limits, on_bad_image)
+        state: values.TaskState | None = None
+        try:
+            while batch := waiting.take():
+                method, path, query = first if state is None else _adding(state.name, on_bad_image)
+                self._remember(batch)
+                content, headers = _body(batch)
+                headers |= wire.once() if method == "POST" else {}
+                try:
+                    state = yield from self._ask(Call(method, path, query, content, headers), self._task)
+                except errors.InvalidSupport as error:
+                    if state is None and not waiting:
+                        raise  # it was all that there is
+                    known = {item.label for item in state.classes} if state else set()
+                    yield from self._leave_out_broken(batch, waiting, known, error)
+                    continue
+                for item in state.rejected:
+                    waiting.leave_out(batch[item.index][0], item.code, item.detail)
+                if progress is not None:
+                    progress(len(files) - len(waiting), len(files))
+        except errors.FewshotError as error:
+            if state is not None:
+                error.add_note(f"The task {state.name!r} has learned a part; it is at version {state.version}.")
+            raise
+        if state is None:
+            raise errors.InvalidSupport("There is no image to learn from.", code="invalid_support")
+        return dataclasses.replace(state, rejected=tuple(sorted(waiting.rejected, key=lambda item: item.index)))
+
+    def _leave_out_broken(
+        self, batch: Loaded, waiting: Waiting, known: set[str], refusal: errors.InvalidSupport
+    ) -> Plan[None]:
+        """After a request that was refused, perhaps for a class with no usable image: the next one may have some.
+
+        The service sees one request at a time and cannot know. Raises InvalidSupport when that was not the reason, or
+        no more images of such a class are to come.
+        """
+        files = [pictures.one(data) for _, data in batch]
+        rows, _ = yield from self._each("/v1/embed", {}, files, values.features, "skip")
+        why = {index: row for index, row in enumerate(rows) if isinstance(row, values.ImageError)}
+        if not why:
+            raise refusal
+        for index, row in why.items():
+            waiting.leave_out(batch[index][0], row.code, row.detail)
+        waiting.put_back([pair for index, pair in enumerate(batch) if index not in why])
+        for index, row in why.items():
+            label = batch[index][0].label
+            if label is not None and label not in known and not waiting.has(label):
+                text = f"The class {label!r} has no usable image: {row.detail}"
+                raise errors.InvalidSupport(text, code=refusal.code, status=refusal.status)
+
+    def _each(
+        self,
+        path: str,
+        query: Mapping[str, str],
+        files: Sequence[File],
+        read: Callable[[Any], Sequence[T | values.ImageError]],
+        on_bad_image: OnBadImage,
+        progress: Progress | None = None,
+    ) -> Plan[tuple[list[T | values.ImageError], errors.FewshotError | None]]:
+        """What `read` finds for each image, or its error; and the refusal of the service when none of them is good."""
+        limits = yield from self.limits()
+        rows: list[T | values.ImageError] = []
+        refused: errors.FewshotError | None = None
+        good = False
+        left = deque(files)
+        while left:
+            batch = _fitting(left, most=limits.max_queries, room=limits.max_body_bytes - HEADROOM)
+            content, headers = wire.form(("image", data) for _, data in batch)
+            try:
+                rows += yield from self._ask(Call("POST", path, query, content, headers), read)
+                good = True
+            except errors.FewshotError as error:
+                alone = len(batch) == 1 and isinstance(error, errors.TooLarge)
+                if (error.index is None and not alone) or on_bad_image == "fail":
+                    raise
+                # None of the batch is good; the service told of the first one only.
+                refused = refused or error
+                rows += [values.ImageError(error.code, error.detail)] * len(batch)
+            if progress is not None:
+                progress(len(rows), len(files))
+        return rows, None if good else refused
+
+
+class Waiting:
+    """Examples that are still to be sent, taken from all classes in turn, so that every request has some of each."""
+
+    def __init__(self, files: Sequence[File], limits: values.Limits, on_bad_image: OnBadImage):
+        self._queues: dict[str | None, deque[tuple[File, bytes | None]]] = {}
+        self._most = limits.max_examples
+        awkward = any(wire.AWKWARD & set(file.label or "") for file in files)
+        self._room = int((limits.max_body_bytes - HEADROOM) / (ENCODED if awkward else 1))
+        self._positions = {id(file): index for index, file in enumerate(files)}
+        self.rejected: list[values.Rejected] = []
+        largest = min(limits.max_example_bytes, self._room - _cost(None, 0))
+        for index, file in enumerate(files):
+            if file.size <= largest:
+                self._queues.setdefault(file.label, deque()).append((file, None))
+                continue
+            detail = f"The image has {file.size} bytes; the limit is {largest}."
+            if on_bad_image == "fail":
+                raise errors.TooLarge(f"{file.name}: {detail}", code="too_large", index=index)
+            self.leave_out(file, "too_large", detail)
+        for label in {file.label for file in files} - set(self._queues):
+            if label is not None:
+                raise errors.TooLarge(
+                    f"All images of {label!r} are too large; the limit is {largest} bytes.", code="too_large"
+                )
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
+
+    def take(self) -> Loaded:
+        batch: Loaded = []
+        room = self._room
+        turn = deque(queue for queue in self._queues.values() if queue)
+        while turn and len(batch) < self._most:
+            queue = turn.popleft()
+            file, data = queue[0]
+            cost = _cost(file.label, file.size)
+            if cost > room and batch:
+                break
+            queue.popleft()
+            batch.append((file, file.load() if data is None else data))
+            room -= cost
+            if queue:
+                turn.append(queue)
+        # The service counts what it leaves out in this order.
+        return sorted(batch, key=lambda pair: pair[0].label is None)
+
+    def leave_out(self, file: File, code: str, detail: str) -> None:
+        self.rejected.append(values.Rejected(self._positions[id(file)], code, detail, file.name))
+
+    def has(self, label: str) -> bool:
+        return bool(self._queues[label])
+
+    def put_back(self, batch: Loaded) -> None:
+        for file, data in reversed(batch):
+            self._queues[file.label].appendleft((file, data))
+
+
+def _cost(label: str | None, size: int) -> int:
+    return wire.PART_BYTES + 4 * len(label or "") + size
+
+
+def _fitting(left: deque[File], *, most: int, room: int) -> Loaded:
+    """As many as fit into one request, and at least one."""
+    batch: Loaded = []
+    while left and len(batch) < most and (not batch or _cost(None, left[0].size) <= room):
+        file = left.popleft()
+        room -= _cost(None, file.size)
+        batch.append((file, file.load()))
+    return batch
+
+
+def _adding(task: str, on_bad_image: OnBadImage) -> tuple[str, str, Mapping[str, str]]:
+    return "POST", _path(task, "examples"), _query(on_bad_image=on_bad_image)
+
+
+def _path(task: str, *parts: str) -> str:
+    return "/v1/tasks/" + "/".join(quote(part, safe="") for part in (task, *parts))
+
+
+def _query(**given: Any) -> dict[str, str]:
+    """Query parameters; what is None is left to the service."""
+    return {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def _body(files: Loaded, queries: Sequence[bytes] | None = None) -> tuple[bytes, dict[str, str]]:
+    """A support set, and the questions of a call that has some: as a form, or as JSON when a label is awkward."""
+    if not any(wire.AWKWARD & set(file.label or "") for file, _ in files):
+        return wire.form(
+            [(_field(file.label), data) for file, data in files] + [("query", data) for data in queries or ()]
+        )
+    document: dict[str, Any] = {
+        "support": [{"label": file.label, "image": _text(data)} for file, data in files if file.label is not None],
+        "unlabelled": [_text(data) for file, data in files if file.label is None],
+    }
+    if queries is not None:
+        document["queries"] = [_text(data) for data in queries]
+    return json.dumps(document).encode(), {"Content-Type": "application/json"}
+
+
+def _field(label: str | None) -> str:
+    if label is None:
+        return pictures.UNLABELLED
+    reserved = label in (pictures.UNLABELLED, "query") or label.startswith(pictures.PREFIX)
+    return pictures.PREFIX + label if reserved else label
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -1,0 +1,388 @@
+"""What is wrong with this computer, its settings or its service, a line each, and what to do about it.
+
+Looks and leaves nothing behind: no folder is made, no task is learned. Everything beyond the standard library is
+imported inside the check that needs it, for that it is missing may be what there is to find. Knows nothing of how its
+findings are printed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from service.client import Client, Health
+    from service.settings import Settings
+
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "sample"
+# What serving imports -> what it is called where packages come from.
+PACKAGES = {
+    "array_api_compat": "array-api-compat",
+    "fastapi": "fastapi",
+    "fastapi_offline": "fastapi-offline",
+    "numpy": "numpy",
+    "PIL": "pillow",
+    "prometheus_client": "prometheus-client",
+    "pydantic": "pydantic",
+    "python_multipart": "python-multipart",
+    "redis": "redis",
+    "safetensors": "safetensors",
+    "starlette": "starlette",
+    "uvicorn": "uvicorn",
+}
+LEAST_PYTHON = (3, 11)
+LEAST_FREE, FEW_FREE = 100_000_000, 1_000_000_000  # bytes of a disk
+ASK_S = 5.0  # for an answer of the service
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    status: Literal["ok", "note", "warn", "fail"]
+    found: str
+    fix: str = ""
+
+
+def wrong(checks: Iterable[Check]) -> bool:
+    return any(check.status == "fail" for check in checks)
+
+
+def examine(environment: Mapping[str, str], *, url: str | None = None, key: str | None = None) -> Iterator[Check]:
+    """Every check in turn. `url` is a service that has to answer; without one, one that is running here is tried."""
+    yield python()
+    present = _safely("packages", lambda: packages(environment))
+    yield present
+    if present.status == "fail":
+        return
+    yield clock()
+    from service.settings import SettingsError, read
+
+    try:
+        settings = read(environment)
+    except SettingsError as error:
+        yield Check("settings", "fail", str(error), "Correct or unset that variable.")
+        settings = None
+    if settings is not None:
+        yield _effective(settings)
+        yield _safely("secrets", lambda: secrets(settings))
+        yield _safely("artifact", lambda: artifact(settings))
+        free = _safely("port", lambda: port(settings))
+        yield free
+        running = free.status == "ok" and free.found.startswith("fewshot")
+        if settings.redis_url:
+            yield _safely("redis", lambda: redis(settings))
+        else:
+            yield _safely("data", lambda: data(settings, running=running))
+            yield _safely("disk", lambda: disk(settings))
+        if url is None and running:
+            url = _address(settings)
+    if url is None:
+        yield Check("service", "note", "none is running with these settings", "`fewshot serve` starts one.")
+    else:
+        address = url
+        yield _safely("service", lambda: service(address, key))
+
+
+def _safely(name: str, check: Callable[[], Check]) -> Check:
+    """A check that meets something unforeseen has found something, too."""
+    try:
+        return check()
+    except Exception as error:
+        return Check(name, "fail", f"could not be checked ({type(error).__name__}: {error})", "Look into that first.")
+
+
+def python() -> Check:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info[:2] < LEAST_PYTHON:
+        return Check("python", "fail", version, "Install Python 3.11 or later.")
+    return Check("python", "ok", version)
+
+
+def packages(environment: Mapping[str, str]) -> Check:
+    """Imports them: one that is there and broken is found as well."""
+    # With an extractor on torch, as on a GPU, onnxruntime is not needed.
+    extractor = "torch" if environment.get("FEWSHOT_DEVICE") in ("cuda", "torch-cpu") else "onnxruntime"
+    bad: dict[str, str] = {}
+    for module, name in {**PACKAGES, extractor: extractor}.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            bad[name] = "missing" if isinstance(error, ModuleNotFoundError) else f"broken: {error}"
+    if bad:
+        found = ", ".join(f"{name} ({why})" for name, why in bad.items())
+        return Check("packages", "fail", found, "pip install 'fewshot[serve]'")
+    versions = (f"{name} {metadata.version(name)}" for name in ("fastapi", "numpy", extractor))
+    return Check("packages", "ok", ", ".join(versions))
+
+
+def clock() -> Check:
+    """Keys and tasks that end, end by it."""
+    newest = max(path.stat().st_mtime for path in HERE.glob("*.py"))
+    behind = newest - time.time()
+    now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    if behind > 3600:
+        return Check("clock", "warn", f"{now}, which is before this program was installed", "Set the clock.")
+    return Check("clock", "ok", now)
+
+
+def in_force(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Every setting by its variable, secrets masked; empty when they cannot be read."""
+    from service.settings import PREFIX, SettingsError, read
+
+    try:
+        settings = read(environment)
+    except SettingsError:
+        return {}
+    return {PREFIX + name.upper(): _masked(getattr(settings, name)) for name in type(settings).model_fields}
+
+
+def _masked(value: object) -> Any:
+    """Passwords inside addresses; every other secret is in a file, and the setting its path."""
+    if isinstance(value, Path):
+        return str(value)
+    return re.sub(r"(?<=://)[^@/]+(?=@)", "***", value) if isinstance(value, str) else value
+
+
+def _effective(settings: Settings) -> Check:
+    defaults = type(settings)()
+    names = [name for name in type(settings).model_fields if getattr(settings, name) != getattr(defaults, name)]
+    given = ", ".join(f"FEWSHOT_{name.upper()}={_masked(getattr(settings, name))}" for name in names)
+    return Check("settings", "ok", given or "all as they come")
+
+
+def secrets(settings: Settings) -> Check:
+    """Files that hold secrets: there, readable, and not for everybody."""
+    files = {name: getattr(settings, name) for name in type(settings).model_fields if name.endswith("_file")}
+    given = {name: path for name, path in files.items() if path is not None}
+    for name, path in given.items():
+        try:
+            path.read_bytes()
+            mode = path.stat().st_mode & 0o777
+        except OSError as error:
+            return Check("secrets", "fail", f"FEWSHOT_{name.upper()}: {path}: {error.strerror}", "Make it readable.")
+        if mode & 0o027:
+            found = f"{path} has mode {mode:o}: others may read it, or its group write it"
+            return Check("secrets", "warn", found, f"chmod 600 {path}")
+    if settings.keys_file is not None:
+        from service import keys
+
+        live = [key for key in keys.load(settings.keys_file).values() if key.revoked is None]
+        keys.load_pepper(settings.keys_file)
+        if not live:
+            found = f"{settings.keys_file} has no live key: nobody is let in"
+            return Check("secrets", "warn", found, "fewshot keys create --tenant NAME --scopes adapt,classify")
+    elif settings.host not in LOOPBACK:
+        found = f"no keys, and FEWSHOT_HOST={settings.host}: whoever reaches the port may use the service"
+        return Check("secrets", "warn", found, "Make a key with `fewshot keys create`, or listen on 127.0.0.1.")
+    return Check("secrets", "ok", ", ".join(str(path) for path in given.values()) or "none are configured")
+
+
+def artifact(settings: Settings) -> Check:
+    """Loads it and runs its probe, as a start does."""
+    from models.artifact import Artifact
+    from models.errors import ArtifactInvalid
+    from models.extractor import best_device, load_extractor
+
+    try:
+        loaded = Artifact.load(settings.artifact)
+        loaded.learners()
+        device = best_device() if settings.device == "auto" else settings.device
+        extractor = load_extractor(loaded, device=device, precision=settings.precision)
+        difference = loaded.check(extractor, precision=settings.precision)
+    except ArtifactInvalid as error:
+        fix = "FEWSHOT_ARTIFACT names a folder that `python -m training export` made; unset it for the one that ships."
+        return Check("artifact", "fail", error.detail, fix)
+    if settings.default_method and settings.default_method not in loaded.manifest.methods:
+        found = f"it has no method {settings.default_method!r}, only {', '.join(loaded.manifest.methods)}"
+        return Check("artifact", "fail", found, "Correct FEWSHOT_DEFAULT_METHOD.")
+    return Check("artifact", "ok", f"{loaded.manifest.name} on {device}, probe within {difference:.0e}")
+
+
+def port(settings: Settings) -> Check:
+    """Free, or held by a service of ours."""
+    where = f"{settings.host}:{settings.port}"
+    if settings.port == 0:
+        return Check("port", "ok", "any free one")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except socket.gaierror:
+        return Check("port", "fail", f"{settings.host} is no address", "Correct FEWSHOT_HOST.")
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            health = _health(_address(settings))
+            if health is not None:
+                return Check("port", "ok", f"fewshot is running on {where}")
+            found = f"{where} is taken by another program"
+            return Check("port", "fail", found, "Choose another with FEWSHOT_PORT, or stop that program.")
+        fix = (
+            "Ports below 1024 need privileges: choose another."
+            if error.errno == errno.EACCES
+            else "Correct FEWSHOT_HOST."
+        )
+        return Check("port", "fail", f"{where}: {error.strerror}", fix)
+    return Check("port", "ok", f"{where} is free")
+
+
+def _address(settings: Settings) -> str:
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def _health(url: str) -> Health | None:
+    from service.client import Client, FewshotError
+
+    try:
+        with Client(url, timeout=ASK_S, retries=0) as client:
+            return client.health()
+    except FewshotError:
+        return None
+
+
+def data(settings: Settings, *, running: bool) -> Check:
+    """The folder of the embedded store: writable, its key private, not held by another process."""
+    folder = settings.data_dir
+    there = _nearest(folder)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        return Check("data", "fail", f"{there}: {error.strerror}", "Make it writable, or set FEWSHOT_DATA_DIR.")
+    if there != folder:
+        return Check("data", "ok", f"{folder} will be made")
+    key = folder / "store.key"
+    if key.exists() and key.stat().st_mode & 0o077:
+        return Check("data", "warn", f"{key} can be read by others", f"chmod 600 {key}")
+    if (folder / "fewshot.sqlite3").exists() and not key.exists() and settings.store_key_file is None:
+        found = f"{key} is missing: without it no stored task can be read"
+        return Check("data", "fail", found, "Put it back, or set FEWSHOT_STORE_KEY_FILE, or choose another folder.")
+    if not _locked(folder / "store.lock"):
+        return Check("data", "ok", f"{folder} is writable and not in use")
+    if running:
+        return Check("data", "ok", f"{folder} is in use by the running service")
+    found = f"{folder} is in use by another process, and these settings start one more"
+    return Check("data", "fail", found, "Stop the other service, or set FEWSHOT_DATA_DIR.")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
+    folder = folder.absolute() if not folder.exists() else folder
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def disk(settings: Settings) -> Check:
+    place = _nearest(settings.data_dir)
+    free = shutil.disk_usage(place).free
+    found = f"{free / 1e9:.1f} GB free for {settings.data_dir}"
+    if free < LEAST_FREE:
+        return Check("disk", "fail", found, "Make room, or set FEWSHOT_DATA_DIR to another disk.")
+    return Check("disk", "warn" if free < FEW_FREE else "ok", found, "Make room." if free < FEW_FREE else "")
+
+
+def redis(settings: Settings) -> Check:
+    """Answers, keeps what it acknowledged, and throws no record away."""
+    from redis import Redis, exceptions
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    login = {"username": settings.redis_user, "password": settings.secret(settings.redis_password_file)}
+    where = _masked(settings.redis_url)
+    try:
+        client = Redis.from_url(
+            settings.redis_url,
+            socket_timeout=max(1.0, settings.store_timeout_s),
+            socket_connect_timeout=max(1.0, settings.store_timeout_s),
+            retry=Retry(NoBackoff(), 0),
+            **{name: value for name, value in login.items() if value},
+        )
+    except ValueError:
+        return Check("redis", "fail", f"{where} is no address of a Redis", "It has the form redis://host:port/db.")
+    with client:
+        try:
+            client.ping()
+        except exceptions.AuthenticationError:
+            found = f"{where} does not accept the password"
+            return Check("redis", "fail", found, "Correct FEWSHOT_REDIS_PASSWORD_FILE and FEWSHOT_REDIS_USER.")
+        except (exceptions.ConnectionError, exceptions.TimeoutError):
+            return Check("redis", "fail", f"{where} does not answer", "Start Redis, or correct FEWSHOT_REDIS_URL.")
+        try:
+            told = {**client.info("memory"), **client.info("persistence")}
+        except exceptions.ResponseError:
+            found = f"{where} answers and does not tell its settings"
+            return Check(
+                "redis", "note", found, "See to it that it has appendonly, appendfsync always and volatile-lru."
+            )
+        try:
+            synced = client.config_get("appendfsync").get("appendfsync")
+        except exceptions.ResponseError:
+            synced = "always"  # it does not tell
+    policy = told.get("maxmemory_policy", "")
+    if policy.startswith("allkeys"):
+        found = f"{where} has maxmemory-policy {policy}, which throws tasks away"
+        return Check("redis", "fail", found, "CONFIG SET maxmemory-policy volatile-lru")
+    if not told.get("aof_enabled") or synced != "always":
+        found = f"{where} can lose tasks that were acknowledged"
+        return Check("redis", "warn", found, "CONFIG SET appendonly yes, and appendfsync always.")
+    return Check("redis", "ok", f"{where} answers and keeps what it acknowledges")
+
+
+def service(url: str, key: str | None) -> Check:
+    """Asks it for something: is it there, is it ready, and does it tell two letters apart?"""
+    from service.client import Client, FewshotError, Forbidden, Unauthorized
+
+    try:
+        with Client(url, key, timeout=4 * ASK_S, retries=0) as client:
+            health = client.health()
+            if health.status == "unavailable":
+                text = f"{client.base_url} has stopped working on images"
+                return Check("service", "fail", text, "Restart it; its log says why.")
+            found, took_ms = _round_trip(client)
+            if health.status != "ok":
+                return Check("service", "warn", f"{client.base_url} has lost its store", "See to Redis or the disk.")
+    except Unauthorized as error:
+        return Check("service", "fail", f"{url}: {error.detail}", "Set FEWSHOT_KEY, or use --key.")
+    except Forbidden as error:
+        return Check("service", "note", f"{url} is up; {error.detail}", "Its round trip needs a key with more scopes.")
+    except (FewshotError, ValueError) as error:
+        return Check("service", "fail", str(error), "Correct --url or FEWSHOT_URL, or start it with `fewshot serve`.")
+    if found != "theta":
+        text = f"{url} took a theta for {found!r}"
+        return Check("service", "warn", text, "Is its artifact made for other pictures than these?")
+    return Check("service", "ok", f"{url} learned two letters and knew a third in {took_ms:.0f} ms")
+
+
+def _round_trip(client: Client) -> tuple[str | None, float]:
+    """What it takes a theta for, in one call that stores nothing; and milliseconds."""
+    support = {label: [SAMPLE / label / f"{n}.png" for n in (1, 2, 3)] for label in ("alpha", "theta")}
+    start = time.perf_counter()
+    found = client.classify_once(support, SAMPLE / "theta" / "9.png", reject="off")
+    return found[0].label, (time.perf_counter() - start) * 1e3

@@ -1,0 +1,590 @@
+"""The Python client against a real service: what it takes, gives back, and does when things go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import io
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from models import errors as theirs
+from service import client as package
+from service import keys
+from service.client import (
+    AsyncClient,
+    AsyncTask,
+    Busy,
+    Client,
+    ExampleNotFound,
+    InvalidSupport,
+    Overloaded,
+    Task,
+    TaskNotFound,
+    TimedOut,
+    TooLarge,
+    Unauthorized,
+    UndecodableExample,
+    Unreachable,
+    UnreadableAnswer,
+    errors,
+)
+from service.client.wire import Patience
+from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.web.app import create_app
+from tests.fakes import MeanColour, picture, tiny_artifact
+from tests.service.faults import Faults
+from tests.service.live import served
+
+ROOT = Path(__file__).resolve().parents[2]
+# A picture of the fakes has between one and two kilobytes.
+LIMITS = {"max_body_bytes": 12_000, "max_example_bytes": 6_000, "max_examples": 40, "max_queries": 4, "lanes": 2}
+RED = picture("red", seed=50)
+
+
+@contextmanager
+def service(folder: Path, **settings: object) -> Iterator[tuple[str, Faults]]:
+    """The address of a service that knows mean colours, and its faults."""
+    artifact = tiny_artifact(folder / "artifact")
+    app = create_app(
+        Settings(**{**LIMITS, **settings}),  # type: ignore[arg-type]
+        artifact=artifact,
+        extractor=MeanColour(),
+        store=MemoryStore(),
+    )
+    faults = Faults(app)
+    with served(faults) as http:
+        yield str(http.base_url), faults
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Faults]]:
+    with service(tmp_path_factory.mktemp("service")) as found:
+        yield found
+
+
+@pytest.fixture
+def faults(running: tuple[str, Faults]) -> Iterator[Faults]:
+    running[1].asked.clear()
+    yield running[1]
+    running[1].next.clear()
+
+
+@pytest.fixture
+def client(running: tuple[str, Faults]) -> Iterator[Client]:
+    with Client(running[0]) as client:
+        yield client
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Red and blue pictures in a folder for each, among what else lies in folders."""
+    return drawn(tmp_path / "photos", "red", "blue", shots=3)
+
+
+def drawn(root: Path, *colours: str, shots: int) -> Path:
+    for colour in colours:
+        (root / colour).mkdir(parents=True)
+        for k in range(shots):
+            (root / colour / f"{k}.png").write_bytes(picture(colour, seed=k))
+    (root / "README.md").write_text("what these are")
+    (root / ".thumbnails").mkdir()
+    (root / ".thumbnails" / "0.png").write_bytes(b"junk")
+    (root / colours[0] / ".DS_Store").write_bytes(b"junk")
+    return root
+
+
+def some(*colours: str, shots: int = 3) -> dict[str, list[bytes]]:
+    return {colour: [picture(colour, seed=k) for k in range(shots)] for colour in colours}
+
+
+def paths(faults: Faults) -> list[str]:
+    return [f"{method} {path}" for method, path, _ in faults.asked]
+
+
+# What it takes
+
+
+def test_the_line_of_the_readme_is_all_it_takes(client: Client, folder: Path, tmp_path: Path) -> None:
+    now = tmp_path / "now.jpg"
+    now.write_bytes(picture("blue", seed=9, format="JPEG"))
+    assert client.adapt(folder, task="colours").classify(str(now)).label == "blue"
+
+
+def test_all_spellings_of_a_support_set_give_the_same_head(client: Client, folder: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "photos.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in folder.rglob("*"):
+            file.write(path, path.relative_to(folder.parent))
+        file.writestr("__MACOSX/photos/red/._0.png", b"junk")
+    spellings = {
+        "folder": folder,
+        "text": str(folder),
+        "zip": archive,
+        "patterns": {"red": f"{folder}/red/*.png", "blue": f"{folder}/blue/?.png"},
+        "folders": {"red": folder / "red", "blue": str(folder / "blue")},
+        "paths": {colour: [folder / colour / f"{k}.png" for k in range(3)] for colour in ("red", "blue")},
+        "generator": {colour: (folder / colour).glob("*.png") for colour in ("red", "blue")},
+        "bytes": some("red", "blue"),
+        "files": {c: [io.BytesIO(data) for data in images] for c, images in some("red", "blue").items()},
+    }
+    heads = {name: client.adapt(support, task=f"s-{name}").head for name, support in spellings.items()}  # type: ignore[arg-type]
+    assert len(set(heads.values())) == 1, heads
+
+
+def test_pictures_of_pil_are_images_as_well(client: Client) -> None:
+    support = {c: [Image.open(io.BytesIO(data)) for data in images] for c, images in some("red", "blue").items()}
+    task = client.adapt(support)
+    assert task.classify(Image.new("RGB", (30, 20), "blue")).label == "blue"
+    assert task.name == "t_" + task.head[3:27]
+
+
+def test_what_is_no_support_set_is_said_before_anything_is_sent(client: Client, faults: Faults, tmp_path: Path) -> None:
+    (tmp_path / "loose.png").write_bytes(RED)
+    (tmp_path / "empty").mkdir()
+    wrong: list[tuple[object, type[Exception], str]] = [
+        (tmp_path / "none", FileNotFoundError, "There is no folder"),
+        (tmp_path / "empty", FileNotFoundError, "There is no picture in"),
+        (tmp_path, ValueError, "lies in no sub-folder"),
+        (tmp_path / "loose.png", ValueError, "neither a folder nor a zip"),
+        ({"red": f"{tmp_path}/*.jpg"}, FileNotFoundError, "There is no picture in"),
+        ({"red": []}, ValueError, "'red' has no images"),
+        ({"red": [7]}, TypeError, "not int"),
+    ]
+    for support, kind, words in wrong:
+        with pytest.raises(kind, match=words):
+            client.adapt(support)  # type: ignore[arg-type]
+    assert faults.asked == []
+
+
+@pytest.mark.parametrize(
+    "label", ['5" disc', "back\\slash", "100%", "%22", "é ✓ 猫", "a;b=c", "unlabelled", "query", "label:x", "a/b"]
+)
+def test_any_label_comes_back_as_it_was(client: Client, label: str) -> None:
+    images = some("red", "blue")
+    task = client.adapt({label: images["red"], "other": images["blue"]}, unlabelled=[RED])
+    assert sorted(item.label for item in task.classes) == sorted([label, "other"])
+    assert task.unlabelled == 1
+    assert task.classify(RED).label == label
+    assert client.classify_once({label: images["red"], "other": images["blue"]}, [RED])[0].label == label
+    smaller = task.add(some("lime")).remove_class(label)
+    assert [item.label for item in smaller.classes] == ["lime", "other"]
+
+
+def test_a_folder_named_unlabelled_has_no_label(client: Client, folder: Path) -> None:
+    (folder / "unlabelled").mkdir()
+    for k in range(4):
+        (folder / "unlabelled" / f"{k}.png").write_bytes(picture("red", seed=20 + k))
+    (folder / "unlabelled" / "broken.png").write_bytes(b"nothing")
+    task = client.adapt(folder)
+    assert [item.label for item in task.classes] == ["blue", "red"]
+    assert task.unlabelled == 4
+    assert [item.name for item in task.rejected] == ["unlabelled/broken.png"]
+
+
+# What comes back
+
+
+def test_one_image_gives_one_answer_and_several_a_list_of_any_length(client: Client, faults: Faults) -> None:
+    task = client.adapt(some("red", "blue"))
+    one = task.classify(RED)
+    assert (one.label, one.index, one.error) == ("red", 0, None)
+    assert one.probabilities is not None
+    assert one.probability == one.probabilities["red"] == max(one.probabilities.values())
+    assert task.classify([RED]) == [one]
+    assert task.classify([]) == []
+    colours = ["red", "blue", "blue"] * 5
+    faults.asked.clear()
+    many = task.classify(picture(colour, seed=k) for k, colour in enumerate(colours))
+    assert [row.label for row in many] == colours
+    assert [row.index for row in many] == list(range(15))
+    assert len(faults.asked) == 4  # of MAX_QUERIES each
+
+
+def test_one_bad_image_of_several_has_its_error_and_the_others_their_answers(client: Client) -> None:
+    task = client.adapt(some("red", "blue"))
+    rows = task.classify([b"x", b"y", b"z", b"nothing", RED, b"nothing"])  # the first request has no good one
+    assert [row.label for row in rows] == [None, None, None, None, "red", None]
+    assert [row.error and row.error.code for row in rows] == ["undecodable_example"] * 4 + [None, "undecodable_example"]
+    for images in (b"nothing", [b"nothing"], [b"nothing"] * 9):
+        with pytest.raises(UndecodableExample) as caught:
+            task.classify(images)  # type: ignore[call-overload]
+        assert (caught.value.status, caught.value.code) == (422, "undecodable_example")
+        assert caught.value.request_id
+    with pytest.raises(UndecodableExample):
+        task.classify([RED, b"nothing"], on_bad_image="fail")
+    rows = task.classify([RED, bytes(20_000)])
+    assert rows[1].error is not None
+    assert rows[1].error.code == "too_large"
+
+
+def test_what_is_learned_can_be_changed_and_taken_back(client: Client) -> None:
+    first = client.adapt(some("red", "blue"), task="changing")
+    assert (first.version, first.method) == (1, "prototype")
+    assert repr(first) == "Task('changing', version=1, method='prototype', classes={'blue': 3, 'red': 3})"
+    more = first.add({"lime": [picture("lime", seed=k) for k in range(2)]})
+    assert more.classify(picture("lime", seed=9)).label == "lime"
+    example = next(item for item in more.examples if item.label == "lime")
+    assert example.name == "lime[0]" or example.name == "lime[1]"
+    less = more.remove(example.id)
+    assert [(item.label, item.shots) for item in less.classes] == [("blue", 3), ("lime", 1), ("red", 3)]
+    with pytest.raises(ExampleNotFound):
+        less.remove(example.id)
+    two = less.remove_class("lime")
+    assert two.head == first.head
+    assert [item.version for item in two.versions()] == [4, 3, 2, 1]
+    back = two.rollback(2)
+    assert (back.version, back.head) == (5, more.head)
+    assert client.task("changing", version=1).head == first.head
+    assert first.refresh() == client.task("changing") != first
+    back.forget()
+    with pytest.raises(TaskNotFound) as caught:
+        client.task("changing")
+    assert caught.value.detail == "There is no task 'changing'."
+
+
+def test_options_reach_the_service(client: Client) -> None:
+    task = client.adapt(some("red", "blue"), method="ridge", ttl=60, retain="images", task="options")
+    assert (task.method, task.retained) == ("ridge", True)
+    assert task.expires_at is not None
+    assert task.created_at is not None
+    assert 59 < (task.expires_at - task.created_at).total_seconds() < 61
+    assert len(task.classify(RED, explain=True).nearest) > 0
+    assert task.classify(RED, reject="off").label == "red"
+    with pytest.raises(package.UnknownMethod):
+        client.adapt(some("red", "blue"), method="magic")
+    with pytest.raises(UndecodableExample):
+        client.adapt({**some("red"), "blue": [RED, b"nothing"]}, on_bad_image="fail")
+
+
+def test_kept_images_come_back(client: Client, tmp_path: Path) -> None:
+    task = client.adapt(some("red", "blue"), retain="images", task="kept")
+    example = next(item for item in task.examples if item.name == "red[1]")
+    assert task.image(example.id) == picture("red", seed=1)
+    again = client.adapt(task.save_support(tmp_path / "kept.zip"))
+    assert again.head == task.head
+    with pytest.raises(package.NotRetained):
+        client.adapt(some("red", "lime")).save_support(tmp_path / "none.zip")
+    assert not (tmp_path / "none.zip").exists()
+
+
+def test_the_report_names_the_files_it_speaks_of(client: Client, folder: Path) -> None:
+    (folder / "red" / "2.png").write_bytes(picture("blue", seed=70))
+    task = client.adapt(folder)
+    assert {item.name for item in task.examples} == {f"{c}/{k}.png" for c in ("red", "blue") for k in range(3)}
+    assert task.report.suspects[0].name == "red/2.png"
+    assert (task.report.suspects[0].label, task.report.suspects[0].looks_like) == ("red", "blue")
+    assert task.report.confusions[0] == package.Confusion("red", "blue", 1)
+    assert task.report.accuracy is not None
+    assert task.report.advice
+
+
+def test_a_call_that_stores_nothing(client: Client, faults: Faults) -> None:
+    support = {**some("red"), "blue": [*some("blue")["blue"], b"nothing"]}
+    found = client.classify_once(support, [RED, b"nothing"], unlabelled=RED)
+    assert found[0].label == "red"
+    assert [row.error is None for row in found] == [True, False]
+    assert [(item.name, item.code) for item in found.rejected] == [("blue[3]", "undecodable_example")]
+    assert paths(faults) == ["POST /v1/classify"]
+
+
+def test_features_come_for_any_number_of_images(client: Client, faults: Faults) -> None:
+    found = client.embed([*[b"x"] * 4, RED, b"nothing"])
+    assert (found.dim, found.artifact) == (3, "sha256:tiny")
+    assert [row is None for row in found.features] == [True, True, True, True, False, True]
+    assert found.features[4] == pytest.approx((0.577, -0.577, -0.577), abs=0.02)
+    assert [item.index for item in found.errors] == [0, 1, 2, 3, 5]
+    with pytest.raises(UndecodableExample):
+        client.embed(b"nothing")
+
+
+def test_the_service_describes_itself(client: Client) -> None:
+    assert client.artifact().name == "tiny"
+    assert [method.name for method in client.artifact().methods] == ["prototype", "ridge"]
+    assert client.limits().max_queries == LIMITS["max_queries"]
+    assert client.health().status == "ok"
+
+
+def test_tasks_are_listed_over_all_pages(tmp_path: Path) -> None:
+    with service(tmp_path) as (url, faults), Client(url) as client:
+        assert list(client.tasks()) == []
+        names = [f"task-{k:03}" for k in range(203)]
+        for name in names:
+            client.adapt(some("red", "blue", shots=1), task=name)
+        faults.asked.clear()
+        assert [item.name for item in client.tasks()] == names
+        assert len(faults.asked) == 2
+
+
+# What is too much for one request
+
+
+def test_a_folder_larger_than_a_request_is_learned_in_several(client: Client, faults: Faults, tmp_path: Path) -> None:
+    root = drawn(tmp_path / "large", "red", "blue", "lime", shots=10)
+    (root / "red" / "0.png").write_bytes(b"nothing")  # the first of its class
+    (root / "blue" / "8.png").write_bytes(bytes(7_000))  # more than MAX_EXAMPLE_BYTES
+    (root / "blue" / "9.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    told: list[tuple[int, int]] = []
+    task = client.adapt(root, task="large", progress=lambda done, total: told.append((done, total)))
+    assert paths(faults)[:2] == ["GET /v1/limits", "PUT /v1/tasks/large"]
+    assert set(paths(faults)[2:]) == {"POST /v1/tasks/large/examples"}
+    assert len({key for _, _, key in faults.asked[2:]}) == len(faults.asked) - 2 >= 3
+    assert told[-1] == (31, 31)
+    assert told == sorted(told)
+    rejected = {item.name: (item.index, item.code) for item in task.rejected}
+    assert rejected == {
+        "blue/8.png": (8, "too_large"),
+        "blue/9.heic": (9, "undecodable_example"),
+        "red/0.png": (21, "undecodable_example"),
+    }
+    with service(tmp_path, max_body_bytes=10**6) as (url, _), Client(url) as roomy:
+        assert roomy.adapt(root).head == task.head
+    assert task.add(drawn(tmp_path / "more", "yellow", shots=9)).version > task.version + 1
+
+
+def test_a_broken_first_image_costs_no_class_when_requests_are_small(tmp_path: Path) -> None:
+    broken = [b"nothing" + bytes(1500), b"nothing" + bytes(1600)]
+    support = {c: [*broken, *images] for c, images in some("red", "blue", "lime").items()}
+    with service(tmp_path, max_body_bytes=7_000) as (url, faults), Client(url) as client:
+        task = client.adapt(support, task="hard")
+        assert [(item.label, item.shots) for item in task.classes] == [("blue", 3), ("lime", 3), ("red", 3)]
+        assert len(task.rejected) == 6
+        assert "POST /v1/embed" in paths(faults)
+        with pytest.raises(InvalidSupport, match="'white'"):
+            client.adapt({**some("red", "blue"), "white": [b"nothing"] * 3}, task="harder")
+
+
+def test_more_images_than_a_task_may_have_are_refused_before_any_is_sent(client: Client, faults: Faults) -> None:
+    with pytest.raises(TooLarge, match="41 images; a task may have 40"):
+        client.adapt({"red": [RED] * 40, "blue": [b"x"]})
+    assert paths(faults) == ["GET /v1/limits"]
+
+
+def test_what_went_wrong_half_way_says_how_far_it_got(client: Client, faults: Faults) -> None:
+    client.limits()
+    faults.next.extend(["", "", "422"])
+    with pytest.raises(UnreadableAnswer) as caught:
+        client.adapt(some("red", "blue", shots=15), task="half")
+    assert caught.value.__notes__ == ["The task 'half' has learned a part; it is at version 2."]
+
+
+# What goes wrong
+
+
+def test_every_code_of_the_service_is_an_exception_of_its_own() -> None:
+    kinds = [k for k in vars(theirs).values() if isinstance(k, type) and issubclass(k, theirs.FewshotError)]
+    codes = {kind.code for kind in kinds} - {"error", "artifact_invalid"}
+    assert codes - set(errors.CODES) == set()
+    drawn_tree = (errors.__doc__ or "").split()
+    own = [k for k in vars(errors).values() if isinstance(k, type)]
+    assert [kind.__name__ for kind in own if kind.__name__ not in drawn_tree] == []
+    assert all(getattr(package, kind.__name__) is kind for kind in own)
+
+
+def test_a_busy_service_is_asked_again_after_the_wait_it_asks_for(client: Client, faults: Faults) -> None:
+    task = client.adapt(some("red", "blue"))
+    faults.asked.clear()
+    faults.next.extend(["503 0.3", "502", "429 0"])
+    start = time.monotonic()
+    assert task.classify(RED).label == "red"
+    assert len(faults.asked) == 4
+    assert 0.6 < time.monotonic() - start < 6
+
+
+def test_a_service_that_stays_busy_is_given_up(client: Client, running: tuple[str, Faults], faults: Faults) -> None:
+    faults.next.extend(["503"] * 9)
+    with Client(running[0], retries=1) as impatient, pytest.raises(Busy) as caught:
+        impatient.artifact()
+    assert (caught.value.status, caught.value.attempts, len(faults.next)) == (503, 2, 7)
+    faults.next.clear()
+    faults.next.append("503 3600")
+    start = time.monotonic()
+    with pytest.raises(Busy) as caught:
+        client.artifact()
+    assert caught.value.retry_after == 3600
+    assert time.monotonic() - start < 2
+
+
+def test_the_wait_grows_and_is_never_less_than_asked_for() -> None:
+    patience = Patience(retries=3, longest_wait_s=10, first_wait_s=1)
+    busy = Overloaded("", code="overloaded", status=503)
+    waits = [patience.wait(busy, attempt) for attempt in range(4)]
+    for least, wait in zip((0.5, 1, 2), waits, strict=False):
+        assert wait is not None
+        assert least <= wait <= 2 * least
+    assert waits[3] is None
+    asked = patience.wait(Overloaded("", status=503, retry_after=4), 0)
+    assert asked is not None
+    assert 4 < asked <= 5
+    assert patience.wait(Overloaded("", retry_after=11), 0) is None
+    assert patience.wait(TaskNotFound("", status=404), 0) is None
+    assert patience.wait(TimedOut(""), 0) is None
+
+
+@pytest.mark.parametrize("fault", ["cut", "lose answer"])
+def test_a_change_whose_answer_was_lost_is_made_once(client: Client, faults: Faults, fault: str) -> None:
+    task = client.adapt(some("red", "blue"), task=f"once-{fault.replace(' ', '-')}")
+    client.limits()
+    changes: list[Callable[[Task], Task]] = [
+        lambda task: task.add(some("lime")),
+        lambda task: task.remove(next(item.id for item in task.examples if item.label == "lime")),
+        lambda task: task.remove_class("lime"),
+        lambda task: task.rollback(2),
+    ]
+    for change in changes:
+        faults.asked.clear()
+        faults.next.append(fault)
+        changed = change(task)
+        assert changed.version == task.version + 1
+        assert faults.asked[0] == faults.asked[1]  # with the same key, where there is one
+        task = changed
+    faults.next.append(fault)
+    task.forget()
+    with pytest.raises(TaskNotFound):
+        task.forget()
+
+
+def test_a_slow_answer_is_not_waited_for_twice(running: tuple[str, Faults], faults: Faults) -> None:
+    faults.next.append("wait 1")
+    with Client(running[0], timeout=0.2) as hasty, pytest.raises(TimedOut, match="did not answer in time"):
+        hasty.artifact()
+    assert len(faults.asked) == 1
+
+
+def test_nothing_there_is_said_so() -> None:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{free.getsockname()[1]}"
+    with Client(url, retries=0) as client, pytest.raises(Unreachable) as caught:
+        client.artifact()
+    assert caught.value.detail.startswith(f"Nothing answers at http://{url}; is the service running there?")
+    for wrong in ("ftp://somewhere", "http://", ""):
+        with pytest.raises(ValueError, match="is no address of a service"):
+            Client(wrong)
+    with pytest.raises(ValueError, match="was it copied whole"):
+        Client(key="fsk_live_…")
+
+
+def test_another_service_at_that_address_is_noticed() -> None:
+    async def other(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        body = '{"hello": 1}' if scope["path"] == "/v1/limits" else "<h1>Hello</h1>"
+        await Response(body, 404 if scope["path"] == "/readyz" else 200)(scope, receive, send)
+
+    with served(other) as http, Client(str(http.base_url)) as client:
+        for ask in (client.artifact, client.limits, client.health):
+            with pytest.raises(UnreadableAnswer, match="fewshot service"):
+                ask()
+
+
+def test_a_key_opens_what_is_closed_without(tmp_path: Path) -> None:
+    _, key = keys.create(tmp_path / "keys.json", tenant="acme", scopes=("adapt", "classify"))
+    with service(tmp_path, keys_file=tmp_path / "keys.json") as (url, _):
+        with Client(url) as nobody, pytest.raises(Unauthorized) as caught:
+            nobody.adapt(some("red", "blue"))
+        assert caught.value.status == 401
+        with Client(url, key) as client:
+            assert client.adapt(some("red", "blue")).classify(RED).label == "red"
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_computer(
+    running: tuple[str, Faults], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with Client(running[0], retries=0) as client:
+        assert client.health().status == "ok"
+
+
+def test_a_client_that_is_thrown_away_closes_its_connections(running: tuple[str, Faults]) -> None:
+    client = Client(running[0])
+    client.health()
+    http = client._http
+    del client
+    gc.collect()
+    assert http.is_closed
+
+
+# Two clients, one description
+
+
+def test_the_asynchronous_client_does_the_same(running: tuple[str, Faults], faults: Faults, folder: Path) -> None:
+    async def work() -> None:
+        async with AsyncClient(running[0]) as client:
+            faults.next.extend(["503 0", "cut"])
+            task = await client.adapt(folder, task="async")
+            assert (await task.classify(RED)).label == "red"
+            rows = await task.classify([RED, b"nothing", picture("blue", seed=9)])
+            assert [row.label for row in rows] == ["red", None, "blue"]
+            assert "async" in [item.name async for item in client.tasks()]
+            more = await task.add(some("lime"))
+            less = await more.remove(next(item.id for item in more.examples if item.label == "lime"))
+            two = await less.remove_class("lime")
+            assert two.head == task.head == (await client.task("async", version=1)).head
+            assert len(await two.versions()) == 4
+            assert (await two.rollback(2)).head == more.head == (await two.refresh()).head
+            assert (await client.classify_once(some("red", "blue"), RED))[0].label == "red"
+            assert (await client.embed(RED)).dim == (await client.artifact()).dim
+            assert (await client.limits()).max_queries == LIMITS["max_queries"]
+            assert (await client.health()).status == "ok"
+            with pytest.raises(package.NotRetained):
+                await two.image(two.examples[0].id)
+            both = await asyncio.gather(*(task.classify(picture(c, seed=8)) for c in ("red", "blue")))
+            assert [row.label for row in both] == ["red", "blue"]
+            await task.forget()
+            with pytest.raises(TaskNotFound):
+                await client.task("async")
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(("left", "right"), [(Client, AsyncClient), (Task, AsyncTask)])
+def test_both_clients_have_the_same_methods_with_the_same_parameters(left: type, right: type) -> None:
+    def methods(kind: type) -> dict[str, list[str]]:
+        found = inspect.getmembers(kind, inspect.isfunction)
+        return {
+            name: list(inspect.signature(f).parameters) for name, f in found if name[0] != "_" or name == "__init__"
+        }
+
+    assert len(methods(left)) > 8
+    assert methods(left) == methods(right)
+    assert all(getattr(left, name).__doc__ for name in ("adapt", "task") if hasattr(left, name))
+
+
+def test_the_client_needs_httpx_and_nothing_else_of_ours_or_others() -> None:
+    barred = (
+        "models training numpy PIL fastapi starlette onnxruntime pydantic redis torch safetensors uvicorn typer rich"
+    )
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({barred.split()!r}));"
+        "import service.client; print(sorted(m for m in sys.modules if m.startswith('service.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "service.client.sync" in done.stdout
+    assert all(name.startswith("service.client") for name in eval(done.stdout))
+
+
+def test_the_package_gives_out_its_values_and_no_helpers() -> None:
+    public = {name for name, value in vars(package).items() if name[0] != "_" and not isinstance(value, ModuleType)}
+    assert {"Client", "AsyncClient", "Prediction", "Report", "TaskNotFound"} <= public
+    assert {name for name in public if name[0].islower()} == set()
