@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,7 +65,11 @@ def wrong(checks: Iterable[Check]) -> bool:
 def examine(environment: Mapping[str, str], *, url: str | None = None, key: str | None = None) -> Iterator[Check]:
     """Every check in turn. `url` is a service that has to answer; without one, one that is running here is tried."""
     yield python()
-    present = _safely("packages", lambda: packages(environment))
+    present = _safely("packages", partial(packages, environment))
+    if present.status == "fail" and url:  # this computer may only ask
+        yield Check("packages", "note", f"none to serve with here: {present.found}", present.fix)
+        yield _safely("service", partial(service, url, key))
+        return
     yield present
     if present.status == "fail":
         return
@@ -78,23 +83,22 @@ def examine(environment: Mapping[str, str], *, url: str | None = None, key: str 
         settings = None
     if settings is not None:
         yield _effective(settings)
-        yield _safely("secrets", lambda: secrets(settings))
-        yield _safely("artifact", lambda: artifact(settings))
-        free = _safely("port", lambda: port(settings))
+        yield _safely("secrets", partial(secrets, settings))
+        yield _safely("artifact", partial(artifact, settings))
+        free = _safely("port", partial(port, settings))
         yield free
         running = free.status == "ok" and free.found.startswith("fewshot")
         if settings.redis_url:
-            yield _safely("redis", lambda: redis(settings))
+            yield _safely("redis", partial(redis, settings))
         else:
-            yield _safely("data", lambda: data(settings, running=running))
-            yield _safely("disk", lambda: disk(settings))
+            yield _safely("data", partial(data, settings, running=running))
+            yield _safely("disk", partial(disk, settings))
         if url is None and running:
             url = _address(settings)
     if url is None:
         yield Check("service", "note", "none is running with these settings", "`fewshot serve` starts one.")
     else:
-        address = url
-        yield _safely("service", lambda: service(address, key))
+        yield _safely("service", partial(service, url, key))
 
 
 def _safely(name: str, check: Callable[[], Check]) -> Check:
@@ -124,7 +128,7 @@ def packages(environment: Mapping[str, str]) -> Check:
             bad[name] = "missing" if isinstance(error, ModuleNotFoundError) else f"broken: {error}"
     if bad:
         found = ", ".join(f"{name} ({why})" for name, why in bad.items())
-        return Check("packages", "fail", found, "pip install 'fewshot[serve]'")
+        return Check("packages", "fail", found, "In the project's folder: pip install '.[serve]'")
     versions = (f"{name} {metadata.version(name)}" for name in ("fastapi", "numpy", extractor))
     return Check("packages", "ok", ", ".join(versions))
 

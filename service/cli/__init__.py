@@ -2,6 +2,7 @@
 
     teach.py     adapt, add, remove, classify, export       tasks.py    tasks, show, forget, rollback
     operate.py   serve, keys, doctor, bench, train           show.py     tables, plain lines, JSON
+    app.py       puts them together
 
 Commands that talk to a service do so through `service.client`; importing this loads neither the server nor a model.
 What goes wrong is one sentence on stderr and exit status 1, or 2 where the command itself was wrong.
@@ -12,45 +13,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import typer
-
-from service.cli import operate, tasks, teach
-from service.cli.show import Failure
-from service.client import FewshotError, Unauthorized
-
-app = typer.Typer(
-    name="fewshot",
-    help="Learns image-classification tasks from a handful of labelled photos.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-teach.register(app)
-tasks.register(app)
-operate.register(app)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status."""
+    """The exit status. The command is installed with the client, which needs less than the command does."""
     try:
-        return int(app(args=arguments, prog_name="fewshot", standalone_mode=False) or 0)
-    except typer.TyperException as error:  # wrong usage
-        where = getattr(getattr(error, "ctx", None), "command_path", "fewshot")
-        text = error.format_message()  # none where the help was shown
-        end = "" if text.endswith((".", "?")) else "."
-        return _told(f"{text}{end} See `{where} --help`.", status=error.exit_code) if text else error.exit_code
-    except FewshotError as error:
-        hint = " Set FEWSHOT_KEY, or use --key." if isinstance(error, Unauthorized) else ""
-        return _told(" ".join([error.detail + hint, *getattr(error, "__notes__", ())]))
-    except OSError as error:
-        return _told(f"{error.filename}: {error.strerror}." if error.filename else str(error))
-    except (Failure, ValueError) as error:
-        return _told(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
+        from service.cli.app import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("httpx", "rich", "typer"):
+            raise
+        print(f"fewshot: {lacking(error.name, 'cli')}", file=sys.stderr)
+        return 1
+    return run(arguments)
 
 
-def _told(text: str, *, status: int = 1) -> int:
-    print(f"fewshot: {text}", file=sys.stderr)
-    return status
+def lacking(module: str | None, extra: str) -> str:
+    return f"This needs more packages (no {module} here): in the project's folder, pip install '.[{extra}]'."

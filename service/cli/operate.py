@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import show
+from service.cli import lacking, show
 from service.cli.options import Json, Key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def serve(
     try:
         from service.__main__ import main
     except ModuleNotFoundError as error:
-        raise _missing(error, "serve") from None
+        raise show.Failure(lacking(error.name, "serve")) from None
     return main()
 
 
@@ -45,7 +45,7 @@ def keys(context: typer.Context) -> int:
     try:
         from service.keys import main
     except ModuleNotFoundError as error:
-        raise _missing(error, "serve") from None
+        raise show.Failure(lacking(error.name, "serve")) from None
     return main(context.args)
 
 
@@ -90,17 +90,13 @@ def train(context: typer.Context) -> int:
     """Make an artifact: pretrain, metatrain, evaluate, export, demo; hands over to `python -m training`."""
     for package in ("training", "torch"):
         if importlib.util.find_spec(package) is None:
-            raise show.Failure(f"Training needs more packages (no {package} here): pip install 'fewshot[train]'.")
+            raise show.Failure(lacking(package, "train"))
     return _handed_over("-m", "training", *context.args)
 
 
 def _handed_over(*arguments: str) -> int:
     sys.stdout.flush()
     return subprocess.call([sys.executable, *arguments])  # noqa: S603  # the user's own words, to the user's own Python
-
-
-def _missing(error: ModuleNotFoundError, extra: str) -> show.Failure:
-    return show.Failure(f"This needs more packages (no {error.name} here): pip install 'fewshot[{extra}]'.")
 
 
 def register(app: typer.Typer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -57,11 +58,18 @@ def answer(response: httpx.Response) -> Answer:
 
 def lost(error: httpx.RequestError, url: str) -> Lost:
     match error:
-        case httpx.ConnectError() if isinstance(error.__cause__ and error.__cause__.__cause__, ssl.SSLError):
-            return Lost(f"The certificate of {url} is not trusted, or it does not speak TLS ({error}).")
+        case httpx.ConnectError() if any(isinstance(cause, ssl.SSLError) for cause in _causes(error)):
+            return Lost(f"{url} does not speak TLS, or has a certificate that is not trusted ({error}).")
         case httpx.ConnectError() | httpx.ConnectTimeout():
             return Lost(f"Nothing answers at {url}; is the service running there? `fewshot serve` starts one.")
         case httpx.TimeoutException():
             return Lost(f"The service at {url} did not answer in time.", timed_out=True)
         case _:
             return Lost(f"The connection to {url} broke ({type(error).__name__}).")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__

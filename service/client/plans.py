@@ -163,6 +163,8 @@ class Plans:
             return values.features(body)
 
         files = pictures.many(images)
+        if not files:
+            raise ValueError("There is no image.")
         rows, refused = yield from self._each("/v1/embed", {"on_bad_image": on_bad_image}, files, read, on_bad_image)
         if refused is not None:
             raise refused

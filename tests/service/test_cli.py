@@ -262,11 +262,15 @@ def test_the_command_loads_neither_the_server_nor_a_model() -> None:
     assert done.stderr.strip() == ""
 
 
-def test_what_serving_lacks_is_named_with_a_remedy() -> None:
-    code = "import sys; sys.modules['uvicorn'] = None; from service.cli import main; sys.exit(main(['serve']))"
+@pytest.mark.parametrize(("module", "extra"), [("uvicorn", "serve"), ("typer", "cli"), ("torch", "train")])
+def test_what_a_command_lacks_is_named_with_a_remedy(module: str, extra: str) -> None:
+    command = {"serve": "serve", "cli": "tasks", "train": "train"}[extra]
+    code = f"import sys; sys.modules[{module!r}] = None; from service.cli import main; sys.exit(main([{command!r}]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
-    assert done.stderr == "fewshot: This needs more packages (no uvicorn here): pip install 'fewshot[serve]'.\n"
+    assert done.stderr == (
+        f"fewshot: This needs more packages (no {module} here): in the project's folder, pip install '.[{extra}]'.\n"
+    )
 
 
 def test_a_pipe_that_closes_early_is_no_error(address: str) -> None:

@@ -263,7 +263,7 @@ def test_options_reach_the_service(client: Client) -> None:
     assert task.expires_at is not None
     assert task.created_at is not None
     assert 59 < (task.expires_at - task.created_at).total_seconds() < 61
-    assert len(task.classify(RED, explain=True).nearest) > 0
+    assert {item.name for item in task.classify(RED, explain=True).nearest} < {f"red[{k}]" for k in range(3)}
     assert task.classify(RED, reject="off").label == "red"
     with pytest.raises(package.UnknownMethod):
         client.adapt(some("red", "blue"), method="magic")
@@ -293,6 +293,12 @@ def test_the_report_names_the_files_it_speaks_of(client: Client, folder: Path) -
     assert task.report.advice
 
 
+def test_only_so_many_names_are_remembered(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.client.plans.MOST_NAMES", 4)
+    task = client.adapt(some("red", "blue"))
+    assert sorted(item.name is None for item in task.examples) == [False] * 4 + [True] * 2
+
+
 def test_a_call_that_stores_nothing(client: Client, faults: Faults) -> None:
     support = {**some("red"), "blue": [*some("blue")["blue"], b"nothing"]}
     found = client.classify_once(support, [RED, b"nothing"], unlabelled=RED)
@@ -310,6 +316,8 @@ def test_features_come_for_any_number_of_images(client: Client, faults: Faults) 
     assert [item.index for item in found.errors] == [0, 1, 2, 3, 5]
     with pytest.raises(UndecodableExample):
         client.embed(b"nothing")
+    with pytest.raises(ValueError, match="There is no image"):
+        client.embed([])
 
 
 def test_the_service_describes_itself(client: Client) -> None:
@@ -477,6 +485,11 @@ def test_nothing_there_is_said_so() -> None:
             Client(wrong)
     with pytest.raises(ValueError, match="was it copied whole"):
         Client(key="fsk_live_…")
+
+
+def test_an_address_that_speaks_no_tls_is_said_so(running: tuple[str, Faults]) -> None:
+    with Client(running[0].replace("http:", "https:"), retries=0) as client, pytest.raises(Unreachable, match="TLS"):
+        client.health()
 
 
 def test_another_service_at_that_address_is_noticed() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from service.cli import app
+from service.cli.app import app
 from tests.service.test_main import started
 from tests.test_docs import DOCS, FENCE, MARK, Block, blocks, check, run
 
@@ -59,6 +60,8 @@ def test_the_page_runs_and_says_what_it_shows(service: str, tmp_path: Path) -> N
     commands = [Block(exports, None), *blocks(SHELL)]
     assert len(commands) > 4
     check(commands, run(commands, replace={"/tmp/": f"{tmp_path}/"}))
+    assert (tmp_path / "letters.onnx").stat().st_size > 10**6
+    assert "model.onnx" in zipfile.ZipFile(tmp_path / "letters.zip").namelist()
 
 
 def test_every_command_is_in_the_table() -> None:

@@ -101,7 +101,10 @@ def test_a_missing_or_broken_package_is_named_with_the_command_that_installs_it(
     found = list(doctor.examine({}))
     assert [check.name for check in found] == ["python", "packages"]  # the rest needs them
     wrong(found[1], "missing-one (missing), broken-one (broken: libgomp.so.1: cannot open)")
-    assert found[1].fix == "pip install 'fewshot[serve]'"
+    assert found[1].fix == "In the project's folder: pip install '.[serve]'"
+    elsewhere = everything({}, url="http://127.0.0.1:9")
+    wrong(elsewhere["packages"], "missing-one (missing)", status="note")
+    wrong(elsewhere["service"], "Nothing answers")
 
 
 def test_every_package_that_serving_imports_is_looked_for() -> None:
