@@ -16,9 +16,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from models.arrays import softmax
 from models.artifact import Artifact
-from models.calibration import energy
 from models.errors import (
     ExtractorFailed,
     FewshotError,
@@ -34,6 +32,7 @@ from models.errors import (
 from models.head import Head
 from models.learners import Learner
 from models.report import Report
+from service.answering import Answer, Predictions, answered
 from service.batcher import Batcher, Embedded, Payload
 from service.metrics import Metrics
 from service.quota import spend
@@ -77,39 +76,6 @@ class Adapted:
     known: bool = False  # whether that very support set was there already, and nothing was done
     rejected: tuple[Rejected, ...] = ()
     timings_ms: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Near:
-    """A support example that resembles an image."""
-
-    example: str
-    label: str
-    similarity: float  # cosine of their features
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Answer:
-    probabilities: np.ndarray  # [way]
-    known: float | None = None  # share of genuine images that look less like the classes; None: cannot be told
-    nearest: tuple[Near, ...] = ()
-
-    def is_none(self, reject: float) -> bool:
-        return self.known is not None and self.known < reject
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Predictions:
-    task: str | None
-    pointer: Pointer | None
-    head: Head
-    head_id: str
-    rows: list[Answer | FewshotError]  # for each image
-    timings_ms: dict[str, float]
-
-    def none_of_these(self, reject: float) -> int:
-        """How many images show none of the classes, at that share of genuine images turned away."""
-        return sum(isinstance(row, Answer) and row.is_none(reject) for row in self.rows)
 
 
 class Engine:
@@ -495,15 +461,8 @@ class Engine:
         self._observe("classify", _stages(embedded), good=len(good), bad=len(errors))
         if errors and (not good or on_bad_image == "fail" or isinstance(errors[0], ExtractorFailed)):
             raise errors[0]
-        features = np.stack(good)
-        logits = head.logits(features)
-        probabilities = softmax(logits)
         rejection = self.artifact.manifest.rejections.get(head.method)
-        known: list[float | None] = [None] * len(good)
-        if rejection is not None and head.gauge is not None:
-            known = rejection.known(energy(logits), head.gauge).tolist()
-        near = _nearest(features, explain) if explain is not None else [()] * len(good)
-        answers = iter(map(Answer, probabilities, known, near))
+        answers = iter(answered(np.stack(good), head, rejection, explain))
         rows = [item if isinstance(item, FewshotError) else next(answers) for item in embedded.items]
         return rows, {**_stages(embedded), "head": (time.perf_counter() - start) * 1e3}
 
@@ -518,18 +477,6 @@ class Engine:
 
 def _damaged(task: str) -> TaskStale:
     return TaskStale(f"What was stored of the task {task!r} is damaged; send its examples again.")
-
-
-def _nearest(features: np.ndarray, record: Record, count: int = 2) -> list[tuple[Near, ...]]:
-    """The support examples that each image resembles most."""
-    similarity = features @ record.features.astype(np.float32).T  # features have unit length
-    return [
-        tuple(
-            Near(record.ids[i], record.labels[record.classes[i]], round(float(row[i]), 4))
-            for i in np.argsort(-row)[:count]
-        )
-        for row in similarity
-    ]
 
 
 def _stages(embedded: Embedded) -> dict[str, float]:

@@ -12,8 +12,9 @@ from starlette.responses import Response
 
 from models.errors import FewshotError
 from models.report import Report
+from service.answering import Answer, Predictions
 from service.batcher import Embedded
-from service.engine import Adapted, Answer, Predictions
+from service.engine import Adapted
 from service.support import Rejected
 from service.web.bodies import JSON_LINES
 

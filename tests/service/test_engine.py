@@ -27,8 +27,9 @@ from models.errors import (
 )
 from models.head import Head
 from models.images import ImageDecoder
+from service.answering import Answer
 from service.batcher import Batcher
-from service.engine import CHANGES, Adapted, Answer, Engine
+from service.engine import CHANGES, Adapted, Engine
 from service.stores import Record, Scope
 from service.stores.memory import MemoryStore
 from service.support import Example, Limits, example_id, record_id, task_name

@@ -16,8 +16,9 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from models.errors import InvalidRequest, VersionNotFound
+from service.answering import Answer
 from service.batcher import Payload
-from service.engine import Answer, Engine
+from service.engine import Engine
 from service.stores import Scope
 from service.web import answers
 from service.web.access import scope_of
