@@ -66,7 +66,9 @@ class ImageDecoder:
         if min(width, height) < MIN_EDGE:
             raise UndecodableExample(f"The image is {width} x {height}; each side needs at least {MIN_EDGE} pixels.")
         if max(width, height) > MAX_ASPECT * min(width, height):
-            raise UndecodableExample(f"The image is {width} x {height}; the longer side may be {MAX_ASPECT} times.")
+            raise UndecodableExample(
+                f"The image is {width} x {height}; the longer side may be at most {MAX_ASPECT} times the shorter one."
+            )
         if container.frames > 1:
             raise UndecodableExample("The image is animated; send one frame.")
         try:

@@ -83,7 +83,7 @@ const json = async (response) => (await response).json();
 export function create(task, photos, { retain }) {
   const { body, headers } = form(photos);
   const query = retain ? "?retain=images" : "";
-  return json(call("PUT", at(task) + query, { body, headers: { ...headers, "X-None": "*" } }));
+  return json(call("PUT", at(task) + query, { body, headers: { ...headers, "If-None-Match": "*" } }));
 }
 export const add = (task, photos) => json(call("POST", at(task, "examples"), form(photos)));
 export const get = (task) => json(call("GET", at(task)));

@@ -75,13 +75,16 @@ class Watched:
         self.wrong: list[str] = []
         self.expected: list[str] = []  # parts of what may stand in the console
         self.requests: list[Request] = []
+        self.disturbed = False  # Chromium has given up all that was under way, for no fault of the page
         self.page.on("console", self._said)
         self.page.on("pageerror", lambda error: self.wrong.append(f"script: {error}"))
         self.page.on("request", self._asked)
 
     def _said(self, message: ConsoleMessage) -> None:
         text = f"{message.text} {message.location.get('url', '')}"
-        if message.type in ("error", "warning") and not any(part in text for part in self.expected):
+        if "ERR_NETWORK_CHANGED" in text:  # another program has made a network, such as that of a container
+            self.disturbed = True
+        elif message.type in ("error", "warning") and not any(part in text for part in self.expected):
             self.wrong.append(f"console: {text}")
 
     def _asked(self, request: Request) -> None:
@@ -93,8 +96,16 @@ class Watched:
 
     def open(self, hash: str = "") -> Page:
         self.page.goto(f"{self.address}/{hash}")
-        self.page.locator(".box").first.wait_for()
-        return self.page
+        there = self.page.locator(".box").first
+        while True:
+            self.disturbed = False
+            try:
+                there.wait_for()
+                return self.page
+            except Exception:
+                if not self.disturbed:
+                    raise
+                self.page.reload()
 
     def sent(self, method: str, part: str) -> list[Request]:
         return [request for request in self.requests if request.method == method and part in request.url]
