@@ -38,6 +38,7 @@ function newBox(desk, box) {
   const invitation = el("p", { class: "invitation" }, icon("drop"), el("span", {}, "Drop or paste photos here"));
   const head = el("header", {}, name, count, remove);
   const node = el("section", { class: "box card" }, head, photos, invitation, stage, working, actions, notes);
+  invitation.addEventListener("click", () => choose.click());
   accepts(node, add);
 
   async function start() {

@@ -45,6 +45,7 @@ export class Try {
     this.open = button("Camera", { picture: "camera", onclick: () => this.#live() });
     this.closeCamera = button("Close camera", { class: "main", onclick: () => this.camera.stop() });
     find(".actions").append(choose, this.open, this.closeCamera, input);
+    this.hint.addEventListener("click", () => choose.click());
     accepts(root, (files) => this.take(files));
     this.#draw();
   }

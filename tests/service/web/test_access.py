@@ -48,9 +48,7 @@ SUPPORT: list[tuple[str, Any]] = [
 ]  # good as a support set, as questions, and as both in one
 IMAGES = len(SUPPORT)
 SCOPES = ("adapt", "classify", "admin")
-PUBLIC = (
-    "/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs", "/docs/{name}"
-)
+PUBLIC = ("/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs", "/docs/{name}")
 # Requests that send a body and change nothing.
 ASKING = ("/classify", "/embed", "/infer", "/repository/index")
 # What has no tenant: whose scope it were given would make no difference.
