@@ -63,6 +63,7 @@ def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter
     )
     async def metrics() -> Response:
         engine.metrics.waiting.set(engine.batcher.waiting)
+        engine.metrics.store_up.set(await store.ping())
         return Response(engine.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
