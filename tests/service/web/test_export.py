@@ -325,12 +325,14 @@ def test_the_runtime_for_browsers_needs_no_key(tmp_path: Path, monkeypatch: pyte
 
 
 def chromium() -> str:
-    """The path of a Chromium. Without it or the runtime the test is skipped, or fails where it was to be run."""
+    """The path of a Chromium. Without it or the runtime, which is optional, the test is skipped; or fails where it was
+    to be run."""
+    required = os.environ.get("FEWSHOT_TEST_REQUIRE", "").split(",")
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     missing = "there is no Chromium" if not found else ""
     missing = missing or ("" if export.runtime_is_there() else "`make offline` has fetched nothing")
-    if missing and "browser" in os.environ.get("FEWSHOT_TEST_REQUIRE", "").split(","):
-        pytest.fail(f"{missing}, and FEWSHOT_TEST_REQUIRE names browser")
+    if ("browser" in required and not found) or ("offline" in required and missing):
+        pytest.fail(f"{missing}, and FEWSHOT_TEST_REQUIRE asks for it")
     if missing or found is None:
         pytest.skip(missing)
     return found
