@@ -76,7 +76,8 @@ class Rejection:
             size, location, spread = size_of(shots, energy(held_out)), self.location, self.spread
         else:
             size, location, spread = size_of(shots, energy(rivals)), self.location_one_shot, self.spread_one_shot
-        return float(size @ np.array(location)), math.exp(float(size @ np.array(spread)))
+        # Bounded, for an odd task may lie far from those that the numbers were fitted on.
+        return float(size @ np.array(location)), math.exp(float(np.clip(size @ np.array(spread), -20, 20)))
 
     def known(self, energies: np.ndarray, gauge: tuple[float, float]) -> np.ndarray:
         """The share of genuine images that would score lower than each: [n] in 0..1.

@@ -203,6 +203,8 @@ def fit_rejection(tasks: list[Answered], temperature: Temperature) -> dict[str, 
     scaled = []
     for many, suffix in ((True, ""), (False, "_one_shot")):
         chosen = [task for task in tasks if (len(task.held_out) > 0) == many]
+        if not chosen:
+            return {}  # too few images a class to know tasks of this kind: then nothing is rejected
         sizes, genuine = [], []
         for task in chosen:
             t = temperature.at(len(task.shots), task.shots)
