@@ -36,7 +36,7 @@ class PretrainConfig(Config):
     objectives: str = Field(
         "contrastive=1",
         pattern=r"^\w+=\d*\.?\d+(,\w+=\d*\.?\d+)*$",
-        description="name=weight, with commas: contrastive, supervised, rotation",
+        description="name=weight, with commas: contrastive, supervised, projected, rotation",
     )
     start: Path | None = Field(None, description="folder of a finished pretraining whose weights to start from")
     augment: Literal["photos", "characters"] = "photos"

@@ -77,6 +77,30 @@ class Supervised(nn.Module):
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
 
+class Projected(nn.Module):
+    """The class of the image, asked of a projection of the features that is thrown away afterwards.
+
+    What only tells the training classes apart stays in the projector, and the features keep what tells new classes
+    apart. Sariyildiz et al., "No Reason for No Supervision: Improved Generalization in Supervised Models", 2023,
+    https://arxiv.org/abs/2206.15369: a cosine classifier behind a perceptron.
+    """
+
+    views = 1
+    uses_labels = True
+
+    def __init__(self, dim: int, classes: int, *, hidden: int = 1024, out: int = 256, temperature: float = 0.1):
+        super().__init__()
+        self.temperature = temperature
+        self.project = nn.Sequential(
+            nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)
+        )
+        self.directions = nn.Parameter(torch.randn(classes, out))
+
+    def forward(self, pooled: list[Tensor], labels: Tensor) -> Tensor:
+        z = F.normalize(self.project(pooled[0]).float(), dim=1)
+        return F.cross_entropy(z @ F.normalize(self.directions, dim=1).T / self.temperature, labels)
+
+
 class Rotation(nn.Module):
     """By how many quarter turns an image was rotated.
 
@@ -103,8 +127,9 @@ class Rotation(nn.Module):
         return F.cross_entropy(self.classify(pooled[0]).float(), answers)
 
 
-OBJECTIVES: Mapping[str, type[Contrastive] | type[Supervised] | type[Rotation]] = {
+OBJECTIVES: Mapping[str, type[Contrastive] | type[Supervised] | type[Projected] | type[Rotation]] = {
     "contrastive": Contrastive,
     "supervised": Supervised,
+    "projected": Projected,
     "rotation": Rotation,
 }
