@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -41,8 +42,7 @@ class Temperature:
 
 def energy(logits: np.ndarray) -> np.ndarray:
     """Log of the sum of the exponentials of each row: [n, way] -> [n]."""
-    most = logits.max(axis=1, keepdims=True)
-    return np.asarray(most[:, 0] + np.log(np.exp(logits - most).sum(axis=1)))
+    return np.asarray(np.logaddexp.reduce(logits, axis=1))
 
 
 def size_of(shots: Sequence[int], energies: np.ndarray) -> np.ndarray:
@@ -85,5 +85,10 @@ class Rejection:
         To reject where it is below r is to turn away the share r of genuine images.
         """
         location, spread = gauge
-        grid = np.linspace(0, 1, len(self.quantiles))
-        return np.asarray(np.interp((energies - location) / spread, self.quantiles, grid))
+        return np.asarray(np.interp((energies - location) / spread, *_curve(self.quantiles)))
+
+
+@cache
+def _curve(quantiles: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Quantiles and their shares as arrays: making them anew for every image would cost more than looking up."""
+    return np.array(quantiles), np.linspace(0, 1, len(quantiles))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.arrays import softmax
 from models.calibration import Rejection, energy
 from models.errors import FewshotError
 from models.head import Head
@@ -57,11 +56,12 @@ def answered(
 ) -> list[Answer]:
     """An answer for each row of features [n, dim]; with the record it was learned from, explained."""
     logits = head.logits(features)
+    energies = energy(logits)
     known: list[float | None] = [None] * len(features)
     if rejection is not None and head.gauge is not None:
-        known = rejection.known(energy(logits), head.gauge).tolist()
+        known = rejection.known(energies, head.gauge).tolist()
     near = nearest(features, explain) if explain is not None else [()] * len(features)
-    return list(map(Answer, softmax(logits), known, near))
+    return list(map(Answer, np.exp(logits - energies[:, None]), known, near))
 
 
 def nearest(features: np.ndarray, record: Record) -> list[tuple[Near, ...]]:

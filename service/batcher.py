@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MEMORY = 32  # calls of lanes, over which their speed is averaged
 Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder's shape
 
 
@@ -71,12 +73,16 @@ class Batcher:
         lanes: int,
         max_batch: int,
         max_waiting: int,
+        max_wait_s: float = math.inf,
         metrics: Metrics | None = None,
     ):
         self._extractor = extractor
         self._decoder = decoder
         self._max_batch = max_batch
         self._max_waiting = max_waiting
+        self._max_wait_s = max_wait_s
+        self._lane_s = 0.0  # work of the lanes of late, and the images that it was for: see _spent
+        self._lane_images = 0.0
         self._metrics = metrics or Metrics()
         self._jobs: deque[_Job] = deque()
         self._calls: deque[_Job] = deque()
@@ -145,6 +151,18 @@ class Batcher:
             raise Overloaded("The service is shutting down.", retry_after=2)
         if self._waiting and self._waiting + images > self._max_waiting:
             raise Overloaded(f"{self._waiting} images are waiting; the limit is {self._max_waiting} (MAX_WAITING).")
+        # Requests take turns, so that each gets no more images done than this one before this one is through. What the
+        # lanes take next is no queue, and a wait no longer than the own work is fair.
+        ahead = min(self._waiting, len(self._jobs) * images)
+        if ahead > max(self._max_batch * len(self._lanes), images):
+            wait = ahead * self._lane_s / (self._lane_images or 1) / len(self._lanes)
+            if wait > self._max_wait_s:
+                raise Overloaded(f"This would wait for {wait:.1f} s; the limit is {self._max_wait_s:g} s (MAX_WAIT_S).")
+
+    def _spent(self, seconds: float, images: int) -> None:
+        """What a lane has done; from that of late follows how long those who come will wait."""
+        self._lane_s += seconds - self._lane_s / MEMORY
+        self._lane_images += images - self._lane_images / MEMORY
 
     async def _wait(self, job: _Job) -> Any:
         try:
@@ -200,12 +218,13 @@ class Batcher:
     def _do_call(self, job: _Job, call: Callable[[], Any]) -> None:
         if job.future.cancelled():
             return
+        start = time.perf_counter()
         try:
             result = call()
         except Exception as error:  # belongs to the caller, not to the lane
-            self._tell([(job, error)])
-        else:
-            self._tell([(job, result)])
+            result = error
+        self._spent(time.perf_counter() - start, 0)
+        self._tell([(job, result)])
 
     def _pixels(self, payload: Payload) -> np.ndarray:
         if not isinstance(payload, np.ndarray):
@@ -218,6 +237,7 @@ class Batcher:
     def _do_batch(self, batch: list[tuple[_Job, int]]) -> None:
         arrays: list[np.ndarray] = []
         places: list[tuple[_Job, int]] = []
+        begin = time.perf_counter()
         finished: dict[_Job, int] = {}
         for job, index in batch:
             start = time.perf_counter()
@@ -234,21 +254,23 @@ class Batcher:
             job.decode_s += time.perf_counter() - start
         if arrays:
             start = time.perf_counter()
+            features, fine = np.empty(0), np.zeros(len(arrays), bool)
             try:
-                features: np.ndarray | None = self._extractor(np.stack(arrays))
+                features = self._extractor(np.stack(arrays))
+                fine = np.asarray(np.isfinite(features).all(axis=1))
             except Exception:  # the one place where any failure of a runtime is survived
                 log.exception("The extractor failed on a batch of %d.", len(arrays))
-                features = None
             share = (time.perf_counter() - start) / len(arrays)
             self._metrics.batch_size.observe(len(arrays))
             for row, (job, index) in enumerate(places):
                 job.embed_s += share
-                if features is not None and np.isfinite(features[row]).all():
+                if fine[row]:
                     job.items[index] = features[row]
                 else:
                     job.items[index] = ExtractorFailed("The extractor failed on this image.", index=index)
         done = []
         with self._changed:  # two lanes may hold parts of one request
+            self._spent(time.perf_counter() - begin, len(batch))
             for job, count in finished.items():
                 job.left -= count
                 if job.left == 0:

@@ -222,7 +222,7 @@ class Engine:
         if pointer is None:
             raise TaskNotFound(f"There is no task {task!r}.")
         cached = await scope.head(pointer.head)
-        self.metrics.heads.labels("found" if cached else "made_again").inc()
+        (self.metrics.head_found if cached else self.metrics.head_made_again).inc()
         if cached is None or cached.artifact != self.artifact.digest:
             flight = (scope.tenant, task, pointer.head)
             at, head = await self._once(flight, lambda: self._rebuild(scope, task))
@@ -462,17 +462,14 @@ class Engine:
         if errors and (not good or on_bad_image == "fail" or isinstance(errors[0], ExtractorFailed)):
             raise errors[0]
         rejection = self.artifact.manifest.rejections.get(head.method)
-        answers = iter(answered(np.stack(good), head, rejection, explain))
+        answers = iter(answered(np.array(good), head, rejection, explain))
         rows = [item if isinstance(item, FewshotError) else next(answers) for item in embedded.items]
         return rows, {**_stages(embedded), "head": (time.perf_counter() - start) * 1e3}
 
     def _observe(self, op: str, timings_ms: dict[str, float], *, good: int, bad: int) -> None:
         for stage, value in timings_ms.items():
             self.metrics.observe_stage(op, stage, value / 1e3)
-        if good:
-            self.metrics.images.labels(op, "used").inc(good)
-        if bad:
-            self.metrics.images.labels(op, "rejected").inc(bad)
+        self.metrics.observe_images(op, good=good, bad=bad)
 
 
 def _damaged(task: str) -> TaskStale:

@@ -1,11 +1,22 @@
-"""Log lines: one JSON object each where a program reads them, plain text on a terminal."""
+"""Log lines: one JSON object each where a program reads them, plain text on a terminal.
+
+They are written by a thread of their own, in bunches: whoever logs never waits for the disk or for a pipe that nobody
+reads. Lines that find no room are dropped, and how many is told.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import sys
+import threading
+from collections import deque
 from datetime import UTC, datetime
+from typing import TextIO
+
+MOST_WAITING = 20_000
+WAIT_S = 0.1  # longest time until a line is written
 
 
 class Json(logging.Formatter):
@@ -33,8 +44,72 @@ class Plain(logging.Formatter):
         return f"{super().format(record)} {fields}".rstrip()
 
 
+class Later(logging.Handler):
+    """Takes records and writes their lines a little later: the thread looks ten times a second, and at once after a
+    warning. `close` writes what is left.
+    """
+
+    def __init__(self, stream: TextIO, formatter: logging.Formatter):
+        super().__init__()
+        self.setFormatter(formatter)
+        self.stream = stream
+        self._waiting: deque[logging.LogRecord] = deque()
+        self._dropped = 0
+        self._soon = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._write_on, name="log", daemon=True)
+        self._thread.start()
+
+    def handle(self, record: logging.LogRecord) -> bool:  # without the lock of a handler: a deque needs none
+        if len(self._waiting) >= MOST_WAITING:
+            self._dropped += 1
+            return False
+        self._waiting.append(record)
+        if record.levelno >= logging.WARNING:
+            self._soon.set()
+        return True
+
+    def _write_on(self) -> None:
+        while not self._closing:
+            self._soon.wait(WAIT_S)
+            self._soon.clear()
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        lines = []
+        while self._waiting:
+            record = self._waiting.popleft()
+            try:
+                lines.append(self.format(record))
+            except Exception:  # a line that cannot be made must not end the thread, and with it all lines
+                lines.append(f"A line of {record.name} cannot be written.")
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            text = f"{dropped} lines were dropped: the log is not read, or too slowly."
+            lines.append(self.format(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (), None)))
+        if lines:
+            try:
+                self.stream.write("\n".join(lines) + "\n")
+                self.stream.flush()
+            except (OSError, ValueError):  # nobody reads, or it is closed: there is nowhere to say so
+                self._dropped += len(lines)
+
+    def flush(self) -> None:
+        self._soon.set()
+
+    def close(self) -> None:
+        self._closing = True
+        self._soon.set()
+        self._thread.join(2)  # no longer: a pipe that nobody reads must not keep the process
+        super().close()
+
+
 def configure(level: str) -> None:
     """Sends all logs to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(Plain() if sys.stderr.isatty() else Json())
+    # What no line shows need not be found out for each: the place in the source, the thread, the process.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    handler = Later(sys.stderr, Plain() if sys.stderr.isatty() else Json())
+    atexit.register(handler.close)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

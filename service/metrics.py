@@ -38,20 +38,30 @@ class Metrics:
         )
         self.waiting = Gauge("fewshot_queue_depth", "Images waiting for the extractor.", registry=self.registry)
         self.abandoned = Counter("fewshot_abandoned_images", "Images whose caller had left.", registry=self.registry)
-        self.heads = Counter(
+        heads = Counter(
             "fewshot_head_lookups", "Heads found, or made again from their record.", ["result"], registry=self.registry
         )
+        self.head_found, self.head_made_again = heads.labels("found"), heads.labels("made_again")
         self.store_up = Gauge("fewshot_store_up", "Whether the store answered last.", registry=self.registry)
 
         # Looking a child up by its labels costs more than counting; these few are looked up once.
         self._stages: dict[tuple[str, str], Histogram] = {}
         self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._uses: dict[tuple[str, str], Counter] = {}
 
     def observe_stage(self, op: str, stage: str, seconds: float) -> None:
         child = self._stages.get((op, stage))
         if child is None:
             child = self._stages[op, stage] = self.stage.labels(op, stage)
         child.observe(seconds)
+
+    def observe_images(self, op: str, *, good: int, bad: int) -> None:
+        for outcome, count in (("used", good), ("rejected", bad)):
+            if count:
+                child = self._uses.get((op, outcome))
+                if child is None:
+                    child = self._uses[op, outcome] = self.images.labels(op, outcome)
+                child.inc(count)
 
     def observe_answer(self, route: str, status: int, seconds: float) -> None:
         """`route` is a path of the router's own, or "none": never what a client sent."""

@@ -1,13 +1,15 @@
 """The embedded store: one SQLite file for one process. What is acknowledged is on disk (WAL, synchronous=FULL).
 
 Writes go through one connection in one thread of its own, so they queue and never meet; the pointer of a task is read
-on the event loop. Knows nothing of learners, nor of other processes: its folder is locked against them.
+on the event loop. Knows nothing of learners, nor of other processes: its folder is locked against them, so a pointer
+that was read stays true until this process moves it, and is read once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sqlite3
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FORMAT = 2  # PRAGMA user_version
+MOST_POINTERS = 100_000  # in memory; some 300 bytes each
 TASKS_TABLES = """
 -- Records lie apart, so reading a pointer never touches the pages of a large one. A task without a history was written
 -- in format 1.
@@ -57,7 +60,7 @@ DROP TABLE old;
 PRAGMA user_version = 2;
 COMMIT;
 """  # noqa: S608
-POINTER = "SELECT pointer FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
+POINTER = "SELECT pointer, expires FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
 PLACE = "SELECT version, pointer, history FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
 RECORD = "SELECT record FROM records WHERE tenant = ? AND task = ? AND version = ?"
 TASKS = (
@@ -103,6 +106,8 @@ class SqliteStore:
         self._dir = data_dir
         self._key = key
         self._held = ExitStack()
+        # By tenant and task, with its end. Used on the event loop only.
+        self.pointers: dict[tuple[str, str], tuple[Pointer, float]] = {}
 
     async def open(self) -> None:
         """Raises StoreMisconfigured when the folder cannot be used."""
@@ -157,8 +162,8 @@ class SqliteStore:
     def scope(self, tenant: str) -> SqliteScope:
         return SqliteScope(self, tenant)
 
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Does work in the writer's thread; to its end, even when the caller leaves."""
+    async def run(self, work: Callable[[sqlite3.Connection], T], *, moves: tuple[str, str] | None = None) -> T:
+        """Does work in the writer's thread; to its end, even when the caller leaves. `moves`: tenant and task."""
 
         def safely() -> T:
             try:
@@ -166,9 +171,14 @@ class SqliteStore:
             except sqlite3.Error as error:
                 raise unavailable(error) from error
 
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, safely))
+        done = asyncio.get_running_loop().run_in_executor(self._worker, safely)
+        if moves is not None:
+            # Before anybody can be told, and whether or not it went well. A reader may still find the earlier pointer
+            # while the work goes on, and remember it: that is forgotten here, too.
+            done.add_done_callback(lambda _: self.pointers.pop(moves, None))
+        return await asyncio.shield(done)
 
-    async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def change(self, work: Callable[[sqlite3.Connection], T], *, moves: tuple[str, str] | None = None) -> T:
         """Does work as one transaction."""
 
         def whole(db: sqlite3.Connection) -> T:
@@ -182,7 +192,7 @@ class SqliteStore:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
 
-        return await self.run(whole)
+        return await self.run(whole, moves=moves)
 
 
 class SqliteScope:
@@ -199,12 +209,23 @@ class SqliteScope:
 
     async def pointer(self, task: str) -> Pointer | None:
         # On the event loop on purpose: every classify comes here. In WAL mode a reader waits for nobody, and one row
-        # by its primary key takes a few microseconds, much less than the way to another thread and back.
+        # by its primary key takes a few microseconds, much less than the way to another thread and back. But it lets
+        # go of the interpreter, and under load it is a while until the loop gets it back: so it is read once.
+        pointers = self._store.pointers
+        pointer, expires = pointers.get((self.tenant, task), (None, 0.0))
+        if pointer is not None and expires > time.time():
+            return pointer
         try:
             row = self._store.reader.execute(POINTER, self._now(task)).fetchone()
         except sqlite3.Error as error:
             raise unavailable(error) from error
-        return None if row is None else self._sealed.open_pointer(task, row[0])
+        if row is None:
+            return None
+        pointer = self._sealed.open_pointer(task, row[0])
+        if len(pointers) >= MOST_POINTERS:
+            pointers.clear()
+        pointers[self.tenant, task] = pointer, math.inf if row[1] is None else row[1]
+        return pointer
 
     async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
         def work(db: sqlite3.Connection) -> tuple[Pointer, Record] | None:
@@ -257,7 +278,7 @@ class SqliteScope:
             self._put_head(db, head_id, head=head)
             return pointer
 
-        return await self._store.change(work)
+        return await self._store.change(work, moves=(self.tenant, task))
 
     async def delete(self, task: str) -> bool:
         def work(db: sqlite3.Connection) -> bool:
@@ -270,7 +291,7 @@ class SqliteScope:
                 db.execute(f"DELETE FROM {table} WHERE tenant = ? AND task = ?", (self.tenant, task))  # noqa: S608
             return row is not None
 
-        found = await self._store.change(work)
+        found = await self._store.change(work, moves=(self.tenant, task))
         with suppress(StoreUnavailable):  # deleted it is; this only clears its bytes from the log as well
             await self._store.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
         return found

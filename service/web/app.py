@@ -23,6 +23,7 @@ from service.batcher import Batcher
 from service.engine import Engine
 from service.keys import Keyring
 from service.metrics import Metrics
+from service.precision import choose, keep_in
 from service.settings import Settings, SettingsError
 from service.stores import Store, StoreMisconfigured
 from service.stores.opening import open_store
@@ -52,8 +53,11 @@ def create_app(
     for name in ("device", "adapt_device"):
         if getattr(settings, name) == "cuda" and best_device() != "cuda":
             raise SettingsError(f"FEWSHOT_{name.upper()} is cuda, but torch is not installed or finds no device.")
+    device = best_device() if settings.device == "auto" else settings.device
+    if settings.precision == "auto":
+        chosen = "float32" if device != "cpu" or extractor else choose(artifact, keep_in(settings))
+        settings = settings.model_copy(update={"precision": chosen})
     if extractor is None:
-        device = best_device() if settings.device == "auto" else settings.device
         extractor = load_extractor(artifact, device=device, precision=settings.precision)
         difference = artifact.check(extractor, precision=settings.precision)
         log.info(
@@ -69,6 +73,7 @@ def create_app(
         lanes=settings.lanes or min(os.cpu_count() or 1, MAX_LANES),
         max_batch=settings.max_batch,
         max_waiting=settings.max_waiting,
+        max_wait_s=settings.max_wait_s,
         metrics=metrics,
     )
     limits = Limits(settings.max_examples, settings.max_queries, settings.max_way, settings.max_label)

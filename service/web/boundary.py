@@ -7,10 +7,11 @@ has, counts and logs, and answers 500 for a bug, without a word of what went wro
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from service.web import problems
 
 log = logging.getLogger("fewshot.access")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
+PROCESS = os.urandom(10).hex()
+NUMBERS = itertools.count(1)
 ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
@@ -40,7 +43,7 @@ class Boundary:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        request_id = _request_id(scope)
+        request_id, declared = _read(scope)
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id
         seen = 0
@@ -74,13 +77,13 @@ class Boundary:
                 total = (time.perf_counter() - start) * 1e3
                 timing = f"{state['timing']}, total;dur={total:.1f}" if "timing" in state else f"total;dur={total:.1f}"
                 headers.append((b"server-timing", timing.encode()))
-                if not complete and (seen or _declared(scope)):
+                if not complete and (seen or declared):
                     headers.append((b"connection", b"close"))  # the rest of the body is not read
                 message = {**message, "headers": headers}
             await send(message)
 
         try:
-            if _declared(scope) > self.max_body_bytes:
+            if declared > self.max_body_bytes:
                 raise _too_large(self.max_body_bytes)
             await self.app(scope, bounded, answer)
         except FewshotError as error:
@@ -114,21 +117,19 @@ class Boundary:
             log.info("request", extra={"fields": fields})
 
 
-def _request_id(scope: Scope) -> str:
-    """The caller's own id where it is a harmless one, else a new one."""
+def _read(scope: Scope) -> tuple[str, int]:
+    """The request's id, the caller's own where it is a harmless one, and how long a body it declares (1: unknown)."""
+    request_id, declared = "", 0
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
-            return str(value.decode())
-    return uuid.uuid4().hex
-
-
-def _declared(scope: Scope) -> int:
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            return int(value) if value.isdigit() and len(value) < 20 else 0
-        if name == b"transfer-encoding":
-            return 1
-    return 0
+        if name == b"x-request-id" and not request_id and REQUEST_ID.fullmatch(value):
+            request_id = value.decode()
+        elif name == b"content-length":
+            declared = int(value) if value.isdigit() and len(value) < 20 else 0
+        elif name == b"transfer-encoding":
+            declared = declared or 1
+    # Of our own ids none comes twice. Asking the system for random bytes each time would let go of the interpreter, and
+    # under load it is a while until the event loop gets it back.
+    return request_id or f"{PROCESS}{next(NUMBERS):012x}", declared
 
 
 def _too_large(limit: int) -> TooLarge:
