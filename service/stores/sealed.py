@@ -129,9 +129,11 @@ class Sealed:
         return self._sealer.seal(head.to_bytes(), self._tenant, "head", head_id)
 
     def open_head(self, head_id: str, data: bytes | None) -> Head | None:
-        """None when there is none, and when it is damaged: it will be made again from its record."""
+        """None when there is none, and when it cannot be read: it will be made again from its record."""
         try:
             return None if data is None else Head.from_bytes(self._sealer.open(data, self._tenant, "head", head_id))
-        except (SealBroken, HeadInvalid):
+        except SealBroken:
             log.warning("The cached head %s is damaged and counts as gone.", head_id)
-            return None
+        except HeadInvalid:  # it is as it was written: by an earlier version, or a later one
+            log.info("The cached head %s has another format and counts as gone.", head_id)
+        return None
