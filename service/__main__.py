@@ -10,21 +10,29 @@ import sys
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import asyncio  # noqa: E402
 import logging  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
+import threading  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import FrameType  # noqa: E402
 
 import uvicorn  # noqa: E402
 
 from models.errors import ArtifactInvalid, FewshotError  # noqa: E402
 from service import logs  # noqa: E402
+from service.connections import Door, room  # noqa: E402
 from service.settings import Settings, SettingsError, read  # noqa: E402
 from service.web.app import create_app  # noqa: E402
 
 log = logging.getLogger("fewshot")
 SAMPLE = Path(__file__).resolve().parent / "sample"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+GRACE_S = 25  # for what is in hand when the service is asked to stop
+HANGING_S = 3  # and then for what does not end: a lane in a call that never returns
+LAST_S = 0.1  # for the requests of connections that were taken just before the end
 
 
 class Server(uvicorn.Server):
@@ -39,6 +47,51 @@ class Server(uvicorn.Server):
         if self.started:
             logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             print(welcome(self.settings, self.servers[0].sockets[0].getsockname()[1]), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Not ready, but at work, until those who send requests here have found out; then uvicorn's own end.
+
+        Each answer from here on closes its connection, so that a proxy has none left to use when the end comes.
+        """
+        end = threading.Timer(self.settings.drain_s + GRACE_S + HANGING_S, give_up)
+        end.daemon = True
+        end.start()
+        self.lifespan.state["stopping"] = True
+        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+        await asyncio.sleep(self.settings.drain_s)
+        came = [
+            connection for server in self.servers for listener in server.sockets for connection in waiting(listener)
+        ]
+        for server in self.servers:
+            server.close()
+        for connection in came:
+            await asyncio.get_running_loop().connect_accepted_socket(self.protocol, connection)
+        await asyncio.sleep(LAST_S)
+        await super().shutdown(sockets)
+
+    def protocol(self) -> asyncio.Protocol:
+        kind = self.config.http_protocol_class
+        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[call-arg]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Asked again: at once. What was acknowledged is on disk, and the rest is as after a `kill -9`."""
+        if self.should_exit:
+            os._exit(0)
+        super().handle_exit(sig, frame)
+
+
+def waiting(listener: socket.socket) -> list[socket.socket]:
+    """Connections that nobody has accepted yet. With their listener they would end, requests and all."""
+    found = []
+    with suppress(BlockingIOError), socket.socket(fileno=os.dup(listener.fileno())) as same:
+        while True:
+            found.append(same.accept()[0])
+    return found
+
+
+def give_up() -> None:
+    log.error("Something does not end; it is left behind.")
+    os._exit(1)
 
 
 def welcome(settings: Settings, port: int) -> str:
@@ -72,8 +125,18 @@ def main() -> int:
     except FewshotError as error:
         print(f"fewshot cannot start: {error.detail}", file=sys.stderr)
         return 2
+    connections = room(settings.max_connections)
+    if connections < settings.max_connections:
+        log.warning("At most %d connections: more is not allowed by the limit of open files.", connections)
+    door = Door(
+        max_connections=connections,
+        header_timeout_s=settings.header_timeout_s,
+        answer_timeout_s=settings.answer_timeout_s,
+    )
     config = uvicorn.Config(
         app,
+        http=door.protocol(),
+        ws="none",
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -81,9 +144,8 @@ def main() -> int:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=25,
+        timeout_graceful_shutdown=GRACE_S,
         timeout_keep_alive=30,
-        h11_max_incomplete_event_size=16_384,
     )
     server = Server(config, settings)
     # Until it listens, what went wrong is told in one line of ours rather than by uvicorn's traceback.

@@ -200,20 +200,24 @@ def artifact(settings: Settings) -> Check:
     from models.artifact import Artifact
     from models.errors import ArtifactInvalid
     from models.extractor import best_device, load_extractor
+    from service.precision import choose, keep_in
 
     try:
         loaded = Artifact.load(settings.artifact)
         loaded.learners()
         device = best_device() if settings.device == "auto" else settings.device
-        extractor = load_extractor(loaded, device=device, precision=settings.precision)
-        difference = loaded.check(extractor, precision=settings.precision)
+        precision: str = settings.precision
+        if precision == "auto":
+            precision = choose(loaded, keep_in(settings), keep=False) if device == "cpu" else "float32"
+        extractor = load_extractor(loaded, device=device, precision=precision)
+        difference = loaded.check(extractor, precision=precision)
     except ArtifactInvalid as error:
         fix = "FEWSHOT_ARTIFACT names a folder that `python -m training export` made; unset it for the one that ships."
         return Check("artifact", "fail", error.detail, fix)
     if settings.default_method and settings.default_method not in loaded.manifest.methods:
         found = f"it has no method {settings.default_method!r}, only {', '.join(loaded.manifest.methods)}"
         return Check("artifact", "fail", found, "Correct FEWSHOT_DEFAULT_METHOD.")
-    return Check("artifact", "ok", f"{loaded.manifest.name} on {device}, probe within {difference:.0e}")
+    return Check("artifact", "ok", f"{loaded.manifest.name} on {device}, {precision}, probe within {difference:.0e}")
 
 
 def port(settings: Settings) -> Check:
@@ -369,6 +373,8 @@ def service(url: str, key: str | None) -> Check:
             if health.status == "unavailable":
                 text = f"{client.base_url} has stopped working on images"
                 return Check("service", "fail", text, "Restart it; its log says why.")
+            if health.status == "stopping":
+                return Check("service", "warn", f"{client.base_url} is being stopped", "Ask the one that follows it.")
             found, took_ms = _round_trip(client)
             if health.status != "ok":
                 return Check("service", "warn", f"{client.base_url} has lost its store", "See to Redis or the disk.")

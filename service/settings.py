@@ -34,7 +34,10 @@ class Settings(BaseModel):
     adapt_device: Literal["auto", "cpu", "torch-cpu", "cuda"] = Field(
         "auto", description="where learners run; auto = cpu, which is faster for support sets of up to some hundreds"
     )
-    precision: Literal["float32", "int8"] = Field("float32", description="which graph of the artifact runs on a CPU")
+    precision: Literal["auto", "float32", "int8"] = Field(
+        "auto",
+        description="graph that runs on a CPU; auto = int8 where it loses at most half a point and is faster",
+    )
     default_method: str = Field("", description="learner used when a request names none; empty = the artifact's own")
     keys_file: Path | None = Field(
         None, description="file of the API keys, made by `fewshot keys`; without one no key is asked for"
@@ -59,6 +62,10 @@ class Settings(BaseModel):
     lanes: int = Field(0, ge=0, description="threads that decode and extract; 0 = as many as cores, at most 8")
     max_batch: int = Field(16, ge=1, description="most images in one call of the extractor")
     max_waiting: int = Field(1024, ge=1, description="most images waiting; beyond that requests are refused")
+    max_wait_s: float = Field(0.4, gt=0, description="longest time to wait for a lane; who would is refused")
+    max_connections: int = Field(2048, ge=1, description="most connections at once; beyond that they are refused")
+    header_timeout_s: float = Field(10, gt=0, description="longest time for the head of a request to arrive")
+    answer_timeout_s: float = Field(30, gt=0, description="longest time in which a client takes nothing of its answer")
     max_body_bytes: int = Field(16_000_000, ge=1000, description="largest body of a request")
     body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
     max_example_bytes: int = Field(8_000_000, ge=1000, description="largest encoded image")
@@ -67,6 +74,9 @@ class Settings(BaseModel):
     max_queries: int = Field(64, ge=1, le=10_000, description="most images of one classify request")
     max_way: int = Field(256, ge=2, description="most classes of a task")
     max_label: int = Field(256, ge=1, description="most characters of a label")
+    drain_s: float = Field(
+        0, ge=0, description="how long a service that is asked to stop still answers while it says that it is not ready"
+    )
     trace_endpoint: str = Field("", description="OTLP/HTTP address that spans are sent to; empty = none are made")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

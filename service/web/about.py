@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from models.artifact import Artifact
 from models.images import FORMATS, MAX_ASPECT, MIN_EDGE
@@ -46,13 +46,14 @@ def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter
         operation_id="ready",
         summary="The extractor runs; the store may be away",
         response_model=schemas.Health,
-        responses={503: {"model": schemas.Health, "description": "the lanes have stopped"}},
+        responses={503: {"model": schemas.Health, "description": "the lanes have stopped, or the service is stopping"}},
     )
-    async def ready() -> Response:
-        lane, up = engine.batcher.alive, await store.ping()
+    async def ready(request: Request) -> Response:
+        lane, up, stopping = engine.batcher.alive, await store.ping(), is_stopping(request)
         engine.metrics.store_up.set(up)
-        status = "unavailable" if not lane else "ok" if up else "degraded"
-        return answers.answer({"status": status, "lane": lane, "store": up}, status=200 if lane else 503)
+        status = "unavailable" if not lane else "stopping" if stopping else "ok" if up else "degraded"
+        body = {"status": status, "lane": lane, "store": up}
+        return answers.answer(body, status=503 if stopping or not lane else 200)
 
     @router.get(
         "/metrics",
@@ -67,6 +68,11 @@ def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter
         return Response(engine.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
+
+
+def is_stopping(request: Request) -> bool:
+    """Whether the server was asked to stop, which it notes in the state that every request has."""
+    return bool(getattr(request.state, "stopping", False))
 
 
 def _artifact(artifact: Artifact, default: str, precision: str) -> dict[str, Any]:

@@ -228,6 +228,6 @@ class LimitsInfo(Closed):
 
 
 class Health(Closed):
-    status: Literal["ok", "degraded", "unavailable"]
+    status: Literal["ok", "degraded", "unavailable", "stopping"]
     lane: bool | None = None
     store: bool | None = None

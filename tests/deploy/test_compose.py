@@ -115,8 +115,9 @@ def what_is_to_stay_up_is_restarted_and_ended_with_grace(compose: Compose) -> li
     if "restart" in services["secrets"]:
         found.append("secrets")
     grace = int(services["service"].get("stop_grace_period", "10s").removesuffix("s"))
-    drain = re.search(r"timeout_graceful_shutdown=(\d+)", (ROOT / "service" / "__main__.py").read_text())
-    return found if drain and grace > int(drain[1]) else [*found, "grace"]
+    ends = re.findall(r"^(?:GRACE|HANGING)_S = (\d+)", (ROOT / "service" / "__main__.py").read_text(), re.MULTILINE)
+    drain_s = float(services["service"]["environment"].get("FEWSHOT_DRAIN_S", 0))
+    return found if len(ends) == 2 and grace > drain_s + sum(map(int, ends)) else [*found, "grace"]
 
 
 def redis_keeps_what_it_acknowledged(compose: Compose) -> list[str]:
@@ -319,8 +320,8 @@ LITERAL = re.compile(
 )
 
 
-# Lines as sha256sum writes them: the sums of files that are fetched.
-SUM = re.compile(r"^[0-9a-f]{64}  [\w.-]+\"?$", re.M)
+# Lines as sha256sum or pip writes them: the sums of files that are fetched.
+SUM = re.compile(r"^[0-9a-f]{64}  [\w.-]+\"?$|^    --hash=sha256:[0-9a-f]{64}(?: \\)?$", re.M)
 
 
 def literals(text: str) -> list[str]:

@@ -9,12 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
+
+from tests import audit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,6 +27,7 @@ def command(folder: Path, **variables: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FEWSHOT_")}
     return {
         **clean,
+        **audit.passed_on(),
         "FEWSHOT_DATA_DIR": str(folder),
         "FEWSHOT_PORT": "0",
         **{f"FEWSHOT_{name}": value for name, value in variables.items()},
@@ -30,10 +35,12 @@ def command(folder: Path, **variables: str) -> dict[str, str]:
 
 
 @contextmanager
-def started(folder: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """A running service, its address, and what it said."""
+def started(
+    folder: Path, *, program: Sequence[str] = (), **variables: str
+) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A running service, its address, and what it said. `program`: what Python is to run, if not the service."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "service"],
+        [sys.executable, "-u", *(program or ("-m", audit.program()))],
         cwd=ROOT,
         env=command(folder, **variables),
         text=True,
@@ -100,6 +107,49 @@ def test_a_task_survives_a_kill_and_a_restart(tmp_path: Path) -> None:
     with started(tmp_path) as (_, address, _said):
         found = get(address + "/v1/tasks/kept")
         assert (found["head"], found["version"], found["examples"]) == (task["head"], 1, task["examples"])
+
+
+def test_asked_to_stop_it_says_so_answers_on_for_the_drain_time_and_ends(tmp_path: Path) -> None:
+    with started(tmp_path, DRAIN_S="1.5") as (process, address, _), httpx.Client(base_url=address) as known:
+        assert "connection" not in known.get("/healthz").headers
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        answer = known.get("/readyz")  # on a connection from before, as a proxy keeps them
+        assert (answer.status_code, answer.json()["status"], answer.headers["connection"]) == (503, "stopping", "close")
+        assert httpx.get(address + "/v2/health/ready").status_code == 503
+        # Alive all the same: a supervisor must not take it for dead.
+        assert httpx.get(address + "/healthz").status_code == httpx.get(address + "/v1/limits").status_code == 200
+        assert process.wait(10) == 0
+
+
+def test_a_request_in_hand_is_answered_after_the_service_was_asked_to_stop(tmp_path: Path) -> None:
+    body = (ROOT / "service" / "sample" / "alpha" / "1.png").read_bytes()
+    with started(tmp_path) as (process, address, _):
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+            head = (
+                f"POST /v1/embed HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            slow.sendall(head.encode() + body[:100])
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), timeout=1)
+            slow.sendall(body[100:])
+            assert slow.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
+        assert process.wait(10) == 0
+
+
+def test_asked_twice_to_stop_it_stops_at_once(tmp_path: Path) -> None:
+    with started(tmp_path, DRAIN_S="60") as (process, _, _said):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert time.monotonic() - start < 1
 
 
 @pytest.mark.slow

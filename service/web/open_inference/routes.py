@@ -21,6 +21,7 @@ from service.batcher import Payload
 from service.engine import Engine
 from service.stores import Scope
 from service.web import answers
+from service.web.about import is_stopping
 from service.web.access import scope_of
 from service.web.open_inference import codec
 
@@ -61,8 +62,10 @@ def create_router(engine: Engine, *, version: str, max_body_bytes: int, reject: 
         return answers.answer({"live": True})
 
     @router.get("/health/ready")
-    async def ready() -> Response:
-        alive = engine.batcher.alive  # the protocol's text calls the field `live`, its servers `ready`
+    async def ready(request: Request) -> Response:
+        alive = engine.batcher.alive and not is_stopping(
+            request
+        )  # the protocol's text calls the field `live`, its servers `ready`
         return answers.answer({"live": alive, "ready": alive}, status=200 if alive else 503)
 
     @router.get("/models/{name}")

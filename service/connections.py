@@ -1,0 +1,264 @@
+"""The connections of the service, bounded: how many there are, how large a head is, how long a client keeps us waiting.
+
+uvicorn waits for ever for the head of a request, on a connection that says nothing, and for a client that does not take
+its answer; its heads may be of any size. Here a sweep once a second looks at every connection and ends those that keep
+us waiting, so a request costs no timer. Who comes when there is no room is told so and let go, without harm to others.
+The body has its own deadline (web/boundary.py).
+
+What breaks the protocol is answered here, in the form of all other problems, and never in the place of an answer that
+an earlier request waits for. An offer to upgrade is passed over, as HTTP allows. Knows nothing of the app.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import struct
+import time
+from collections import Counter
+from contextlib import suppress
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
+
+log = logging.getLogger(__name__)
+MAX_HEAD_BYTES = 16_384
+MAX_HEADERS = 100
+MAX_PIPELINED = 16
+SWEEP_S = 1.0
+TELL_S = 10.0  # the log hears of what was ended once in so many seconds, however much it was
+LEAST = 65_536  # bytes of its answers that a client takes in `answer_timeout_s`, unless there are fewer
+LINGER_S = 1.0  # for who was refused to read why: a close with bytes unread would cut that off
+MOST_LINGER = 64
+USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
+RESET = struct.pack("ii", 1, 0)
+RESERVED = 128  # open files that are no connections: store, lanes, log, those who linger
+
+
+class Door:
+    """What the connections of one server share: their bounds, the sweep, and what the log hears of them."""
+
+    def __init__(self, *, max_connections: int, header_timeout_s: float, answer_timeout_s: float):
+        self.max_connections = max_connections
+        self.header_timeout_s = header_timeout_s
+        self.answer_timeout_s = answer_timeout_s
+        self.ended: Counter[str] = Counter()
+        self._lingering: set[asyncio.Transport] = set()
+        self._sweeps = False
+        self._told = 0.0
+
+    def protocol(self) -> type[asyncio.Protocol]:
+        """For uvicorn.Config(http=...)."""
+
+        class Ours(Connection):
+            door = self
+
+        return Ours
+
+    def enter(self, transport: asyncio.Transport, inside: set[Any], loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether there is room for one more; else the client is told, and let go."""
+        if not self._sweeps:
+            self._sweeps = True
+            loop.call_later(SWEEP_S, self._sweep, inside, loop)
+        if len(inside) < self.max_connections:
+            return True
+        self.ended["found no room"] += 1
+        transport.write(NO_ROOM)
+        if len(self._lingering) >= MOST_LINGER:
+            transport.close()
+        else:
+            transport.set_protocol(_Refused(transport, self._lingering))
+            transport.write_eof()
+            loop.call_later(LINGER_S, transport.abort)
+        return False
+
+    def _sweep(self, inside: set[Any], loop: asyncio.AbstractEventLoop) -> None:
+        now = time.monotonic()
+        for connection in list(inside):
+            connection.look(now)
+        if self.ended and now - self._told > TELL_S:
+            log.warning("Connections were ended: %s.", ", ".join(f"{n} {why}" for why, n in self.ended.most_common()))
+            self.ended.clear()
+            self._told = now
+        self._sweeps = bool(inside or self.ended)
+        if self._sweeps:
+            loop.call_later(SWEEP_S, self._sweep, inside, loop)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, with bounds."""
+
+    door: ClassVar[Door]
+    head = 0  # bytes of a head that does not end; the read it began in counts as one
+    # What the sweep saw. A request touches none of it.
+    silent_since = 0.0
+    after: object = None  # the request that the silence follows
+    unsent = 0  # bytes that the client had to take when it last was seen to take some
+    unsent_since = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if self.door.enter(transport, self.connections, self.loop):
+            self.silent_since = time.monotonic()
+            super().connection_made(transport)
+            if USER_TIMEOUT is not None:  # for what the kernel has taken from us and the client not from the kernel
+                timeout = int(1000 * self.door.answer_timeout_s)
+                with suppress(OSError):  # no TCP
+                    transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, USER_TIMEOUT, timeout)
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._pass_over(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(INVALID)
+        else:
+            if self.scope is not None and "method" not in self.scope:
+                self.head += len(data) if self.head else 1
+                if self.head > MAX_HEAD_BYTES:
+                    self._refuse(LARGE_HEAD)
+
+    def on_headers_complete(self) -> None:
+        self.head = 0
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise OverflowError  # the parser passes it on as an error of its own
+        if self.parser.should_upgrade():
+            self.scope["method"] = self.parser.get_method().decode()  # and comes again, see _pass_over
+        elif size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            app, self.app = self.app, _large_head  # it has to wait for its turn
+            super().on_headers_complete()
+            self.app = app
+        else:
+            super().on_headers_complete()
+
+    def _should_upgrade(self) -> bool:
+        return True  # says to uvicorn that the rest of this request is not its own, see _pass_over
+
+    def _pass_over(self, rest: bytes) -> None:
+        """The same request again without its offer to upgrade, with which the parser gives up its body."""
+        if self.scope["method"] == "CONNECT" or not (self.cycle is None or self.cycle.response_complete):
+            self._refuse(INVALID)
+            return
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.scope["method"].encode(), self.url, version)]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
+
+    def _refuse(self, answer: bytes) -> None:
+        """Ends the connection because of what came in on it last; answers to what came before go out first."""
+        self.door.ended["broke the protocol"] += 1
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self.transport.write(answer)
+            self.transport.close()
+        elif not cycle.more_body:
+            cycle.keep_alive = False
+            self.flow.pause_reading()
+        elif self.pipeline or cycle.response_started:  # its body is broken, and it is too late to say so
+            self.transport.abort()
+        else:
+            self.transport.write(answer)
+            self.transport.close()
+
+    def resume_writing(self) -> None:
+        self.unsent = 0
+        super().resume_writing()
+
+    def look(self, now: float) -> None:
+        """Ends the connection if its client has kept us waiting for too long."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent:
+            if not self.unsent or unsent <= self.unsent - LEAST:
+                self.unsent_since = now
+                self.unsent = unsent
+            elif now - self.unsent_since > self.door.answer_timeout_s:
+                self.door.ended["did not take an answer"] += 1
+                # Closed as usual, the kernel would keep what is unsent for minutes.
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                self.transport.abort()
+            else:
+                self.unsent = max(self.unsent, unsent)
+            return
+        self.unsent = 0
+        cycle = self.cycle
+        if self.timeout_keep_alive_task is not None or not (cycle is None or cycle.response_complete):
+            return  # between two requests, where uvicorn has a timer, or at work
+        if self.after is not cycle:
+            self.after, self.silent_since = cycle, now
+        elif now - self.silent_since > self.door.header_timeout_s:
+            self.door.ended["sent no request"] += 1
+            self.transport.close()
+
+
+class _Refused(asyncio.Protocol):
+    """Who was told to go; what comes from there is dropped."""
+
+    def __init__(self, transport: asyncio.Transport, lingering: set[asyncio.Transport]):
+        self._transport = transport
+        self._lingering = lingering
+        lingering.add(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lingering.discard(self._transport)
+
+
+def room(wanted: int) -> int:
+    """How many connections fit under the limit of open files, which is raised as far as needed and allowed."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + RESERVED
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(wanted, max(soft - RESERVED, soft // 2))
+
+
+def _problem(status: int, code: str, title: str, detail: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of an answer that ends its connection."""
+    body = {"type": f"urn:fewshot:problem:{code}", "title": title, "status": status, "detail": detail, "code": code}
+    content = json.dumps(body).encode()
+    headers = {
+        "content-type": "application/problem+json",
+        "content-length": str(len(content)),
+        "x-content-type-options": "nosniff",
+        "cache-control": "no-store",
+        "connection": "close",
+        **({"retry-after": "1"} if status == 503 else {}),
+    }
+    return [(name.encode(), value.encode()) for name, value in headers.items()], content
+
+
+def _wire(status: int, code: str, title: str, detail: str) -> bytes:
+    headers, content = _problem(status, code, title, detail)
+    first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
+    return b"\r\n".join([first, *(name + b": " + value for name, value in headers), b"", content])
+
+
+_LARGE = (
+    431,
+    "too_large",
+    "A limit was passed",
+    f"The head of a request may have {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers.",
+)
+LARGE_HEAD = _wire(*_LARGE)
+INVALID = _wire(400, "invalid_request", "The request cannot be read", "The request breaks the rules of HTTP.")
+NO_ROOM = _wire(503, "overloaded", "Too busy", "There are as many connections as may be (MAX_CONNECTIONS).")
+
+
+async def _large_head(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+    headers, content = _problem(*_LARGE)
+    await send({"type": "http.response.start", "status": 431, "headers": headers, "trailers": False})
+    await send({"type": "http.response.body", "body": content, "more_body": False})

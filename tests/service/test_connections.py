@@ -1,0 +1,386 @@
+"""What a connection may do: a real server in a thread, an app of a few lines, and clients that speak in raw bytes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from service import connections
+from service.connections import Door, room
+from tests.service.test_main import ROOT, command
+
+LARGE = 8_000_000
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the path and the body; /large with more than the sockets of both sides hold."""
+    body = b""
+    while (message := await receive())["type"] == "http.request":
+        body += message["body"]
+        if not message["more_body"]:
+            break
+    content = bytes(LARGE) if scope["path"] == "/large" else scope["path"].encode() + b":" + body
+    headers = [(b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
+
+
+@contextmanager
+def served(**bounds: float) -> Iterator[tuple[int, Door]]:
+    """Port and door of a server that sweeps every 20 ms."""
+    given = {"max_connections": 10, "header_timeout_s": 5, "answer_timeout_s": 5, **bounds}
+    door = Door(**given)  # type: ignore[arg-type]
+    config = uvicorn.Config(echo, log_config=None, lifespan="off", http=door.protocol(), ws="none")
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield listener.getsockname()[1], door
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+CLIENTS: list[socket.socket] = []
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(connections, "SWEEP_S", 0.02)
+    monkeypatch.setattr(connections, "TELL_S", 1e9)
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with served() as (port, _):
+        yield port
+
+
+def connected(port: int, first: bytes = b"") -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port))
+    CLIENTS.append(client)
+    client.settimeout(5)
+    client.sendall(first)
+    return client
+
+
+def everything(client: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    out = b""
+    while data := client.recv(65536):
+        out += data
+    return out
+
+
+def said(port: int, words: bytes) -> bytes:
+    with closing(connected(port, words)) as client:
+        return everything(client)
+
+
+def is_open(client: socket.socket) -> bool:
+    client.settimeout(0.01)
+    try:
+        return client.recv(65536) != b""
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def closed_after(*clients: socket.socket) -> float:
+    start = time.monotonic()
+    while any(is_open(client) for client in clients):
+        assert time.monotonic() < start + 10
+    return time.monotonic() - start
+
+
+GET = b"GET /get HTTP/1.1\r\nHost: a\r\n\r\n"
+LAST = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(POST + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n", id="length and chunks"),
+        pytest.param(POST + CHUNKED + b"Content-Length: 5\r\n\r\n0\r\n\r\n", id="chunks and length"),
+        pytest.param(POST + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcde", id="two lengths"),
+        pytest.param(POST + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\nabcd", id="a length twice"),
+        pytest.param(POST + b"Content-Length: 4, 4\r\n\r\nabcd", id="a list of lengths"),
+        pytest.param(POST + b"Content-Length: +4\r\n\r\nabcd", id="a length with a sign"),
+        pytest.param(POST + b"Content-Length : 4\r\n\r\nabcd", id="a space before the colon"),
+        pytest.param(POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n", id="a length of thirty digits"),
+        pytest.param(POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", id="an unknown coding"),
+        pytest.param(POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", id="chunks not last"),
+        pytest.param(POST + CHUNKED + b"\r\n0x3\r\nabc\r\n0\r\n\r\n", id="a chunk size that is none"),
+        pytest.param(POST + CHUNKED + b"\r\n3\nabc\n0\n\n", id="chunks with bare line feeds"),
+        pytest.param(b"GET / HTTP/1.1\nHost: a\n\n", id="bare line feeds"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\nX: y\r\n\r\n", id="one bare line feed"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\rX: y\r\n\r\n", id="a bare carriage return"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nX: y\r\n z\r\n\r\n", id="a folded header"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n", id="a zero byte"),
+        pytest.param(b"GET / HTTP/1.1\r\nX y: z\r\n\r\n", id="a space in a name"),
+        pytest.param("GET /é HTTP/1.1\r\nHost: a\r\n\r\n".encode(), id="a path that is not ASCII"),
+        pytest.param(b"GET http://a HTTP/1.1\r\nHost: a\r\n\r\n", id="an address without a path"),
+        pytest.param(b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n", id="a tunnel"),
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", id="HTTP/2"),
+        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00", id="TLS"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused_and_the_connection_closed(port: int, words: bytes) -> None:
+    answer = said(port, words)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b'"code": "invalid_request"' in answer
+    assert said(port, LAST).endswith(b"/last:")  # nobody else noticed
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"X: " + b"y" * 65_536,
+        b"".join(b"X%d: y\r\n" % n for n in range(5000)) + b"X: y",
+        b"X: y\r\n" * 100 + b"X: y",
+    ],
+    ids=["one large header", "many headers", "one too many"],
+)
+def test_a_head_of_more_than_16_kB_or_100_headers_is_refused(port: int, head: bytes) -> None:
+    assert said(port, b"GET / HTTP/1.1\r\n" + head + b"\r\n\r\n").startswith(b"HTTP/1.1 431 ")
+    assert said(port, GET + b"GET / HTTP/1.1\r\n" + head + b"\r\n\r\n").count(b"HTTP/1.1 200 ") == 1
+
+
+def test_a_head_that_grows_without_end_is_refused_while_it_grows(port: int) -> None:
+    with closing(connected(port, b"GET / HTTP/1.1\r\nX: ")) as client:
+        sent, answer = 0, b""
+        client.settimeout(0.02)
+        while not answer:
+            try:
+                client.sendall(b"y" * 1000)
+                sent += 1000
+                answer = client.recv(1000)
+            except TimeoutError:
+                pass
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert sent < 2 * connections.MAX_HEAD_BYTES
+
+
+def test_ordinary_heads_pass_however_they_arrive(port: int) -> None:
+    head = POST + b"Content-Length: 3\r\n" + b"X: y\r\n" * 90 + b"Y: " + b"z" * 10_000 + b"\r\n\r\n"
+    with closing(connected(port)) as client:
+        for _ in range(3):
+            for start in range(0, len(head), 500):
+                client.sendall(head[start : start + 500])
+            client.sendall(b"abc")
+            assert client.recv(65536).endswith(b"/:abc")
+
+
+def test_requests_sent_at_once_are_answered_in_order(port: int) -> None:
+    body = b"x" * 300_000  # more than one read: the head behind it is not taken for part of a larger one
+    words = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body + GET + LAST
+    answers = said(port, words).split(b"HTTP/1.1 200 OK")[1:]
+    assert [answer[-6:] for answer in answers] == [b"xxxxxx", b"\n/get:", b"/last:"]
+
+
+def test_what_breaks_the_protocol_waits_for_the_answers_before_it(port: int) -> None:
+    answers = said(port, GET + b"\x01\x02 garbage\r\n\r\n")
+    assert answers.startswith(b"HTTP/1.1 200 ")
+    assert answers.endswith(b"/get:")
+
+
+def test_very_many_requests_sent_at_once_are_not_all_kept(port: int) -> None:
+    answers = said(port, GET * 5000)
+    assert answers.count(b"HTTP/1.1 200 ") == answers.count(b"HTTP/1.1 ") == connections.MAX_PIPELINED + 1
+
+
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+def test_an_offer_to_upgrade_is_passed_over_and_the_body_is_not(port: int, offer: bytes) -> None:
+    # Java's client offers h2c with every first request, whatever it carries.
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + offer + b"\r\nHTTP2-Settings: AAM\r\n"
+    with closing(connected(port)) as client:
+        for _ in range(2):
+            client.sendall(POST + upgrade + b"Content-Length: 6\r\n\r\nabc")
+            time.sleep(0.05)
+            client.sendall(b"def")  # would be the start of another request to whoever thinks there is no body
+            assert client.recv(65536).endswith(b"/:abcdef")
+        client.sendall(POST + upgrade + CHUNKED + b"\r\n3\r\nabc\r\n0\r\n\r\n" + LAST)
+        answers = everything(client)
+        assert b"/:abc" in answers
+        assert answers.endswith(b"/last:")
+
+
+def test_who_sends_no_whole_head_in_time_is_let_go() -> None:
+    with served(header_timeout_s=0.5) as (port, door):
+        silent, partial = connected(port), connected(port, GET[:-2])
+        second = connected(port, GET)
+        assert second.recv(1000).endswith(b"/get:")
+        second.sendall(b"GET / HT")
+        trickle = connected(port)
+        stop = threading.Event()
+
+        def drip() -> None:
+            try:
+                for byte in b"\r\n" * 100 + GET * 100:
+                    trickle.sendall(bytes([byte]))
+                    if stop.wait(0.02):
+                        return
+            except OSError:
+                return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        took = closed_after(silent, partial, second, trickle)
+        stop.set()
+        thread.join()
+        assert 0.3 < took < 3
+        assert door.ended["sent no request"] == 4
+
+
+def test_who_is_between_two_requests_or_sends_a_body_is_not_let_go() -> None:
+    with served(header_timeout_s=0.1) as (port, _):
+        idle, busy = connected(port, GET), connected(port, POST + b"Content-Length: 3\r\n\r\na")
+        assert idle.recv(1000)
+        time.sleep(0.5)
+        idle.sendall(LAST)
+        busy.sendall(b"bc")
+        assert everything(idle).endswith(b"/last:")
+        assert busy.recv(1000).endswith(b"/:abc")
+
+
+def test_who_does_not_take_an_answer_is_let_go_and_who_is_slow_is_not() -> None:
+    with served(answer_timeout_s=0.5) as (port, door):
+        request = b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        asleep, slow = connected(port, request), connected(port, request)
+        taken = 0
+        start = time.monotonic()
+        while taken < LARGE:
+            data = slow.recv(100_000)
+            assert data
+            taken += len(data)
+            time.sleep(0.02)
+        assert time.monotonic() - start > 1
+        assert door.ended["did not take an answer"] == 1
+        with pytest.raises(ConnectionResetError):
+            everything(asleep)
+
+
+def test_who_comes_when_there_is_no_room_is_told_so_and_harms_nobody() -> None:
+    with served(max_connections=3) as (port, door):
+        inside = [connected(port, GET) for _ in range(3)]
+        assert all(client.recv(1000).endswith(b"/get:") for client in inside)
+        for _ in range(100):
+            answer = said(port, GET)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 1" in answer
+            assert b'"code": "overloaded"' in answer
+        assert door.ended["found no room"] == 100
+        for client in inside:
+            client.sendall(GET)
+            assert client.recv(1000).endswith(b"/get:")
+        inside[0].close()
+        time.sleep(0.1)
+        assert said(port, LAST).endswith(b"/last:")
+
+
+def test_those_who_linger_are_few_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LINGER_S", 0.3)
+    monkeypatch.setattr(connections, "MOST_LINGER", 5)
+    with served(max_connections=1) as (port, door):
+        inside = connected(port, GET)
+        assert inside.recv(1000)
+        for _ in range(20):
+            connected(port)
+        time.sleep(0.1)
+        assert len(door._lingering) == 5
+        time.sleep(0.5)
+        assert not door._lingering
+
+
+def test_the_log_hears_of_it_once_however_often_it_happens(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "TELL_S", 10)
+    door = Door(max_connections=1, header_timeout_s=1, answer_timeout_s=1)
+    loop: Any = SimpleNamespace(call_later=lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(20):
+            door.ended["sent no request"] += 50
+            door._sweep(set(), loop)
+    assert [record.getMessage() for record in caplog.records] == ["Connections were ended: 50 sent no request."]
+    assert door.ended["sent no request"] == 19 * 50  # to be told later
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted", "fits", "raised"),
+    [
+        ((1024, 1024), 500, 500, None),
+        ((1024, 4096), 2048, 2048, 2176),
+        ((1024, 2000), 2048, 1872, 2000),
+        ((1024, -1), 10_000, 10_000, 10_128),
+        ((-1, -1), 10_000, 10_000, None),
+        ((100, 100), 2048, 50, 100),
+    ],
+)
+def test_connections_leave_room_for_other_files(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], wanted: int, fits: int, raised: int | None
+) -> None:
+    found: list[int] = []
+    stand_in = SimpleNamespace(
+        RLIMIT_NOFILE=7,
+        RLIM_INFINITY=-1,
+        getrlimit=lambda _: limits,
+        setrlimit=lambda _, given: found.append(given[0]),
+    )
+    monkeypatch.setitem(sys.modules, "resource", stand_in)
+    assert room(wanted) == fits
+    assert found == ([] if raised is None else [raised])
+
+
+@pytest.mark.slow
+def test_a_lane_that_never_returns_does_not_keep_the_service_from_ending(tmp_path: Path) -> None:
+    hanging = (
+        "import threading, time, service.__main__ as main, models.extractor_onnx as onnx;"
+        "main.GRACE_S, main.HANGING_S = 1, 1; run = onnx.OnnxExtractor.__call__\n"
+        "def hangs(self, batch):\n"
+        "    if threading.current_thread().name.startswith('lane-'): time.sleep(1000)\n"
+        "    return run(self, batch)\n"
+        "onnx.OnnxExtractor.__call__ = hangs; main.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", hanging], cwd=ROOT, env=command(tmp_path), text=True, stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    with process.stdout:
+        address = next(re.search(r":(\d+)", line) for line in process.stdout if "ready" in line)
+        assert address
+        image = (ROOT / "service" / "sample" / "alpha" / "1.png").read_bytes()
+        head = f"POST /v1/embed HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
+        with closing(connected(int(address[1]), head.encode() + image)):
+            time.sleep(0.5)
+            start = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 1
+    assert 1.5 < time.monotonic() - start < 10
