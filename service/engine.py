@@ -193,6 +193,11 @@ class Engine:
         label = normal_label(label, index=None, limits=self.limits)
         return await self._change(scope, task, lambda rows, _: (without_class(rows, label), ()), expect=expect)
 
+    async def learn_with(self, scope: Scope, task: str, method: str, *, expect: int | None = None) -> Adapted:
+        """Learns the task's examples with another method; no image is sent or read again."""
+        self._learner(method)
+        return await self._change(scope, task, lambda rows, _: (rows, ()), expect=expect, method=method)
+
     async def rollback(self, scope: Scope, task: str, version: int, *, expect: int | None = None) -> Adapted:
         """Makes an earlier version the newest. Raises VersionNotFound when it is not kept any more."""
         pointer, current = await self._found(scope, task)
@@ -325,10 +330,12 @@ class Engine:
         *,
         expect: int | None,
         embedded: Embedded | None = None,
+        method: str = "",
     ) -> Adapted:
-        """Applies a change to the examples of a task; again, when another was faster, unless `expect` forbids it.
+        """Applies a change to the examples of a task, or learns them with another `method`.
 
-        Changes of one task take turns, so that only those of other processes can be faster.
+        Again, when another was faster, unless `expect` forbids it. Changes of one task take turns, so that only those
+        of other processes can be faster.
         """
         async with self._turns.setdefault((scope.tenant, task), asyncio.Lock()):
             for _ in range(CHANGES):
@@ -337,11 +344,12 @@ class Engine:
                     raise VersionConflict(f"The task is at version {pointer.version}, not {expect}.")
                 renewed = before if before.artifact == self.artifact.digest else await self._renewed(task, before)
                 rows, rejected = change(rows_of(renewed), bool(renewed.images))
-                record = like(self._record(rows, renewed.method), before)
+                record = like(self._record(rows, method or renewed.method), before)
                 if record_id(record) == pointer.head:
                     return replace(await self._told(task, pointer, record, known=True), rejected=rejected)
                 try:
-                    return await self._store(scope, task, record, pointer.version, rejected=rejected, embedded=embedded)
+                    at = pointer.version
+                    return await self._store(scope, task, record, at, rejected=rejected, embedded=embedded)
                 except VersionConflict:
                     if expect is not None:
                         raise

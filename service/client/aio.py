@@ -205,6 +205,9 @@ class AsyncTask(values.TaskState):
     async def versions(self) -> tuple[values.Version, ...]:
         return await self._client._run(self._client._plans.versions(self.name))
 
+    async def learn_with(self, method: str) -> AsyncTask:
+        return await self._client._task(self._client._plans.learn_with(self.name, method))
+
     async def rollback(self, version: int) -> AsyncTask:
         return await self._client._task(self._client._plans.rollback(self.name, version))
 

@@ -89,6 +89,9 @@ class Plans:
             # The first attempt was heard and its answer lost.
             return (yield from self.task(task))
 
+    def learn_with(self, task: str, method: str) -> Plan[values.TaskState]:
+        return (yield from self._ask(Call("PATCH", _path(task), _query(method=method)), self._task))
+
     def rollback(self, task: str, version: int) -> Plan[values.TaskState]:
         call = Call("POST", _path(task, "rollback"), _query(version=version), headers=wire.once())
         return (yield from self._ask(call, self._task))

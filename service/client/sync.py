@@ -229,6 +229,10 @@ class Task(values.TaskState):
         """The versions that can be rolled back to, newest first."""
         return self._client._run(self._client._plans.versions(self.name))
 
+    def learn_with(self, method: str) -> Task:
+        """Learns the same examples with another method; no image is sent again."""
+        return self._client._task(self._client._plans.learn_with(self.name, method))
+
     def rollback(self, version: int) -> Task:
         """Makes an earlier version the newest."""
         return self._client._task(self._client._plans.rollback(self.name, version))

@@ -230,7 +230,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    status: str  # ok, degraded (the store is away) or unavailable
+    status: str  # ok, degraded (the store is away), unavailable or stopping
     lane: bool | None = None
     store: bool | None = None
 

@@ -46,6 +46,10 @@ class RollbackOptions(schemas.Closed):
     version: Version
 
 
+class ChangeOptions(schemas.Closed):
+    method: str = Field(min_length=1, max_length=64, description="learner; `/v1/artifact` lists them")
+
+
 class ListOptions(schemas.Closed):
     limit: int = Field(50, ge=1, le=200)
     cursor: str = Field("", max_length=64, description="next_cursor of the page before")
@@ -195,6 +199,17 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     async def list_versions(request: Request, task: str) -> Response:
         found = await engine.versions(scope_of(request), task)
         return answers.answer({"items": [{"version": p.version, "head": p.head} for p in found]})
+
+    @router.patch(
+        "/v1/tasks/{task}",
+        operation_id="change_task",
+        summary="Learn the same examples with another method",
+        response_model=schemas.Task,
+        responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
+    )
+    async def change_task(request: Request, task: str, options: Annotated[ChangeOptions, Query()]) -> Response:
+        adapted = await engine.learn_with(scope_of(request), task, options.method, expect=_expected(request))
+        return answers.task(request.scope["state"], adapted, status=200)
 
     @router.post(
         "/v1/tasks/{task}/rollback",

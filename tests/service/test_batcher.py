@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -25,9 +27,12 @@ def run(
     lanes: int = 1,
     max_batch: int = 4,
     max_waiting: int = 64,
+    max_wait_s: float = math.inf,
 ) -> None:
     async def main() -> None:
-        batcher = Batcher(extractor, DECODER, lanes=lanes, max_batch=max_batch, max_waiting=max_waiting)
+        batcher = Batcher(
+            extractor, DECODER, lanes=lanes, max_batch=max_batch, max_waiting=max_waiting, max_wait_s=max_wait_s
+        )
         try:
             async with asyncio.timeout(10):
                 await work(batcher)
@@ -213,6 +218,61 @@ def test_a_full_queue_refuses_at_the_door_and_serves_those_inside() -> None:
         await asyncio.gather(first, inside)
 
     run(work, extractor, max_waiting=4)
+
+
+def test_who_would_wait_too_long_is_refused_at_the_door() -> None:
+    class Slow(Gated):
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            time.sleep(0.02 * len(batch))
+            return super().__call__(batch)
+
+    extractor = Slow()
+
+    async def work(batcher: Batcher) -> None:
+        extractor.gate.set()
+        await batcher.embed([RED] * 20)  # by now it is known how long an image takes
+        extractor.gate.clear()
+        extractor.begun.clear()
+        inside = [asyncio.create_task(batcher.embed([RED]))]
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        refused = 0
+        for _ in range(30):
+            inside.append(asyncio.create_task(batcher.embed([RED])))
+            await asyncio.sleep(0)
+            if inside[-1].done():
+                with pytest.raises(Overloaded, match="MAX_WAIT_S"):
+                    inside.pop().result()
+                refused += 1
+        assert 4 < batcher.waiting <= 10  # 0.2 s of 20 ms each, or fewer where the computer is slow
+        assert refused == 30 - batcher.waiting
+        # A large request has waited for no more than its own work takes, however long that is; a second is refused.
+        inside.append(asyncio.create_task(batcher.embed([RED] * 20)))
+        await asyncio.sleep(0)
+        assert not inside[-1].done()
+        with pytest.raises(Overloaded, match="MAX_WAIT_S"):
+            await batcher.embed([RED] * 20)
+        extractor.gate.set()
+        await asyncio.gather(*inside)
+
+    run(work, extractor, max_wait_s=0.2)
+
+
+def test_one_large_request_leaves_the_door_open_for_small_ones() -> None:
+    extractor = Gated()
+
+    async def work(batcher: Batcher) -> None:
+        extractor.gate.set()
+        await batcher.embed([RED] * 4)
+        extractor.gate.clear()
+        inside = [asyncio.create_task(batcher.embed([RED] * 50))]
+        await asyncio.sleep(0)
+        inside.append(asyncio.create_task(batcher.embed([BLUE])))  # has to wait for one batch, not for fifty images
+        await asyncio.sleep(0)
+        assert not inside[-1].done()
+        extractor.gate.set()
+        await asyncio.gather(*inside)
+
+    run(work, extractor, max_wait_s=1e-9)
 
 
 def test_a_caller_who_left_costs_nothing() -> None:

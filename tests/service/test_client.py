@@ -247,8 +247,12 @@ def test_what_is_learned_can_be_changed_and_taken_back(client: Client) -> None:
     two = less.remove_class("lime")
     assert two.head == first.head
     assert [item.version for item in two.versions()] == [4, 3, 2, 1]
+    ridge = two.learn_with("ridge")
+    assert (ridge.version, ridge.method) == (5, "ridge")
+    two = ridge.learn_with("prototype")
+    assert two.head == first.head
     back = two.rollback(2)
-    assert (back.version, back.head) == (5, more.head)
+    assert (back.version, back.head) == (7, more.head)
     assert client.task("changing", version=1).head == first.head
     assert first.refresh() == client.task("changing") != first
     back.forget()
@@ -451,6 +455,7 @@ def test_a_change_whose_answer_was_lost_is_made_once(client: Client, faults: Fau
         lambda task: task.add(some("lime")),
         lambda task: task.remove(next(item.id for item in task.examples if item.label == "lime")),
         lambda task: task.remove_class("lime"),
+        lambda task: task.learn_with("ridge"),
         lambda task: task.rollback(2),
     ]
     for change in changes:
@@ -554,6 +559,7 @@ def test_the_asynchronous_client_does_the_same(running: tuple[str, Faults], faul
             two = await less.remove_class("lime")
             assert two.head == task.head == (await client.task("async", version=1)).head
             assert len(await two.versions()) == 4
+            assert (await two.learn_with("ridge")).method == "ridge"
             assert (await two.rollback(2)).head == more.head == (await two.refresh()).head
             assert (await client.classify_once(some("red", "blue"), RED))[0].label == "red"
             assert (await client.embed(RED)).dim == (await client.artifact()).dim

@@ -304,7 +304,8 @@ def test_a_head_is_the_learners_map_with_its_temperature_folded_in() -> None:
     learned = learn(given, RIDGE, temperature, None, device="cpu")
     support = Support(given.features.astype(np.float32), given.classes, 2, given.unlabelled.astype(np.float32))
     affine = RIDGE.adapt(support)
-    np.testing.assert_allclose(learned.head.affine.weight, affine.weight / temperature.at(2, (3, 3)), rtol=1e-5)
+    weight = affine.weight / temperature.at(2, (3, 3))
+    np.testing.assert_allclose(learned.head.affine.weight, weight, atol=np.abs(weight).max() / 250)  # a byte each
     assert (learned.head.labels, learned.head.shots) == (("blue", "red"), (3, 3))
     assert learned.head.gauge is None
 

@@ -64,6 +64,10 @@ class Crossing(Recent):
         return super().scope(self.crossed or tenant)
 
 
+# What is sent for the parameters that a route needs; 1 for those that are not named here.
+QUERY: Mapping[str, Any] = {"method": "ridge"}
+
+
 @dataclass(frozen=True)
 class Operation:
     method: str
@@ -118,7 +122,8 @@ def operations(app: ASGIApp) -> list[Operation]:
                 content = says.get("requestBody", {}).get("content", {})
                 assert not content or "multipart/form-data" in content, f"{method} {path}: how is its body sent?"
                 sends = "support" if content else "tensors" if path.endswith("/infer") else None
-                query = {p["name"]: 1 for p in says.get("parameters", ()) if p["in"] == "query" and p.get("required")}
+                asked = [p["name"] for p in says.get("parameters", ()) if p["in"] == "query" and p.get("required")]
+                query = {name: QUERY.get(name, 1) for name in asked}
                 if path not in PUBLIC and not path.startswith(("/page/", "/offline/")):
                     found.append(Operation(method, path, query, sends))
 

@@ -234,6 +234,28 @@ def test_versions_are_listed_read_and_brought_back(http: httpx.Client) -> None:
         refused(answer, 404, "version_not_found", "Version 9")
 
 
+def test_the_same_examples_are_learned_with_another_method_without_sending_them_again(http: httpx.Client) -> None:
+    first = taught(http, "t")
+    used = http.get("/metrics").text
+    ridge = task_of(http.patch("/v1/tasks/t?method=ridge"))
+    assert (ridge.version, ridge.method, ridge.examples) == (2, "ridge", first.examples)
+    again = task_of(http.patch("/v1/tasks/t?method=ridge"))
+    assert (again.version, again.head) == (2, ridge.head)
+    back = task_of(http.patch("/v1/tasks/t?method=prototype"))
+    assert (back.version, back.head) == (3, first.head)
+    line = 'fewshot_images_total{op="adapt",outcome="used"}'
+    before, after = (
+        next(row for row in text.splitlines() if row.startswith(line)) for text in (used, http.get("/metrics").text)
+    )
+    assert before == after
+    sent = http.put("/v1/tasks/sent?method=ridge", files=colours("red", "blue")).json()
+    assert sent["head"] == ridge.head
+    for query in ("", "?method=", "?ttl=5&method=ridge"):
+        refused(http.patch(f"/v1/tasks/t{query}"), 422, "invalid_request")
+    refused(http.patch("/v1/tasks/t?method=magic"), 422, "unknown_method", "ridge")
+    refused(http.patch("/v1/tasks/nobody?method=ridge"), 404, "task_not_found")
+
+
 @pytest.mark.parametrize("query", ["", "?version=0", "?version=-1", "?version=x", "?version=9007199254740992"])
 def test_a_version_is_a_number_from_one(http: httpx.Client, query: str) -> None:
     taught(http, "t")
@@ -250,6 +272,7 @@ def test_every_change_can_ask_that_the_task_has_not_moved(http: httpx.Client) ->
         ("POST", "/examples", {"files": [("lime", LIME)]}),
         ("DELETE", f"/examples/{moved.examples[0].id}", {}),
         ("DELETE", "/classes/lime", {}),
+        ("PATCH", "?method=ridge", {}),
         ("POST", "/rollback?version=1", {}),
     ]
     for version, (method, path, body) in enumerate(changes, 2):

@@ -150,7 +150,7 @@ def test_many_at_once_are_all_answered(http: httpx.Client) -> None:
     with ThreadPoolExecutor(4) as pool:
         sizes = list(pool.map(lambda _: len(http.get("/v1/tasks/letters/export").content), range(4)))
     assert len(set(sizes)) == 1
-    assert sizes[0] > 2_000_000
+    assert sizes[0] > 1_000_000  # the weights are in it, in whichever precision the service runs
 
 
 def test_what_cannot_be_exported_is_refused_with_a_reason(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

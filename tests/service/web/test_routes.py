@@ -212,6 +212,7 @@ def test_the_openapi_file_names_every_route_and_operation(http: httpx.Client) ->
         "remove_example",
         "remove_class",
         "list_versions",
+        "change_task",
         "rollback",
         "download_support",
         "get_example_image",
