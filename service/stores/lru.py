@@ -93,7 +93,9 @@ class RecentScope:
             if known is None or known.pointer is None or recent.clock() - known.asked >= recent.stale_ok_s:
                 raise
             return replace(known.pointer, stale=True)
-        if recent.known.get(key) is before:  # else a write ended meanwhile, and this answer may be older
+        # Another one in its place: a write ended meanwhile, and this answer may be older. A name that never was a task
+        # is not noted: it would take the room of one that is.
+        if recent.known.get(key) is before and (pointer is not None or before is not None):
             recent.put(recent.known, key, value=Known(pointer, asked))
         return pointer
 

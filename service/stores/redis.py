@@ -7,6 +7,9 @@
     fs:{tenant}:m:{task}             index of what is remembered, with the TTL of what lasts longest
     fs:{tenant}:m:{task}:{digest}    a remembered value, with TTL; what the index does not name is not there
     fs:{tenant}:tasks                sorted set of the names, all with score 0
+    fs:mark                          what tells this store from an empty or another one, made by the first who comes
+
+The mark is read with everything that would be as it is in an empty Redis, too: a task that is not there, a change.
 
 Commands in use: GET SET DEL MGET ZADD ZREM ZRANGEBYLEX WATCH UNWATCH MULTI EXEC PING, SCAN where a pointer or a history
 is damaged, INFO and CONFIG GET where they are allowed. An end that moves is written with its value, for a command that
@@ -18,7 +21,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import random
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -32,13 +37,15 @@ from redis.asyncio.client import Pipeline
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import MOST_REMEMBERED, Pointer, Record, SealBroken, Sealer
+from service.stores import MOST_REMEMBERED, Pointer, Record, SealBroken, Sealer, StoreMisconfigured
 from service.stores.redis_link import Link
 from service.stores.sealed import History, Sealed, next_version
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TRIES = 8  # of a change that others keep overtaking
+MARK = "fs:mark"
 
 
 async def fetch(client: Redis, key: str) -> Any:
@@ -80,7 +87,15 @@ class RedisStore:
         self.versions_kept = versions_kept
         # By tenant and task: who remembers here takes turns, so that only other replicas are ever faster.
         self.turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
-        self.link = Link(url, timeout_s=timeout_s, user=user, password=password, connections=connections)
+        self._mark: bytes | None = None  # of the store as it was first met
+        self.link = Link(
+            url,
+            timeout_s=timeout_s,
+            user=user,
+            password=password,
+            connections=connections,
+            recognise=self._recognise,
+        )
 
     async def open(self) -> None:
         """Raises StoreMisconfigured when Redis may throw records away."""
@@ -90,9 +105,31 @@ class RedisStore:
         await self.link.close()
 
     async def ping(self) -> bool:
+        async def is_it_there(client: Redis) -> None:
+            self.recognise(await fetch(client, MARK))
+
         with suppress(StoreUnavailable):
-            return await self.link.call(lambda client: client.ping())
+            await self.link.call(is_it_there)
+            return self.link.well
         return False
+
+    async def _recognise(self, client: Redis) -> None:
+        found = await fetch(client, MARK)
+        if found is None and self._mark is None:
+            with suppress(redis_errors.ResponseError):  # full, or not to be written: what is there can be read
+                if await client.set(MARK, self.sealer.seal(secrets.token_bytes(16), "mark"), nx=True):
+                    log.info("Redis had no mark of ours: what it holds, if anything, is the store from now on.")
+                found = await fetch(client, MARK)
+        self.recognise(found)
+
+    def recognise(self, mark: bytes | None) -> None:
+        """Raises StoreMisconfigured unless this is the mark of the store that was there from the first."""
+        self._mark = self._mark or mark
+        if mark != self._mark:
+            raise StoreMisconfigured(
+                "Redis was emptied, or is another one than before. Bring back what it held; "
+                "or, if this is as it should be, restart the service."
+            )
 
     def scope(self, tenant: str) -> RedisScope:
         return RedisScope(self, tenant)
@@ -109,10 +146,13 @@ class RedisScope:
 
     async def _pointer(self, client: Redis, task: str) -> Pointer | None:
         data = await fetch(client, self._key("p", task))
-        return None if data is None else self._sealed.open_pointer(task, data)
+        if data is None:
+            self._store.recognise(await fetch(client, MARK))
+            return None
+        return self._sealed.open_pointer(task, data)
 
     async def pointer(self, task: str) -> Pointer | None:
-        return await self._store.link.call(lambda client: self._pointer(client, task))
+        return await self._store.link.call(lambda client: self._pointer(client, task), answers=2)
 
     async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
         async def operation(client: Redis) -> tuple[Pointer, Record] | None:
@@ -138,8 +178,9 @@ class RedisScope:
 
     async def _place(self, client: Redis, task: str) -> tuple[bytes | None, bytes | None]:
         """Pointer and history, as they are at one moment."""
-        found: list[Any] = await client.mget([self._key("p", task), self._key("v", task)])
-        pointer, history = found
+        found: list[Any] = await client.mget([self._key("p", task), self._key("v", task), MARK])
+        pointer, history, mark = found
+        self._store.recognise(mark)
         if pointer is None:  # or of another type, which counts as damage
             pointer = await fetch(client, self._key("p", task))
         return pointer, history
@@ -232,7 +273,7 @@ class RedisScope:
             await asyncio.sleep(random.uniform(0, 0.004 * attempt))
             async with client.pipeline() as pipe:
                 with suppress(redis_errors.WatchError):
-                    await pipe.watch(watched)
+                    await pipe.watch(watched, MARK)
                     result = await change(pipe)
                     await pipe.execute()
                     return result
@@ -259,6 +300,7 @@ class RedisScope:
                 lower = f"({last}" if last else "-"
                 page: list[Any] = await client.zrangebylex(self._key("tasks"), lower, "+", start=0, num=limit)
                 if not page:
+                    self._store.recognise(await fetch(client, MARK))
                     break
                 names = [name.decode() for name in page]
                 values: list[Any] = await client.mget([self._key("p", name) for name in names])
@@ -303,8 +345,9 @@ class RedisScope:
         index, name = self._key("m", task), self._digest(key)
 
         async def change(pipe: Pipeline) -> bool:
-            found: list[Any] = await pipe.mget([index, f"{index}:{name}"])
-            listed, data = found
+            found: list[Any] = await pipe.mget([index, f"{index}:{name}", MARK])
+            listed, data, mark = found
+            self._store.recognise(mark)
             live = self._live(task, listed)
             there = name in live and self._sealed.open_remembered(task, key, data=data) is not None
             pipe.multi()  # type: ignore[no-untyped-call]

@@ -1,8 +1,9 @@
-"""The way to Redis: a bounded pool, a deadline for every operation, and a pause after Redis did not answer.
+"""The way to Redis: a bounded pool, a deadline for every operation, and none of them while Redis cannot be used.
 
 An operation runs to its end in a task of its own, bounded by the socket timeouts; its caller may stop waiting at any
 time. So redis-py never meets a cancellation: no connection goes back with an unread reply, and no commit is cut half
-way. Knows nothing of what is stored.
+way. Once Redis did not answer, callers are refused at once, and a task of our own tries, once a second, whether it is
+back: nobody waits for that. Knows nothing of what is stored.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from redis import exceptions as redis_errors
@@ -25,23 +25,48 @@ from service.stores import StoreMisconfigured
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PAUSE_S = 1.0  # between two attempts to reach a Redis that did not answer
+PAUSE_S = 0.95  # between two attempts to reach Redis: a second after it is back, all is well
+LOOK_S = 5.0  # between two looks at how Redis is set up
+REFUSED_S = 15.0  # how long a command that it refused counts: it may be full, or a right be missing
 GRACE_S = 0.05
 AWAY = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
+SILENT = "The store does not answer."
 
 
 class Link:
     _client: Redis
     _slots: asyncio.Semaphore
 
-    def __init__(self, url: str, *, timeout_s: float, user: str, password: str, connections: int):
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        user: str,
+        password: str,
+        connections: int,
+        recognise: Callable[[Redis], Awaitable[None]],
+    ):
+        """`recognise`: is it the Redis that it was? Raises StoreMisconfigured; asked each time it comes back."""
         self._url = url
         self._timeout_s = timeout_s
         self._credentials = {"username": user, "password": password}
         self._connections = connections
-        self._checked = False
-        self._closed_until = 0.0  # monotonic; 0 while Redis answers
+        self._recognise = recognise
+        self._closed = SILENT  # why callers are refused; empty while Redis can be used
+        self._told = False  # that it cannot be used
+        self._look_again = 0.0  # monotonic
+        self._refused_until = 0.0  # monotonic
+        # About the settings of Redis, since it was last away: what was said, and what may not be asked.
+        self._said: set[str] = set()
+        self._denied: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def well(self) -> bool:
+        """Whether Redis can be used, and refused nothing of late."""
+        return not self._closed and time.monotonic() >= self._refused_until
 
     async def open(self) -> None:
         """Raises StoreMisconfigured when Redis may throw records away; that it is away is no reason to fail."""
@@ -63,99 +88,138 @@ class Link:
         self._client = Redis.from_pool(pool)
         self._slots = asyncio.Semaphore(self._connections)
         try:
-            await self.call(lambda client: client.ping(), answers=3)
+            await self._bounded(self._look(), answers=3)
         except StoreMisconfigured:
             await self.close()
             raise
         except StoreUnavailable:
             log.warning("Redis does not answer yet; its settings will be checked when it does.")
+        self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
         if self._running:
             await asyncio.wait(self._running, timeout=4 * self._timeout_s)
         await self._client.aclose()
 
     async def call(self, operation: Callable[[Redis], Awaitable[T]], *, answers: int = 1) -> T:
         """Runs an operation that needs so many answers of Redis, and waits no longer than those may take."""
-        now, probe = time.monotonic(), False
-        if self._closed_until:
-            if now < self._closed_until:
-                raise StoreUnavailable("The store does not answer.")
-            self._closed_until, probe = now + PAUSE_S, True  # this one tries; the others still fail at once
-        task = asyncio.create_task(self._guarded(operation, probe=probe))
-        self._running.add(task)
-        task.add_done_callback(self._ended)
+        if self._closed:
+            raise StoreUnavailable(self._closed)
+        try:
+            return await self._bounded(self._guarded(operation), answers=answers)
+        except StoreMisconfigured as error:
+            raise StoreUnavailable(error.detail) from error
+
+    async def _bounded(self, work: Coroutine[Any, Any, T], *, answers: int) -> T:
+        task = self._started(work)
         # A little longer than a socket waits, so that a hung Redis is noted before anybody can ask again. The deadline
-        # itself is no reason for a pause: here, too, may be more to do than fits into it.
+        # itself is no reason to think it away: here, too, may be more to do than fits into it.
         done, _ = await asyncio.wait((task,), timeout=answers * self._timeout_s + GRACE_S)
         if not done:
             raise StoreUnavailable("The store does not answer in time.")
         return task.result()
+
+    def _started(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # its caller may have left; then nobody else asks
 
-    async def _guarded(self, operation: Callable[[Redis], Awaitable[T]], *, probe: bool) -> T:
+    async def _watch(self) -> None:
+        """Looks at Redis now and then, and each PAUSE_S while it cannot be used."""
+        while True:
+            await asyncio.sleep(PAUSE_S)
+            if self._closed or time.monotonic() >= self._look_again:
+                look = self._started(self._look())
+                await asyncio.wait((look,))  # it is not cancelled with us
+                error = look.exception()
+                if error is not None and not isinstance(error, StoreUnavailable):
+                    log.error("Redis could not be looked at.", exc_info=error)
+
+    async def _look(self) -> None:
+        """Lets callers in if Redis answers and is what it must be. Raises StoreUnavailable."""
+        await self._guarded(self._check, look=True)
+        self._look_again = time.monotonic() + LOOK_S
+        if self._told:
+            log.warning("Redis answers again.")
+        self._closed, self._told = "", False
+
+    async def _guarded(self, operation: Callable[[Redis], Awaitable[T]], *, look: bool = False) -> T:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
             raise StoreUnavailable("The store has too much to do.") from None
         try:
-            if self._closed_until and not probe:  # found out while this one waited for its turn
-                raise StoreUnavailable("The store does not answer.")
+            if self._closed and not look:  # found out while this one waited for its turn
+                raise StoreUnavailable(self._closed)
             return await self._attempt(operation)
         finally:
             self._slots.release()
 
     async def _attempt(self, operation: Callable[[Redis], Awaitable[T]]) -> T:
-        lost = ""
         try:
-            if not self._checked:
-                await self._check()
             return await operation(self._client)
         except AWAY as error:
-            lost = str(error) or type(error).__name__
-            raise StoreUnavailable("The store does not answer.") from error
+            self._lost(SILENT, str(error) or type(error).__name__)
+            raise StoreUnavailable(SILENT) from error
         except StoreMisconfigured as error:
-            lost = error.detail
+            self._lost(error.detail, error.detail)
             raise
         except redis_errors.RedisError as error:
-            log.warning("Redis refused a command: %s", type(error).__name__)  # the text may hold what was written
+            self._refused(error)
             raise StoreUnavailable("The store refused the operation.") from error
-        finally:
-            if lost:
-                self._lost(lost)
-            else:  # whatever else was raised, Redis has answered
-                self._answered()
 
-    def _lost(self, reason: str) -> None:
-        if not self._closed_until:
+    def _lost(self, closed: str, reason: str) -> None:
+        if not self._told:  # what comes back may be another Redis
+            self._said.clear()
+            self._denied.clear()
+        if not self._told or closed != self._closed:
             log.warning("Redis cannot be used: %s", reason)
-        self._closed_until = time.monotonic() + PAUSE_S
-        self._checked = False  # what comes back may be another Redis
+        self._closed, self._told = closed, True
 
-    def _answered(self) -> None:
-        if self._closed_until:
-            log.warning("Redis answers again.")
-        self._closed_until = 0.0
+    def _refused(self, error: redis_errors.RedisError) -> None:
+        now = time.monotonic()
+        if now >= self._refused_until:
+            # Only of a missing right the text is told, from where it is Redis's own: else it may hold what was written.
+            missing = isinstance(error, redis_errors.NoPermissionError)
+            text = f": {str(error).rpartition('caused error: ')[2]}" if missing else ""
+            log.warning("Redis refused a command: %s%s", type(error).__name__, text)
+        self._refused_until = now + REFUSED_S
 
-    async def _check(self) -> None:
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            log.warning(text)
+        self._said.add(text)
+
+    async def _ask(self, name: str, question: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
+        """The answer; empty where Redis does not allow the question, which is then not asked again."""
+        if name not in self._denied:
+            try:
+                return dict(await question())
+            except redis_errors.ResponseError:
+                self._denied.add(name)
+        return {}
+
+    async def _check(self, client: Redis) -> None:
         """What Redis is set to do must fit the promise. INFO where it is allowed, CONFIG for what INFO does not say."""
-        try:
-            found = {**await self._client.info("memory"), **await self._client.info("persistence")}
-        except redis_errors.ResponseError:
-            log.warning("Redis does not tell its settings: see to it that it evicts no records and syncs its log.")
-            self._checked = True
-            return
-        policy = str(found.get("maxmemory_policy", ""))
+        await client.ping()
+        memory = await self._ask("info", lambda: client.info("memory"))
+        kept = await self._ask("info", lambda: client.info("persistence"))
+        policy = str(memory.get("maxmemory_policy", ""))
         if policy.startswith("allkeys"):
             raise StoreMisconfigured(f"Redis has maxmemory-policy {policy}, which evicts records; use volatile-lru.")
-        fsync: str | None = "always"
-        with suppress(redis_errors.ResponseError):
-            fsync = (await self._client.config_get("appendfsync")).get("appendfsync")
-        if not found.get("aof_enabled") or fsync != "always":
-            log.warning("Redis can lose acknowledged tasks: set appendonly yes and appendfsync always.")
-        self._checked = True
+        if not kept:
+            self._say("Redis does not tell its settings: see to it that it evicts no records and syncs its log.")
+        else:
+            found = await self._ask("config", lambda: client.config_get("appendfsync"))
+            if not kept.get("aof_enabled") or found.get("appendfsync", "always") != "always":
+                self._say("Redis can lose acknowledged tasks: set appendonly yes and appendfsync always.")
+        await self._recognise(client)

@@ -111,6 +111,17 @@ async def test_memory_is_bounded_and_keeps_what_was_used_last() -> None:
     assert beneath.asked.count("head") == 1
 
 
+async def test_names_that_are_no_tasks_take_no_room() -> None:
+    store, beneath, _ = recent(most=3)
+    scope = store.scope("t")
+    for seed in (1, 2):
+        await commit(scope, f"task{seed}", seed)
+    for number in range(10):
+        assert await scope.pointer(f"nobody{number}") is None
+    beneath.away = True
+    assert await scope.pointer("task1") == Pointer(1, "hd_1", stale=True)
+
+
 async def test_the_store_is_asked_for_each_pointer() -> None:
     store, beneath, _ = recent()
     await commit(store.scope("t"), "cats", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -17,7 +18,7 @@ import redis.asyncio
 from models.errors import StoreUnavailable
 from service.stores import Pointer, Sealer, StoreMisconfigured, redis_link
 from service.stores.lru import Recent
-from service.stores.redis import Found, RedisScope, RedisStore
+from service.stores.redis import MARK, Found, RedisScope, RedisStore
 from service.stores.sealed import Sealed
 from tests.redis_server import RedisServer
 from tests.service.stores.values import commit, make_head, make_record, same
@@ -104,7 +105,8 @@ async def test_without_a_log_kill_9_of_redis_would_lose_all(tmp_path: Path) -> N
             await commit(store.scope("t"), "cats")
             server.kill()
             server.start()
-            await back(store.scope("t"))
+            await asyncio.sleep(PAUSE_S + 0.2)
+        async with opened(server) as store:  # the one that was open would have noticed
             assert await store.scope("t").tasks(limit=20) == []
 
 
@@ -198,7 +200,7 @@ async def test_a_full_redis_refuses_changes_and_goes_on_reading(own_redis: Redis
             with pytest.raises(StoreUnavailable):
                 await scope.remember("cats", "key", b"value", ttl_s=60)
             assert await scope.delete("cats") is True
-            assert client.keys("fs:*") == []
+            assert client.keys("fs:*") == [MARK.encode()]
             client.config_set("maxmemory", 0)
         assert await commit(scope, "cats", 3) == 1
 
@@ -209,8 +211,8 @@ async def test_when_memory_is_short_heads_go_and_records_stay(tmp_path: Path) ->
             scope = store.scope("t")
             for seed in range(10):
                 await commit(scope, f"task{seed}", seed)
-            for seed in range(50):  # some 100 kB each
-                await scope.keep_head(f"hd_{seed}", make_head(seed, way=1024))
+            for seed in range(50):  # some 150 kB each
+                await scope.keep_head(f"hd_{seed}", make_head(seed, way=4096))
             heads = [await scope.head(f"hd_{seed}") for seed in range(50)]
             assert None in heads
             assert heads[-1] is not None
@@ -248,18 +250,33 @@ async def test_a_redis_that_may_evict_records_is_refused(tmp_path: Path, policy:
             pass
 
 
-async def test_a_redis_that_may_evict_records_is_refused_when_it_comes_late(own_redis: RedisServer) -> None:
-    own_redis.kill()
+async def test_a_redis_that_may_evict_records_is_refused_when_it_comes_late(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--maxmemory-policy", "allkeys-lru")
+    async with opened(server) as store:
+        with server:
+            scope = store.scope("t")
+            await asyncio.sleep(PAUSE_S + 0.3)
+            with pytest.raises(StoreUnavailable, match="allkeys-lru"):
+                await commit(scope, "cats")
+            with redis.Redis(port=server.port) as client:
+                client.config_set("maxmemory-policy", "volatile-lru")
+            assert await back(scope) < PAUSE_S + 0.5
+            assert await commit(scope, "cats") == 1
+
+
+async def test_eviction_is_noticed_while_redis_is_up(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(redis_link, "LOOK_S", 0.1)
     async with opened(own_redis) as store:
-        own_redis.start()
+        assert await store.ping() is True
         with redis.Redis(port=own_redis.port) as client:
-            client.config_set("maxmemory-policy", "allkeys-lru")
-            await asyncio.sleep(PAUSE_S)
-            with pytest.raises(StoreMisconfigured):
-                await commit(store.scope("t"), "cats")
-            client.config_set("maxmemory-policy", "volatile-lru")
-        await back(store.scope("t"))
-        assert await commit(store.scope("t"), "cats") == 1
+            client.config_set("maxmemory-policy", "allkeys-random")
+        await asyncio.sleep(2 * PAUSE_S + 0.3)  # nobody asked anything meanwhile
+        assert await store.ping() is False
+        with pytest.raises(StoreUnavailable, match="allkeys-random"):
+            await commit(store.scope("t"), "cats")
+        assert caplog.text.count("maxmemory-policy allkeys-random") == 1
 
 
 @pytest.mark.parametrize(
@@ -338,6 +355,140 @@ async def test_a_wrong_password_is_a_store_that_is_away_and_stays_out_of_the_log
             assert "word" not in caplog.text.replace("password", "")
 
 
+async def test_a_missing_right_is_told_once_and_without_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(redis_link, "REFUSED_S", 0.2)
+    with (
+        with_user(tmp_path, LIMITED) as server,
+        redis.Redis(port=server.port, username="inspector", password="x") as ask,
+    ):
+        async with opened(server, user="fewshot", password="secret-word") as store:
+            scope = store.scope("t")
+            await commit(scope, "cats", 1)
+            ask.execute_command("ACL", "SETUSER", "fewshot", "-set")
+            for _ in range(5):
+                await refused_after(lambda: commit(scope, "cats", 2))
+            assert await scope.pointer("cats") == Pointer(1, "hd_1")  # what is allowed goes on
+            assert await store.ping() is False
+            told = [line for line in caplog.messages if line.startswith("Redis refused a command")]
+            assert len(told) == 1
+            assert "'set'" in told[0]
+            assert "fs:t" not in told[0]
+            ask.execute_command("ACL", "SETUSER", "fewshot", "+set")
+            assert await commit(scope, "cats", 2) == 2
+            await asyncio.sleep(0.25)
+            assert await store.ping() is True
+
+
+# A Redis that is not the one it was.
+
+
+async def refuses_all(store: RedisStore) -> None:
+    scope = store.scope("t")
+    for operation in (
+        lambda: scope.pointer("dogs"),
+        lambda: scope.tasks(limit=5),
+        lambda: scope.record("cats"),
+        lambda: commit(scope, "dogs", 2),
+        lambda: scope.delete("cats"),
+        lambda: scope.remember("cats", "key", b"value", ttl_s=60),
+    ):
+        store.link._closed = ""  # each is to find out by itself
+        with pytest.raises(StoreUnavailable, match="restart the service"):
+            await operation()
+
+
+@pytest.mark.parametrize("fault", ["FLUSHALL", "FLUSHDB ASYNC", "SWAPDB 0 1"])
+async def test_a_redis_that_was_emptied_is_found_out_by_whatever_is_asked_first(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    async with opened(own_redis) as store:
+        await commit(store.scope("t"), "cats", 1)
+        with redis.Redis(port=own_redis.port) as client:
+            client.execute_command(*fault.split())
+            await refuses_all(store)
+            assert client.dbsize() == 0  # nothing was written to it
+        assert await store.ping() is False
+        assert caplog.text.count("Redis cannot be used: Redis was emptied") >= 1
+        async with opened(own_redis) as restarted:  # the operator agrees
+            assert await restarted.scope("t").pointer("cats") is None
+            assert await commit(restarted.scope("t"), "cats", 1) == 1
+            await asyncio.sleep(PAUSE_S + 0.2)
+            with pytest.raises(StoreUnavailable, match="restart the service"):
+                await store.scope("t").pointer("cats")  # and has not asked this one yet
+
+
+async def test_while_redis_cannot_be_used_the_log_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(redis_link, "PAUSE_S", 0.02)
+    with RedisServer(tmp_path, "--appendfsync", "everysec") as server:
+        async with opened(server) as store:
+            with redis.Redis(port=server.port) as client:
+                client.flushall()
+            await refused_after(lambda: store.scope("t").pointer("cats"))
+            await asyncio.sleep(0.5)  # some twenty looks
+    assert caplog.text.count("Redis cannot be used") == 1
+    assert caplog.text.count("can lose acknowledged") <= 2  # at the start, and since it was away
+
+
+async def test_a_redis_that_is_emptied_in_a_commit_gets_nothing(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = RedisScope._found
+
+    async def and_emptied(self: RedisScope, pipe: redis.asyncio.client.Pipeline, task: str) -> Found:
+        found = await read(self, pipe, task)
+        with redis.Redis(port=own_redis.port) as client:
+            client.flushall()
+        return found
+
+    async with opened(own_redis) as store:
+        monkeypatch.setattr(RedisScope, "_found", and_emptied)
+        with pytest.raises(StoreUnavailable, match="restart the service"):
+            await commit(store.scope("t"), "new")
+        with redis.Redis(port=own_redis.port) as client:
+            assert client.dbsize() == 0
+
+
+async def test_what_was_brought_back_is_used_again(own_redis: RedisServer, tmp_path: Path) -> None:
+    async with opened(own_redis) as store:
+        await commit(store.scope("t"), "cats", 1)
+        for there in (False, True):
+            own_redis.kill()
+            if there:
+                shutil.rmtree(tmp_path / "appendonlydir")
+                (tmp_path / "away").rename(tmp_path / "appendonlydir")
+            else:
+                (tmp_path / "appendonlydir").rename(tmp_path / "away")
+            own_redis.start()
+            await asyncio.sleep(PAUSE_S + 0.3)
+            assert await store.ping() is there
+        assert await store.scope("t").pointer("cats") == Pointer(1, "hd_1")
+
+
+async def test_replicas_that_meet_a_new_redis_at_once_agree(own_redis: RedisServer) -> None:
+    stores = [RedisStore(own_redis.url, key=b"key", timeout_s=5) for _ in range(8)]
+    await asyncio.gather(*(store.open() for store in stores))
+    for number, store in enumerate(stores):
+        assert await commit(store.scope("t"), "cats", number) == number + 1
+        await store.close()
+
+
+async def test_a_full_redis_without_a_mark_is_read(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        await commit(store.scope("t"), "cats", 1)
+    with redis.Redis(port=own_redis.port) as client:
+        client.delete(MARK)  # as an earlier release left it
+        client.config_set("maxmemory", 1)
+        async with opened(own_redis) as store:
+            assert await store.scope("t").pointer("cats") == Pointer(1, "hd_1")
+            assert await store.scope("t").pointer("dogs") is None
+            client.config_set("maxmemory", 0)
+            assert await commit(store.scope("t"), "cats", 2) == 2
+
+
 # What lies in Redis.
 
 
@@ -359,8 +510,8 @@ async def test_only_what_can_be_made_again_or_ends_has_a_ttl(own_redis: RedisSer
         return {key.removeprefix("fs:t:") for key, ttl in found.items() if least <= ttl <= most}
 
     lasting = {f"{kind}:{task}" for task in ("cats", "long") for kind in ("p", "v", "r")}
-    assert {key.removesuffix(":1").removesuffix(":2") for key in having(-1, -1)} == {"tasks"} | lasting
-    assert len(having(-1, -1)) == 9  # of each of the two, both records
+    assert {key.removesuffix(":1").removesuffix(":2") for key in having(-1, -1)} == {"tasks", MARK} | lasting
+    assert len(having(-1, -1)) == 10  # of each of the two, both records
     assert having(51, 100) == {f"h:hd_{seed}" for seed in range(1, 7)}
     assert having(21, 50) == {"p:soon", "v:soon", "r:soon:1", "r:soon:2"}
     assert len(having(11, 20)) == 2  # the index lasts as long as the last of what it names
