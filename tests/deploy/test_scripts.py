@@ -49,8 +49,21 @@ def test_the_load_generator_counts_every_answer_and_its_status(address: str) -> 
     found = json.loads(script("load.py", address, "load", image, "--connections", "4", "--seconds", "1"))
     assert found["answers"] == found["statuses"]["200"] > 10
     assert 0 < found["p50_ms"] <= found["p95_ms"] <= found["p99_ms"]
+    assert found["by_status"]["200"] == {name: found[name] for name in ("p50_ms", "p95_ms", "p99_ms")}
     wrong = json.loads(script("load.py", address, "nothing", image, "--connections", "2", "--seconds", "1"))
     assert set(wrong["statuses"]) == {"404"}
+
+
+def test_the_load_generator_keeps_to_a_rate_however_slow_the_answers(address: str) -> None:
+    image = str(ROOT / "service" / "sample" / "alpha" / "2.png")
+    options = ["--tasks", "load,nothing", "--seconds", "2", "--even", "--rate", "20"]
+    found = json.loads(script("load.py", address, image, *options, "--deadline-ms", "5000"))
+    assert found["statuses"] == {"200": 20, "404": 20}
+    assert found["goodput_per_s"] == 10
+    assert found["lag_p99_ms"] < found["by_status"]["200"]["p99_ms"] + 1000
+    hasty = json.loads(script("load.py", address, image, *options, "--deadline-ms", "0.01"))
+    assert hasty["statuses"] == {"late": 40}
+    assert hasty["answers"] == hasty["goodput_per_s"] == 0
 
 
 def test_the_benchmark_measures_floor_and_service_in_one_run() -> None:
