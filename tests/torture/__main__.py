@@ -1,4 +1,4 @@
-"""`python -m tests.torture`: runs faults one after the other, a line of JSON each, and fails if a promise was broken."""
+"""`python -m tests.torture`: runs faults one after the other, a line of JSON each; fails if a promise was broken."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import audit
 from tests.fakes import picture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,9 +72,9 @@ class Service:
         start = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.wrapper, sys.executable, "-u", "-m", "service"],
+                [*self.wrapper, sys.executable, "-u", "-m", audit.program()],
                 cwd=ROOT,
-                env={**clean, "FEWSHOT_PORT": str(self.port), **settings},
+                env={**clean, **audit.passed_on(), "FEWSHOT_PORT": str(self.port), **settings},
                 stdout=log,
                 stderr=log,
             )
