@@ -1,6 +1,7 @@
 """Batched augmentation as tensor operations, on whatever device the batch is.
 
-Two kinds: photos (crops, flips, colour, as in Chen et al., "SimCLR", 2020, https://arxiv.org/abs/2002.05709) and
+Kinds: photos (crops, flips, colour, as in Chen et al., "SimCLR", 2020, https://arxiv.org/abs/2002.05709), snapshots
+(photos as people take them: also small in the picture, dim and blurred) and
 characters (small affine and elastic distortion and stroke width, which keep a character what it is; flips and hard
 crops would make it another). All randomness comes from the generator given, on the CPU, so that a resumed run sees
 what an unbroken one sees. Knows nothing of losses.
@@ -19,20 +20,24 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Photos:
-    """Random resized crop, flip, colour and, sometimes, grey. `crop` is the smallest share of the area kept."""
+    """Random resized crop, flip, colour and, sometimes, grey; where asked for, also small, dim or blurred."""
 
-    crop: float = 0.35
+    crop: float = 0.35  # smallest share of the area that is kept
+    most: float = 1.0  # largest; above 1 the picture becomes smaller, and its mirror image surrounds it
     colour: float = 0.4
-    grey: float = 0.1
+    grey: float = 0.1  # share of the images
+    dim: float = 0.0  # share that is darkened, by a power of up to 2.5
+    blur: float = 0.0  # share that loses detail, down to a third of the resolution
 
     def __call__(self, images: Tensor, size: int, rng: torch.Generator) -> Tensor:
         """float [n, 3, H, W] in [0, 1] -> [n, 3, size, size]."""
         n, device = len(images), images.device
         uniform = _uniform(rng, device)
-        area = uniform(n, self.crop, 1.0)
+        area = uniform(n, self.crop, self.most)
         ratio = torch.exp(uniform(n, math.log(3 / 4), math.log(4 / 3)))
-        width = (area * ratio).sqrt().clamp(max=1.0)
-        height = (area / ratio).sqrt().clamp(max=1.0)
+        edge = max(1.0, math.sqrt(self.most))
+        width = (area * ratio).sqrt().clamp(max=edge)
+        height = (area / ratio).sqrt().clamp(max=edge)
         left = uniform(n, 0.0, 1.0) * (1 - width)
         top = uniform(n, 0.0, 1.0) * (1 - height)
         flip = torch.where(uniform(n, 0.0, 1.0) < 0.5, -1.0, 1.0)
@@ -42,6 +47,11 @@ class Photos:
         theta[:, 0, 2] = 2 * left + width - 1
         theta[:, 1, 2] = 2 * top + height - 1
         views = _warp(images, theta, size)
+        if self.blur:
+            share = float(uniform(1, 1 / 3, 0.8))  # one for the batch: a resize has one size
+            small = F.interpolate(views, scale_factor=share, mode="bilinear", antialias=True)
+            soft = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
+            views = torch.where((uniform(n, 0.0, 1.0) < self.blur)[:, None, None, None], soft, views)
         # Brightness, contrast and saturation are one affine map of the three channels: x -> M x + b.
         bright = uniform(n, 1 - self.colour, 1 + self.colour)
         contrast = uniform(n, 1 - self.colour, 1 + self.colour)
@@ -54,7 +64,11 @@ class Photos:
         matrix = (bright * contrast)[:, None, None] * matrix
         bias = (bright * (1 - contrast))[:, None] * mean
         flat = torch.baddbmm(bias[:, :, None].expand(n, 3, 1), matrix, views.flatten(2))
-        return flat.clamp(0, 1).view_as(views)
+        views = flat.clamp(0, 1).view_as(views)
+        if self.dim:
+            power = torch.where(uniform(n, 0.0, 1.0) < self.dim, uniform(n, 1.0, 2.5), 1.0)
+            views = views ** power[:, None, None, None]
+        return views
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +110,11 @@ class Characters:
 
 
 Augmentation = Photos | Characters
-AUGMENTATIONS: dict[str, Augmentation] = {"photos": Photos(), "characters": Characters()}
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "photos": Photos(),
+    "snapshots": Photos(crop=0.2, most=1.8, grey=0.15, dim=0.25, blur=0.3),
+    "characters": Characters(),
+}
 
 
 def _uniform(rng: torch.Generator, device: torch.device) -> Callable[[int, float, float], Tensor]:

@@ -38,8 +38,10 @@ class PretrainConfig(Config):
         pattern=r"^\w+=\d*\.?\d+(,\w+=\d*\.?\d+)*$",
         description="name=weight, with commas: contrastive, supervised, projected, rotation",
     )
-    start: Path | None = Field(None, description="folder of a finished pretraining whose weights to start from")
-    augment: Literal["photos", "characters"] = "photos"
+    start: Path | None = Field(
+        None, description="folder of a finished pretraining, or of an artifact, whose weights to start from"
+    )
+    augment: Literal["photos", "snapshots", "characters"] = "photos"
     rotations: bool = Field(False, description="turns by 90, 180, 270 degrees are images (and classes) of their own")
     epochs: int = Field(20, ge=1)
     batch: int = Field(128, ge=2)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.artifact import Artifact
 from models.images import ImageDecoder
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES, ImageExtractor, ResNet
@@ -28,6 +29,7 @@ from training.augment import AUGMENTATIONS
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
 from training.objectives import OBJECTIVES, Posed, rotated
+from training.start import from_artifact, is_artifact
 
 CHECKPOINT = "pretrain.safetensors"
 
@@ -69,8 +71,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.backbone = ResNet(SHAPES[config.shape])
         if config.start is not None:
-            start, _ = load_extractor(config.start)
-            self.backbone.load_state_dict(start.backbone.state_dict())
+            self.backbone.load_state_dict(starting(config.start, self.pixels).state_dict())
         weights = dict(part.split("=") for part in config.objectives.split(","))
         self.weights = {name: float(weight) for name, weight in weights.items()}
         classes = len(images.classes) * self.turns
@@ -249,6 +250,13 @@ def main(config: PretrainConfig) -> Path:
                 return path
     finish(run, path)
     return path
+
+
+def starting(folder: Path, pixels: Tensor) -> ResNet:
+    """The backbone of a finished pretraining, or of an artifact."""
+    if is_artifact(folder):
+        return from_artifact(Artifact.load(folder), pixels)
+    return load_extractor(folder)[0].backbone
 
 
 def finish(run: Run, path: Path) -> None:
