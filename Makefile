@@ -2,6 +2,8 @@
 # test   sets up everything and runs every test that this computer can run
 # lint   ruff and mypy
 # bench  measures speed against the floor of the same run
+# torture  injects every fault at full length (hours), or some: make torture NAMES="redis-down soak"
+# lock   pins what the images install, by hash; sbom, licences and advisories look into it
 # train  trains the two artifacts that ship, from data in $FEWSHOT_DATA (see README)
 # offline  fetches what runs exported tasks in a browser (needs npm)
 
@@ -11,7 +13,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test lint bench train offline redis-server chromium clean
+.PHONY: run test lint bench torture lock sbom licences advisories train offline redis-server chromium faults clean
 
 $(VENV)/serve: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed."; exit 1; }
@@ -46,11 +48,27 @@ chromium:
 	  && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends chromium; } \
 	  || { echo "chromium is missing and cannot be installed here: install it and run make test again."; exit 1; }
 
-test: $(VENV)/dev redis-server chromium lint
+# What faults are injected with: a proxy, a look at system calls, another clock.
+faults:
+	@for tool in nginx strace faketime; do command -v $$tool >/dev/null && continue; \
+	  command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -q \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends nginx-light strace faketime && break; \
+	  echo "$$tool is missing and cannot be installed here: faults that need it are skipped."; done
+
+test: $(VENV)/dev redis-server chromium faults lint
 	FEWSHOT_TEST_REQUIRE=$${FEWSHOT_TEST_REQUIRE:-torch,redis,browser} $(BIN)/python -m pytest -m '' -q --durations=10
 
 bench: $(VENV)/dev
 	$(BIN)/python deploy/bench.py
+
+torture: $(VENV)/dev redis-server faults
+	$(BIN)/python -m tests.torture $(NAMES)
+
+lock: $(VENV)/dev
+	PYTHON=$(abspath $(BIN))/python bash deploy/lock.sh
+
+sbom licences advisories: $(VENV)/dev
+	@$(BIN)/python deploy/$@.py
 
 train: $(VENV)/dev
 	PATH="$(abspath $(BIN)):$$PATH" bash deploy/train.sh

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from models.artifact import Artifact
 from models.images import FORMATS, MAX_ASPECT, MIN_EDGE
@@ -23,7 +23,7 @@ def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter
         summary="What is served, and how well it does",
         response_model=schemas.ArtifactInfo,
     )
-    async def get_artifact() -> Response:
+    async def get_artifact(_: Annotated[schemas.NoOptions, Query()]) -> Response:
         return answers.answer(_artifact(engine.artifact, engine.default_method, settings.precision))
 
     @router.get(
@@ -32,7 +32,7 @@ def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter
         summary="Every limit in force",
         response_model=schemas.LimitsInfo,
     )
-    async def get_limits() -> Response:
+    async def get_limits(_: Annotated[schemas.NoOptions, Query()]) -> Response:
         names = set(schemas.LimitsInfo.model_fields) & set(Settings.model_fields)
         limits = {name: getattr(settings, name) for name in sorted(names)}
         return answers.answer({**limits, "min_edge": MIN_EDGE, "max_aspect": MAX_ASPECT, "formats": list(FORMATS)})

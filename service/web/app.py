@@ -107,6 +107,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # its address would be made of what the client says the host is
     )
     bounds = Bounds(
         parts=settings.max_examples + settings.max_queries,

@@ -11,6 +11,10 @@ class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class NoOptions(Closed):
+    """For operations without query parameters: one that is misspelt, or meant for another, does not pass unheard."""
+
+
 Base64 = Annotated[str, Field(description="an encoded JPEG, PNG or WEBP, in base64", examples=["iVBORw0KGgo..."])]
 
 

@@ -138,7 +138,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         status_code=204,
         responses={503: PROBLEMS[503], 422: PROBLEMS[422], **NOT_FOUND},
     )
-    async def delete_task(request: Request, task: str) -> Response:
+    async def delete_task(request: Request, task: str, _: Annotated[schemas.NoOptions, Query()]) -> Response:
         await engine.forget(scope_of(request), task)
         return Response(status_code=204)
 
@@ -174,7 +174,9 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         response_model=schemas.Task,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
-    async def remove_example(request: Request, task: str, example: str) -> Response:
+    async def remove_example(
+        request: Request, task: str, example: str, _: Annotated[schemas.NoOptions, Query()]
+    ) -> Response:
         adapted = await engine.remove_example(scope_of(request), task, example, expect=_expected(request))
         return answers.task(request.scope["state"], adapted, status=200)
 
@@ -185,7 +187,9 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         response_model=schemas.Task,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
-    async def remove_class(request: Request, task: str, label: str) -> Response:
+    async def remove_class(
+        request: Request, task: str, label: str, _: Annotated[schemas.NoOptions, Query()]
+    ) -> Response:
         adapted = await engine.remove_class(scope_of(request), task, label, expect=_expected(request))
         return answers.task(request.scope["state"], adapted, status=200)
 
@@ -196,7 +200,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         response_model=schemas.VersionList,
         responses={503: PROBLEMS[503], 422: PROBLEMS[422], **NOT_FOUND, **STALE},
     )
-    async def list_versions(request: Request, task: str) -> Response:
+    async def list_versions(request: Request, task: str, _: Annotated[schemas.NoOptions, Query()]) -> Response:
         found = await engine.versions(scope_of(request), task)
         return answers.answer({"items": [{"version": p.version, "head": p.head} for p in found]})
 
@@ -232,7 +236,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         response_class=Response,
         responses={200: {"content": {"application/zip": {}}}, **READ, **NOT_FOUND, **NOT_RETAINED},
     )
-    async def download_support(request: Request, task: str) -> Response:
+    async def download_support(request: Request, task: str, _: Annotated[schemas.NoOptions, Query()]) -> Response:
         _, record = await engine.record(scope_of(request), task)
         body = await asyncio.to_thread(archive, record)
         return Response(
@@ -248,7 +252,9 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         response_class=Response,
         responses={200: {"content": {"image/*": {}}}, **READ, **NOT_FOUND, **NOT_RETAINED},
     )
-    async def get_example_image(request: Request, task: str, example: str) -> Response:
+    async def get_example_image(
+        request: Request, task: str, example: str, _: Annotated[schemas.NoOptions, Query()]
+    ) -> Response:
         _, record = await engine.record(scope_of(request), task)
         if example not in record.ids:
             raise ExampleNotFound(f"The task has no example {example[:64]!r}.")
