@@ -29,9 +29,10 @@ class OnnxExtractor:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._input = artifact.input_name
         self.dim = artifact.manifest.dim
         self.precision = precision
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        (features,) = self._session.run(["features"], {"images": batch})
+        (features,) = self._session.run(["features"], {self._input: batch})
         return np.asarray(features, dtype=np.float32)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from models import bytenet, resnet
 from models.artifact import WEIGHTS, Artifact
-from models.resnet import ImageExtractor, ResNet, Shape, fold
 
 
 def has_cuda() -> bool:
@@ -21,9 +21,7 @@ def has_cuda() -> bool:
 
 class TorchExtractor:
     def __init__(self, artifact: Artifact, *, device: str = "cuda"):
-        shape = artifact.manifest.shape
-        lists = {name: tuple(shape[name]) for name in ("blocks", "strides")}
-        module = ImageExtractor(fold(ResNet(Shape(**{**shape, **lists}))))
+        module = _network(artifact)
         weights = load_file(artifact.path / WEIGHTS)  # stored in half precision
         module.load_state_dict({name: value.float() for name, value in weights.items()})
         # torch's stub of Module.to leaves out memory_format.
@@ -38,3 +36,13 @@ class TorchExtractor:
         with self._lock:
             features = self._module(torch.from_numpy(np.ascontiguousarray(batch)).to(self._device))
             return np.asarray(features.float().cpu().numpy())
+
+
+def _network(artifact: Artifact) -> resnet.ImageExtractor | bytenet.TextExtractor:
+    """The network that the manifest describes, as its weights were exported."""
+    shape = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in artifact.manifest.shape.items()
+    }
+    if artifact.kind == "text":
+        return bytenet.TextExtractor(bytenet.ByteNet(bytenet.Shape(**shape)))
+    return resnet.ImageExtractor(resnet.fold(resnet.ResNet(resnet.Shape(**shape))))

@@ -26,16 +26,16 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.numpy import save_file
 
-from models.artifact import ARRAYS, FORMAT, GRAPH, INT8_GRAPH, MANIFEST, PROBE, WEIGHTS, Artifact
+from models.artifact import ARRAYS, FORMAT, GRAPH, INT8_GRAPH, KINDS, MANIFEST, PROBE, WEIGHTS, Artifact
 from models.calibration import Temperature, energy, size_of
+from models.extractor import Decoder
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
-from models.images import ImageDecoder
 from models.learners import Learner, build
 from models.learners.prototype import Prototype
 from models.report import held_out, without_own
 from models.resnet import ImageExtractor, fold
-from training import checkpoint, data, evaluate, metatrain
+from training import checkpoint, data, evaluate, inputs, metatrain
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen
 from training.pretrain import load_extractor
@@ -45,16 +45,17 @@ SHOTS = (1, 2, 5, 10)
 SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
 
 
-def rounded(extractor: ImageExtractor) -> ImageExtractor:
-    """Batch normalisation folded in, and every weight rounded to half precision."""
-    fold(extractor.backbone)
+def rounded(extractor: inputs.Network) -> inputs.Network:
+    """Batch normalisation folded in where there is some, and every weight rounded to half precision."""
+    if isinstance(extractor, ImageExtractor):
+        fold(extractor.backbone)
     extractor.load_state_dict({name: value.half().float() for name, value in extractor.state_dict().items()})
     return extractor.eval()
 
 
-def graph(extractor: ImageExtractor, size: int) -> onnx.ModelProto:
-    """uint8 "images" [n, size, size, C] -> float32 "features" [n, dim], any n."""
-    example = torch.zeros(2, size, size, extractor.backbone.shape.channels, dtype=torch.uint8)
+def graph(extractor: inputs.Network, shape: tuple[int, ...], *, name: str = "images") -> onnx.ModelProto:
+    """uint8 `name` [n, *shape] -> float32 "features" [n, dim], any n."""
+    example = torch.zeros(2, *shape, dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,7 +64,7 @@ def graph(extractor: ImageExtractor, size: int) -> onnx.ModelProto:
             (example,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("n")},),
-            input_names=["images"],
+            input_names=[name],
             output_names=["features"],
             verbose=False,
         )
@@ -232,7 +233,7 @@ def _nll(logits: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _calibration_tasks(
-    config: ExportConfig, extractor: ImageExtractor, pretrained: PretrainConfig, decoder: ImageDecoder
+    config: ExportConfig, extractor: inputs.Network, pretrained: PretrainConfig, decoder: Decoder
 ) -> tuple[metatrain.Tasks, data.Images]:
     """Held-out tasks: classes with labels, or images with their views."""
     images = data.load(config.data, config.calibration_split, decoder, per_class=config.per_class or None)
@@ -252,7 +253,8 @@ def main(config: ExportConfig) -> Path:
     arrays = metatrain.load_learners(config.checkpoint)
     learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]["tasks"]
     extractor = rounded(extractor)
-    decoder = ImageDecoder(pretrained.size, pretrained.size, extractor.backbone.shape.channels)
+    decoder, given = inputs.decoder(pretrained), inputs.described(pretrained)
+    int8 = config.int8 and given["kind"] == "image"  # the trunk for texts is small, and not quantised
     tasks, images = _calibration_tasks(config, extractor, pretrained, decoder)
     stored = {method: {n: _stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
     learners = {method: build(method, fields) for method, fields in stored.items()}
@@ -266,15 +268,15 @@ def main(config: ExportConfig) -> Path:
     work.mkdir(parents=True)
     weights = {name: np.ascontiguousarray(value.half().numpy()) for name, value in extractor.state_dict().items()}
     save_file(weights, work / WEIGHTS)
-    proto = graph(extractor, pretrained.size)
+    proto = graph(extractor, decoder.shape, name=KINDS[given["kind"]])
     onnx.save(share_weights(proto, work / WEIGHTS), work / GRAPH)
     save_file({f"{m}/{n}": v for m, fields in stored.items() for n, v in fields.items()}, work / ARRAYS)
 
     rng = np.random.default_rng(config.seed)
     some = images.pixels[rng.choice(len(images), min(len(images), 384), replace=False)]
     expected = _torch(extractor, some[:16])
-    save_file({"images": some[:8], "features": expected[:8]}, work / PROBE)
-    if config.int8:
+    save_file({KINDS[given["kind"]]: some[:8], "features": expected[:8]}, work / PROBE)
+    if int8:
         quantise(proto, some, work / INT8_GRAPH)
     manifest = {
         "format": FORMAT,
@@ -282,12 +284,7 @@ def main(config: ExportConfig) -> Path:
         "description": config.description,
         "dim": extractor.backbone.shape.dim,
         "shape": dataclasses.asdict(extractor.backbone.shape),
-        "input": {
-            "kind": "image",
-            "height": pretrained.size,
-            "width": pretrained.size,
-            "channels": extractor.backbone.shape.channels,
-        },
+        "input": given,
         "methods": {
             method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in stored
         },
@@ -312,7 +309,7 @@ def main(config: ExportConfig) -> Path:
     artifact = _seal(work, manifest)
     difference = _parity(artifact, some[:16], expected)
     print(f"parity torch / onnxruntime: {difference:.1e} (limit {PARITY:.0e})", file=sys.stderr)
-    if config.int8:
+    if int8:
         manifest["int8"] = int8_loss(artifact, images, config)
         print(f"int8: {manifest['int8']}", file=sys.stderr)
         _seal(work, manifest)
@@ -331,7 +328,7 @@ def _stored(value: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(value.astype(np.float16 if value.ndim > 1 else np.float32))
 
 
-def _torch(extractor: ImageExtractor, pixels: np.ndarray) -> np.ndarray:
+def _torch(extractor: inputs.Network, pixels: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         return np.asarray(extractor(torch.from_numpy(pixels)).numpy())
 
