@@ -1,10 +1,10 @@
-"""A small trunk for texts: bytes in, features out, with its embedding and its feature normalisation inside the module.
+"""A small trunk for texts: bytes in, features out, its embedding and its feature normalisation inside the module.
 
-Kalchbrenner et al., "Neural Machine Translation in Linear Time" (ByteNet), 2016, https://arxiv.org/abs/1610.10099:
+Kalchbrenner et al., "Neural Machine Translation in Linear Time", 2016, https://arxiv.org/abs/1610.10099:
 convolutions that see only what came before, each layer reaching twice as far back as the one below, predict the next
-byte of a text at every place at once. What a layer holds at a place is therefore a summary of what stands before it. The
-features of a text are the means over its places of what every layer holds: the lower ones know which bytes and short
-runs of bytes it has, the upper ones what they make of them.
+byte of a text at every place at once. What a layer holds at a place is therefore a summary of what stands before it.
+The features of a text are the means over its places of what every layer holds: the lower ones know which bytes and
+short runs of bytes it has, the upper ones what they make of them.
 
 Knows nothing of training, files or runtimes. Needs torch.
 """
@@ -40,6 +40,7 @@ class Shape:
 
 SHAPES: dict[str, Shape] = {
     "bytes": Shape(),
+    "small-bytes": Shape(width=32, dilations=(1, 2, 4)),
     "tiny-bytes": Shape(width=16, dilations=(1, 2)),
 }
 

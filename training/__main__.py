@@ -1,4 +1,4 @@
-"""`python -m training pretrain | metatrain | evaluate | export | demo`."""
+"""`python -m training pretrain | metatrain | evaluate | export | demo | text-demo`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from training.config import (
     ExportConfig,
     MetatrainConfig,
     PretrainConfig,
+    TextDemoConfig,
     parse,
 )
 from training.data import DataError
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "evaluate": (EvaluateConfig, "measure an artifact on frozen episodes"),
     "export": (ExportConfig, "turn checkpoints into an artifact"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
+    "text-demo": (TextDemoConfig, "all of them on Python's standard library"),
 }
 
 
@@ -68,7 +70,7 @@ def main(arguments: list[str]) -> int:
         else:
             import importlib
 
-            importlib.import_module(f"training.{name}").main(config)
+            importlib.import_module(f"training.{name.replace('-', '_')}").main(config)
     except (DataError, FewshotError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

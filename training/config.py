@@ -126,6 +126,15 @@ class ExportConfig(Config):
     seed: int = 11
 
 
+class TextDemoConfig(Config):
+    """All commands on passages of Python's standard library, in about a minute: which module is this from?"""
+
+    out: Path = Field(Path("runs/text-demo"), description="folder for the corpus, checkpoints and the artifact")
+    epochs: int = Field(3, ge=1, description="of pretraining")
+    episodes: int = Field(2000, ge=2, description="that accuracy is measured on")
+    json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
+
+
 def parse(model: type[C], arguments: list[str], *, prog: str) -> C:
     """Reads flags into a configuration; ends the process with a sentence if they are wrong."""
     parser = argparse.ArgumentParser(prog=prog, description=model.__doc__)

@@ -132,7 +132,7 @@ def create_app(
         ),
         export.create_router(engine, precision=settings.precision, reject=settings.reject),
         docs.create_router(),
-        page.create_router(offline=export.runtime_is_there()),
+        page.create_router(kind=artifact.kind, offline=export.runtime_is_there()),
     ]
     for router in routers:
         app.include_router(router)
