@@ -130,7 +130,7 @@ class TextDemoConfig(Config):
     """All commands on passages of Python's standard library, in about a minute: which module is this from?"""
 
     out: Path = Field(Path("runs/text-demo"), description="folder for the corpus, checkpoints and the artifact")
-    epochs: int = Field(3, ge=1, description="of pretraining")
+    epochs: int = Field(2, ge=1, description="of pretraining")
     episodes: int = Field(2000, ge=2, description="that accuracy is measured on")
     json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
 

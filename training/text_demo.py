@@ -85,12 +85,14 @@ def write(file: Path, library: Path, *, seed: int = 0) -> int:
 
 
 def bag(given: np.ndarray, run: int) -> np.ndarray:
-    """How often each run of `run` bytes occurs, uint8 [n, length] -> shares [n, 256], or [n, BUCKETS] of hashes."""
+    """How often each run of 1 to 3 bytes occurs, uint8 [n, length] -> shares [n, 256], or [n, BUCKETS] of hashes."""
     found = []
     for text in given:
-        held = text[text != 0].astype(np.int64)
-        keys = held if run == 1 else sum(held[k : len(held) - run + 1 + k] * 257**k * 31 for k in range(run)) % BUCKETS
-        found.append(np.bincount(keys, minlength=256 if run == 1 else BUCKETS) / max(1, len(keys)))
+        held = text[text != 0].astype(np.uint64)
+        runs = np.lib.stride_tricks.sliding_window_view(held, run) @ (256 ** np.arange(run, dtype=np.uint64))
+        # Knuth's multiplicative hash: the upper bits of a product with the golden ratio's.
+        keys = runs if run == 1 else (runs * np.uint64(2654435761) % np.uint64(2**32)) // np.uint64(2**32 // BUCKETS)
+        found.append(np.bincount(keys.astype(np.int64), minlength=256 if run == 1 else BUCKETS) / max(1, len(keys)))
     return np.array(found)
 
 

@@ -1,7 +1,6 @@
 """Bodies of requests -> support sets and queries: multipart, JSON, archives and raw bytes are spellings of one thing.
 
-Everything is bounded before it is read: the number of parts, the entries of an archive and what they unpack to. No
-name that a client made reaches the file system. Knows nothing of adaptation.
+Everything is bounded before it is read: the number of parts, of lines and of items. Knows nothing of adaptation.
 """
 
 from __future__ import annotations
@@ -9,11 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
-import stat
-import tarfile
-import zipfile
-import zlib
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -29,6 +23,7 @@ from starlette.requests import Request
 
 from models.errors import InvalidRequest, InvalidSupport, TooLarge, UnsupportedMedia
 from service.support import Example
+from service.web.archives import Most, tar_entries, zip_entries
 from service.web.schemas import (
     OneCallBody,
     QueryBody,
@@ -52,7 +47,6 @@ QUERY_TYPES = {
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
 TAR_TYPES = ("application/x-tar", "application/tar")
 UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
-JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +60,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    parts: int  # files of a multipart body, or entries of an archive
-    unpacked: int  # bytes of all entries of an archive together
-    entry: int  # bytes of one entry
+class Bounds(Most):
     kind: str = "image"  # what the artifact reads: "image" or "text"
 
 
@@ -108,7 +99,7 @@ async def read_support(request: Request, bounds: Bounds, *, with_queries: bool =
         model = BODIES[bounds.kind, with_queries]
         given = await _aside(await request.body(), lambda body: _from_json(_parse(model, body)))
     elif kind in ZIP_TYPES + TAR_TYPES and not with_queries:
-        entries = _zip_entries if kind in ZIP_TYPES else _tar_entries
+        entries = zip_entries if kind in ZIP_TYPES else tar_entries
         given = await _aside(await request.body(), lambda body: _from_entries(entries(body, bounds)))
     elif kind == JSON_LINES and not with_queries:
         given = await _aside(await request.body(), lambda body: _from_lines(_lines(LINES[bounds.kind], body, bounds)))
@@ -134,7 +125,8 @@ async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
     """The images or texts to classify. A raw body is one of them; its content decides, and not its declared type."""
     kind, text = media_type(request), bounds.kind == "text"
     if kind == "application/octet-stream" or (kind == "text/plain" if text else kind.startswith("image/")):
-        _check_charset(request)
+        if kind == "text/plain":
+            _check_charset(request)
         return [await request.body()]
     if kind == "multipart/form-data":
         return [data for _, data in await _multipart(request, bounds)]
@@ -336,70 +328,3 @@ def _decoded(folder: str) -> str:
         return unquote(folder, errors="strict")
     except UnicodeDecodeError:
         return folder
-
-
-def _checked(name: str, index: int) -> PurePosixPath | None:
-    """The path of an archive entry; None for what operating systems leave behind. Raises InvalidRequest."""
-    path = PurePosixPath(name)
-    if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or ":" in (path.parts or ("",))[0]:
-        raise InvalidRequest("An entry of the archive leads out of it.", index=index)
-    if any(part in JUNK or part.startswith(".") for part in path.parts):
-        return None
-    return path
-
-
-def _zip_entries(body: bytes, bounds: Bounds) -> Iterator[tuple[PurePosixPath, bytes]]:
-    # Every entry, folders too, has such a header; zipfile would make an object of each before anything can be counted.
-    if body.count(b"PK\x01\x02") > bounds.parts + 1000:
-        raise TooLarge(f"The archive has too many entries; the limit is {bounds.parts}.")
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(body))
-        infos = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError):
-        raise InvalidRequest("The body is not a zip archive, or it is cut off.") from None
-    _check_entries([info.file_size for info in infos if not info.is_dir()], bounds)
-    for index, info in enumerate(infos):
-        path = _checked(info.filename, index)
-        if info.is_dir() or path is None:
-            continue
-        mode = info.external_attr >> 16
-        if info.flag_bits & 1 or (mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG)):
-            raise InvalidRequest("An entry of the archive is encrypted, a link or a device.", index=index)
-        try:
-            with archive.open(info) as file:
-                data = file.read(bounds.entry + 1)  # the header's size may lie
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, RuntimeError, OSError):
-            raise InvalidRequest("An entry of the archive is damaged.", index=index) from None
-        yield path, data
-
-
-def _tar_entries(body: bytes, bounds: Bounds) -> Iterator[tuple[PurePosixPath, bytes]]:
-    if body[:2] == b"\x1f\x8b":
-        raise UnsupportedMedia("The archive is compressed; send a plain tar, images hardly shrink.")
-    try:
-        with tarfile.open(fileobj=io.BytesIO(body), mode="r:") as archive:
-            infos = []
-            for info in archive:
-                infos.append(info)
-                if len(infos) > bounds.parts + 1000:
-                    raise TooLarge(f"The archive has too many entries; the limit is {bounds.parts}.")
-            _check_entries([info.size for info in infos if info.isreg()], bounds)
-            for index, info in enumerate(infos):
-                path = _checked(info.name, index)
-                if info.isdir() or path is None:
-                    continue
-                if not info.isreg():
-                    raise InvalidRequest("An entry of the archive is a link or a device.", index=index)
-                file = archive.extractfile(info)
-                yield path, file.read() if file else b""
-    except (tarfile.TarError, EOFError, ValueError, OSError):
-        raise InvalidRequest("The body is not a tar archive, or it is cut off.") from None
-
-
-def _check_entries(sizes: list[int], bounds: Bounds) -> None:
-    if len(sizes) > bounds.parts:
-        raise TooLarge(f"The archive has {len(sizes)} files; the limit is {bounds.parts}.")
-    if sum(sizes) > bounds.unpacked:
-        raise TooLarge(f"The archive unpacks to {sum(sizes)} bytes; the limit is {bounds.unpacked}.")
-    if any(size > bounds.entry for size in sizes):
-        raise TooLarge(f"A file of the archive has more than {bounds.entry} bytes (MAX_EXAMPLE_BYTES).")

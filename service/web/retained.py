@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 from models.errors import NotRetained
 from service.stores import Record
-from service.web.bodies import JUNK, UNLABELLED
+from service.web.archives import JUNK
+from service.web.bodies import UNLABELLED
 
 SAFE = " !#$&'()+,-.;=@[]^_`{}~"  # in the name of a folder on any file system
 
