@@ -242,7 +242,7 @@ def _expect(tensor: RequestInput, datatype: str, shape: tuple[int, ...]) -> None
 def _count(tensor: RequestInput, most: Most) -> int:
     count = tensor.shape[0]
     if not count:
-        raise InvalidRequest(f"`{tensor.name}` holds no example.")
+        raise InvalidRequest(f"`{tensor.name}` holds no {'text' if most.text else 'image'}.")
     if count > most.images:
         raise TooLarge(f"There are {count} images; the limit is {most.images} (MAX_QUERIES).")
     return count

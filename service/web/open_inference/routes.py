@@ -16,6 +16,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from models.errors import InvalidRequest, VersionNotFound
+from models.text import MAX_BYTES
 from service.answering import Answer
 from service.batcher import Payload
 from service.engine import Engine
@@ -49,7 +50,7 @@ class Asked:
 
 
 def create_router(
-    engine: Engine, *, version: str, max_body_bytes: int, max_text_bytes: int, reject: float
+    engine: Engine, *, version: str, max_body_bytes: int, max_text_bytes: int = MAX_BYTES, reject: float
 ) -> APIRouter:
     # Not in our OpenAPI file: the protocol has a description of its own.
     router = APIRouter(prefix="/v2", include_in_schema=False)

@@ -29,7 +29,7 @@ FORM = [(label, (None, text)) for label, text in SUPPORT]
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     artifact = tiny_text_artifact(tmp_path_factory.mktemp("artifact"))
-    settings = Settings(**{**LIMITS, "max_text_bytes": 2000})  # type: ignore[arg-type]
+    settings = Settings(**{**LIMITS, "body_timeout_s": 30.0, "max_text_bytes": 2000})  # type: ignore[arg-type]
     with served(create_app(settings, artifact=artifact, extractor=Letters(), store=MemoryStore())) as client:
         assert client.put("/v1/tasks/animals", files=FORM).status_code == 201
         yield client
