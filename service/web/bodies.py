@@ -15,7 +15,7 @@ from tempfile import SpooledTemporaryFile
 from typing import TypeVar
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -25,6 +25,9 @@ from models.errors import InvalidRequest, InvalidSupport, TooLarge, UnsupportedM
 from service.support import Example
 from service.web.archives import Most, tar_entries, zip_entries
 from service.web.schemas import (
+    Closed,
+    LabelledImage,
+    LabelledText,
     OneCallBody,
     QueryBody,
     QueryLine,
@@ -215,8 +218,7 @@ AnySupport = SupportBody | TextSupportBody
 AnyLine = SupportLine | TextSupportLine
 AnyQueries = QueryBody | TextQueryBody
 AnyQueryLine = QueryLine | TextQueryLine
-Body = TypeVar("Body", bound=AnySupport | AnyLine | AnyQueries | AnyQueryLine)
-Line = TypeVar("Line", bound=AnyLine | AnyQueryLine)
+Body = TypeVar("Body", bound=Closed)
 
 # What a body may be, by what the artifact reads (and whether it asks at once).
 BODIES: Mapping[tuple[str, bool], type[AnySupport]] = {
@@ -231,7 +233,7 @@ QUERY_LINES: Mapping[str, type[AnyQueryLine]] = {"image": QueryLine, "text": Tex
 TEXTS = (TextSupportBody, TextSupportLine, TextQueryBody, TextQueryLine)
 
 
-def _lines(model: type[Line], body: bytes, bounds: Bounds) -> list[Line]:
+def _lines(model: type[Body], body: bytes, bounds: Bounds) -> list[Body]:
     if body.count(b"\n") > bounds.parts:
         raise TooLarge(f"The body has too many lines; the limit is {bounds.parts}.")
     found = []
@@ -276,9 +278,9 @@ def _parse(model: type[Body], body: bytes) -> Body:
 
 
 def _from_json(body: AnySupport) -> Given:
+    support: Sequence[LabelledImage | LabelledText] = body.support
     examples = [
-        Example(item.label, _bytes(body, item.content, f"/support/{index}/image"))
-        for index, item in enumerate(body.support)
+        Example(item.label, _bytes(body, item.content, f"/support/{index}/image")) for index, item in enumerate(support)
     ]
     unlabelled = [_bytes(body, item, f"/unlabelled/{index}") for index, item in enumerate(body.unlabelled)]
     queries = []
@@ -287,7 +289,7 @@ def _from_json(body: AnySupport) -> Given:
     return Given(examples, unlabelled, queries, body.method)
 
 
-def _bytes(body: BaseModel, content: str, pointer: str) -> bytes:
+def _bytes(body: Closed, content: str, pointer: str) -> bytes:
     """An example as the decoder takes it: a text as it is, an image out of its base64. Raises InvalidRequest."""
     return content.encode() if isinstance(body, TEXTS) else _base64(content, pointer)
 
