@@ -6,6 +6,7 @@ Calls are made one at a time: a device has one queue, and whoever waits decodes 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +41,8 @@ class TorchExtractor:
 
 def _network(artifact: Artifact) -> resnet.ImageExtractor | bytenet.TextExtractor:
     """The network that the manifest describes, as its weights were exported."""
-    shape = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in artifact.manifest.shape.items()
-    }
+    given = artifact.manifest.shape
+    shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if artifact.kind == "text":
         return bytenet.TextExtractor(bytenet.ByteNet(bytenet.Shape(**shape)))
     return resnet.ImageExtractor(resnet.fold(resnet.ResNet(resnet.Shape(**shape))))
