@@ -197,8 +197,12 @@ def check(model: bytes, pixels: np.ndarray, expected: Answers) -> float:
 def bundle(exported: Exported) -> bytes:
     """A zip with the file, a program that runs it, and images with the answers that they must get."""
     golden, kind, facts = io.BytesIO(), KINDS[exported.kind], exported.facts
-    answers = {"probabilities": exported.expected.probabilities, "known": exported.expected.known}
-    np.savez(golden, **{kind.tensor: exported.pixels}, **answers)
+    tensors: dict[str, Any] = {
+        kind.tensor: exported.pixels,
+        "probabilities": exported.expected.probabilities,
+        "known": exported.expected.known,
+    }
+    np.savez(golden, **tensors)
     readme = (
         f"The task {facts['task']!r}, version {facts['version']}, as one ONNX file.\n\n"
         f"  pip install {kind.needs}\n"

@@ -99,7 +99,7 @@ class Run:
         asked = torch.cat(shown)
         with autocast(self.device, self.precision):
             places = self.backbone.places(asked)
-            pooled = list(self.backbone.pool(places, asked).split(len(texts)))
+            pooled = list(torch.split(self.backbone.pool(places, asked), len(texts)))
             losses = {
                 name: head(places[-1], asked) if name == LANGUAGE else head(pooled, labels)
                 for name, head in self.heads.items()
@@ -138,6 +138,6 @@ class Run:
         """The extractor as it is now, with the centre of the training texts (at most 10,000 of them)."""
         extractor = TextExtractor(self.backbone).eval()
         picked = self.texts[:: max(1, len(self.texts) // 10_000)]
-        roots = [torch.sqrt(self.backbone(part.to(self.device)) + 1e-6).sum(dim=0) for part in picked.split(256)]
+        roots = [torch.sqrt(self.backbone(part.to(self.device)) + 1e-6).sum(dim=0) for part in torch.split(picked, 256)]
         extractor.centre = torch.stack(roots).sum(dim=0) / len(picked)
         return extractor.to(self.device)
