@@ -185,5 +185,5 @@ def test_the_open_inference_protocol_takes_texts(texts: httpx.Client) -> None:
     assert answer.json()["outputs"][0]["data"] == ["bees"]
     image = {**tensor, "name": "image"}
     wrong = texts.post("/v2/models/animals/infer", json={"inputs": [image]})
-    assert wrong.status_code == 422
+    assert wrong.status_code == 400
     assert "named `text`" in wrong.text
