@@ -1,0 +1,75 @@
+"""The graph of an extractor, and its weights in one file that torch and onnxruntime both read.
+
+Weights are rounded to half precision once, and everything that is measured is measured after that. The graph reads
+them as ONNX external data that points into the safetensors file, with a Cast behind each, which onnxruntime folds away
+when it loads. Knows nothing of learners, data or manifests.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from models.resnet import ImageExtractor, fold
+
+
+def rounded(extractor: ImageExtractor) -> ImageExtractor:
+    """Batch normalisation folded in, and every weight rounded to half precision."""
+    fold(extractor.backbone)
+    extractor.load_state_dict({name: value.half().float() for name, value in extractor.state_dict().items()})
+    return extractor.eval()
+
+
+def graph(extractor: ImageExtractor, size: int) -> onnx.ModelProto:
+    """uint8 "images" [n, size, size, C] -> float32 "features" [n, dim], any n."""
+    example = torch.zeros(2, size, size, extractor.backbone.shape.channels, dtype=torch.uint8)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(
+            extractor,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            input_names=["images"],
+            output_names=["features"],
+            verbose=False,
+        )
+    proto: onnx.ModelProto = program.model_proto
+    for node in proto.graph.node:  # where in the source a node came from is nobody's business
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    return proto
+
+
+def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
+    """The same graph with every large weight read, in half precision, from the safetensors file beside it."""
+    raw = weights.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    shared = onnx.ModelProto()
+    shared.CopyFrom(proto)
+    kept, casts = [], []
+    for tensor in shared.graph.initializer:
+        entry = header.get(tensor.name)
+        if entry is None or list(tensor.dims) != entry["shape"]:
+            kept.append(tensor)
+            continue
+        begin, end = entry["data_offsets"]
+        half = onnx.TensorProto(name=tensor.name + ".half", data_type=onnx.TensorProto.FLOAT16, dims=tensor.dims)
+        half.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", weights.name), ("offset", 8 + length + begin), ("length", end - begin)):
+            half.external_data.add(key=key, value=str(value))
+        kept.append(half)
+        casts.append(onnx.helper.make_node("Cast", [half.name], [tensor.name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *shared.graph.node]
+    for field, values in (("initializer", kept), ("node", nodes)):
+        shared.graph.ClearField(field)
+        getattr(shared.graph, field).extend(values)
+    return shared
