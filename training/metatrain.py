@@ -252,6 +252,11 @@ def main(config: MetatrainConfig) -> Path:
     check_tasks = cached(
         extractor, data.load(config.data, "val", decoder, per_class=limit), config, pretrained, seed=config.seed + 1
     )
+    return train(config, tasks, check_tasks, device)
+
+
+def train(config: MetatrainConfig, tasks: Tasks, check_tasks: Tasks, device: torch.device) -> Path:
+    """The same on features that are there already, by whatever extractor."""
     episodes = held_out(check_tasks, config)
     path = config.out / CHECKPOINT
     state: dict[str, Any] = {"config": config.model_dump(mode="json"), "learners": {}}
