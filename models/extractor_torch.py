@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.artifact import WEIGHTS, Artifact
+from models.errors import ArtifactInvalid
 from models.resnet import ImageExtractor, ResNet, Shape, fold
 
 
@@ -21,6 +22,11 @@ def has_cuda() -> bool:
 
 class TorchExtractor:
     def __init__(self, artifact: Artifact, *, device: str = "cuda"):
+        if not artifact.manifest.portable:
+            raise ArtifactInvalid(
+                f"The artifact {artifact.manifest.name!r} was imported: it is a graph that only onnxruntime runs, on "
+                "a CPU (FEWSHOT_DEVICE=cpu)."
+            )
         shape = artifact.manifest.shape
         lists = {name: tuple(shape[name]) for name in ("blocks", "strides")}
         module = ImageExtractor(fold(ResNet(Shape(**{**shape, **lists}))))

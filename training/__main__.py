@@ -1,4 +1,4 @@
-"""`python -m training pretrain | metatrain | evaluate | export | demo`."""
+"""`python -m training pretrain | metatrain | evaluate | export | import | demo`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from training.config import (
     Config,
     EvaluateConfig,
     ExportConfig,
+    ImportConfig,
     MetatrainConfig,
     PretrainConfig,
     parse,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "metatrain": (MetatrainConfig, "train the learners on episodes"),
     "evaluate": (EvaluateConfig, "measure an artifact on frozen episodes"),
     "export": (ExportConfig, "turn checkpoints into an artifact"),
+    "import": (ImportConfig, "make an artifact of a backbone trained elsewhere"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
 }
 
@@ -68,7 +70,8 @@ def main(arguments: list[str]) -> int:
         else:
             import importlib
 
-            importlib.import_module(f"training.{name}").main(config)
+            # `import` is no name that a module can be imported by.
+            importlib.import_module(f"training.{'imports' if name == 'import' else name}").main(config)
     except (DataError, FewshotError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -126,6 +126,30 @@ class ExportConfig(Config):
     seed: int = 11
 
 
+class ImportConfig(Config):
+    """Make an artifact of a backbone that was trained elsewhere."""
+
+    backbone: Path = Field(description="ONNX file, or folder of a Hugging Face model (config.json, model.safetensors)")
+    data: Path = Field(description="folder or zip with one folder per class: the learners are fitted to it")
+    out: Path = Field(description="folder of the artifact; must not exist")
+    name: str = Field(description="what the artifact is called")
+    description: str = ""
+    size: int = Field(0, ge=0, le=1024, description="pixels of the input, height and width; 0 = what the backbone says")
+    pooling: Literal["auto", "cls", "mean"] = Field(
+        "auto", description="how tokens or maps become one vector; auto: a vector as it is, tokens by the first"
+    )
+    output: str = Field("", description="name of the output, where an ONNX file has several")
+    mean: str = Field("", description="of the colours from 0 to 1, with commas; empty = preprocessor_config.json's")
+    std: str = Field("", description="their deviation, likewise")
+    learners: str = Field("prototype,ridge,whitened,gradient,lstm", description="which to train")
+    steps: int = Field(3000, ge=1, description="training steps of each learner")
+    default: str = Field("", description="default learner; empty = the best on the calibration tasks")
+    int8: bool = Field(True, description="also an int8 graph, if it loses at most half a point of accuracy")
+    episodes: int = Field(400, ge=10, description="calibration episodes per way and shot")
+    per_class: int = Field(100, ge=0, description="at most so many images a class; 0 = all")
+    seed: int = 11
+
+
 def parse(model: type[C], arguments: list[str], *, prog: str) -> C:
     """Reads flags into a configuration; ends the process with a sentence if they are wrong."""
     parser = argparse.ArgumentParser(prog=prog, description=model.__doc__)

@@ -29,7 +29,7 @@ from training import checkpoint, data, metatrain
 from training.calibrate import SHOTS, calibrate
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
-from training.int8 import int8_loss, quantise
+from training.int8 import after_pool, int8_loss, quantise
 from training.pretrain import load_extractor
 
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
@@ -79,7 +79,7 @@ def main(config: ExportConfig) -> Path:
     expected = _torch(extractor, some[:16])
     save_file({"images": some[:8], "features": expected[:8]}, work / PROBE)
     if config.int8:
-        quantise(proto, some, work / INT8_GRAPH)
+        quantise(proto, some, work / INT8_GRAPH, keep=after_pool(proto))
     manifest = {
         "format": FORMAT,
         "name": config.name,
@@ -117,7 +117,7 @@ def main(config: ExportConfig) -> Path:
     difference = _parity(artifact, some[:16], expected)
     print(f"parity torch / onnxruntime: {difference:.1e} (limit {PARITY:.0e})", file=sys.stderr)
     if config.int8:
-        manifest["int8"] = int8_loss(artifact, images, config)
+        manifest["int8"] = int8_loss(artifact, images, episodes=config.episodes, seed=config.seed)
         print(f"int8: {manifest['int8']}", file=sys.stderr)
         seal(work, manifest)
     work.rename(config.out)

@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx
 import torch
+from torch import Tensor, nn
 
 from models.resnet import ImageExtractor, fold
 
@@ -29,16 +30,21 @@ def rounded(extractor: ImageExtractor) -> ImageExtractor:
 def graph(extractor: ImageExtractor, size: int) -> onnx.ModelProto:
     """uint8 "images" [n, size, size, C] -> float32 "features" [n, dim], any n."""
     example = torch.zeros(2, size, size, extractor.backbone.shape.channels, dtype=torch.uint8)
+    return exported(extractor, example, "images", "features")
+
+
+def exported(module: nn.Module, example: Tensor, given: str, found: str) -> onnx.ModelProto:
+    """The graph of a module of one tensor to one tensor, for batches of any size."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
-            extractor,
+            module,
             (example,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("n")},),
-            input_names=["images"],
-            output_names=["features"],
+            input_names=[given],
+            output_names=[found],
             verbose=False,
         )
     proto: onnx.ModelProto = program.model_proto
@@ -49,7 +55,7 @@ def graph(extractor: ImageExtractor, size: int) -> onnx.ModelProto:
 
 
 def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
-    """The same graph with every large weight read, in half precision, from the safetensors file beside it."""
+    """The same graph with every weight that the safetensors file beside it holds read from there."""
     raw = weights.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
@@ -62,12 +68,15 @@ def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
             kept.append(tensor)
             continue
         begin, end = entry["data_offsets"]
-        half = onnx.TensorProto(name=tensor.name + ".half", data_type=onnx.TensorProto.FLOAT16, dims=tensor.dims)
-        half.data_location = onnx.TensorProto.EXTERNAL
+        kind = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}[entry["dtype"]]
+        read = onnx.TensorProto(name=tensor.name, data_type=kind, dims=tensor.dims)
+        read.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", weights.name), ("offset", 8 + length + begin), ("length", end - begin)):
-            half.external_data.add(key=key, value=str(value))
-        kept.append(half)
-        casts.append(onnx.helper.make_node("Cast", [half.name], [tensor.name], to=onnx.TensorProto.FLOAT))
+            read.external_data.add(key=key, value=str(value))
+        if kind != tensor.data_type:
+            read.name += ".half"
+            casts.append(onnx.helper.make_node("Cast", [read.name], [tensor.name], to=tensor.data_type))
+        kept.append(read)
     nodes = [*casts, *shared.graph.node]
     for field, values in (("initializer", kept), ("node", nodes)):
         shared.graph.ClearField(field)
