@@ -46,6 +46,7 @@ CONFIGS = {
     "metatrain": config.MetatrainConfig,
     "evaluate": config.EvaluateConfig,
     "export": config.ExportConfig,
+    "import": config.ImportConfig,
 }
 
 

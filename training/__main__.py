@@ -28,7 +28,7 @@ from training.data import DataError
 
 
 class DemoConfig(Config):
-    """All four commands on drawn shapes, in about a minute: shows what they print and leave behind."""
+    """From data to a table on drawn shapes, in about a minute: shows what each step prints and leaves behind."""
 
     out: Path = Field(Path("runs/demo"), description="folder for data, checkpoints and the artifact")
 

@@ -226,11 +226,9 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path) -
         save_tensors(changed, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
 
-    with pytest.raises(Refused, match="lacks 1 weights that config.json asks for, 'embeddings.cls_token' first"):
+    with pytest.raises(Refused, match=r"lacks 1 weights that config\.json asks for, 'embeddings\.cls_token' first"):
         read(given(lambda one: one.pop("embeddings.cls_token")))
-    with pytest.raises(
-        Refused, match="holds 1 weights that config.json knows nothing of, 'encoder.layer.7.norm1.weight'"
-    ):
+    with pytest.raises(Refused, match=r"holds 1 weights that config\.json knows nothing of, 'encoder\.layer\.7"):
         read(given(lambda one: one.update({"encoder.layer.7.norm1.weight": torch.zeros(32)})))
     with pytest.raises(Refused, match=r"model\.safetensors of .* does not fit its config\.json"):
         read(given(lambda one: one.update({"embeddings.cls_token": torch.zeros(1, 1, 16)})))
