@@ -71,6 +71,11 @@ class Backbone:
         [np.ndarray], np.ndarray
     ]  # what `given` returns -> vectors [n, dim], as the source itself has it
 
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        """Shape of one image."""
+        return (self.height, self.width, self.channels)
+
     def given(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [n, H, W, C] -> what the source wants, worked out apart from the graph that it is checked by."""
         x = pixels

@@ -40,7 +40,7 @@ def read(file: Path, config: ImportConfig) -> Backbone:
     if dims[1] not in (1, 3) and dims[3] not in (1, 3):
         raise Refused(f"The input of {file} does not say where its 1 or 3 channels are: its shape is {_shape(dims)}.")
     first = dims[1] in (1, 3)
-    channels = dims[1] if first else dims[3]
+    channels = (dims[1] if first else dims[3]) or 3  # which it is was just seen
     if dims[0] not in (None, 1):
         raise Refused(f"{file} takes batches of exactly {dims[0]} images; export it with any or with one.")
     prepared = preparation(file.parent, config)

@@ -135,8 +135,8 @@ def _surround(backbone: Backbone, source: onnx.ModelProto, dim: int, scanned: bo
     body = [*graph.node]
     vectors = _pool(inside, output.name, backbone.how)
     if scanned:
-        edges = [backbone.height, backbone.width]
-        edges = [backbone.channels, *edges] if backbone.first else [*edges, backbone.channels]
+        height, width, channels = backbone.pixels
+        edges = [channels, height, width] if backbone.first else [height, width, channels]
         inside.nodes.insert(0, helper.make_node("Reshape", [OURS + "image", OURS + "batch"], [given.name]))
         inside.constant("batch", [1, *edges], np.int64)
         row = inside.node("Reshape", vectors, inside.constant("dim", [dim], np.int64), to="row")
@@ -151,13 +151,12 @@ def _surround(backbone: Backbone, source: onnx.ModelProto, dim: int, scanned: bo
         around.nodes += [helper.make_node("Identity", [x], [given.name], name=OURS + "identity"), *body, *inside.nodes]
     around.nodes.append(helper.make_node("Cast", [vectors], ["vectors"], name=OURS + "vectors", to=TensorProto.FLOAT))
 
-    edges = ["n", backbone.height, backbone.width, backbone.channels]
     graph.ClearField("node")
     graph.node.extend(around.nodes)
     graph.initializer.extend([*around.constants, *inside.constants])
     graph.ClearField("value_info")  # shapes of the batches that the source was written down for
     graph.ClearField("input")  # initializers among them
-    graph.input.append(helper.make_tensor_value_info("images", TensorProto.UINT8, edges))
+    graph.input.append(helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *backbone.pixels]))
     graph.ClearField("output")
     graph.output.append(helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["n", dim]))
     _say_nothing(model)
