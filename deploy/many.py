@@ -40,7 +40,7 @@ import numpy as np  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]
 
-from bench import pictures  # noqa: E402
+from floor import pictures  # noqa: E402
 from load import WARM_S, Closed, percentiles, run  # noqa: E402
 
 from models.artifact import Artifact  # noqa: E402
