@@ -1,6 +1,7 @@
 """Many tasks: what each takes in Redis and in SQLite, and whether the service answers more slowly for them.
 
     python deploy/many.py --tasks 100000
+    python deploy/many.py --tasks 10000 --sizes
 
 Fills a store by its own `commit` with tasks of random features; while it is filled it need not sync, what it writes is
 the same. Then a service on it is asked about one task, 64, all of them evenly, and all by Zipf's law: by 64 connections
@@ -404,6 +405,8 @@ def measure(kind: type, artifact: Artifact, folder: Path, given: argparse.Namesp
             beneath.stop()
             written["restart_s"] = round(beneath.start(), 1)
             print(f"Redis started again with all of them in {written['restart_s']} s.")
+        if given.sizes:
+            return {"store": beneath.name, **written}
         asked = ask(beneath, written["wiped"], folder, given)
     finally:
         beneath.stop()
@@ -446,6 +449,7 @@ def main() -> None:
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--seconds", type=float, default=3, help="of a window")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", action="store_true", help="only what they take; no service is asked")
     parser.add_argument("--folder", type=Path, help="where the data are put; a temporary folder by default")
     given = parser.parse_args()
     if given.tasks <= 2 * DURABLE:

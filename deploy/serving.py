@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,9 +32,17 @@ LARGEST = {"MAX_EXAMPLES": 4_000, "MAX_BODY_BYTES": 200_000_000}  # for a suppor
 
 
 class Service:
-    """Started with its data in `folder`, which may hold tasks of an earlier one."""
+    """Started with its data in `folder`, which may hold tasks of an earlier one. `program`: what Python is to run."""
 
-    def __init__(self, artifact: Path, precision: str, folder: Path):
+    def __init__(
+        self,
+        artifact: Path,
+        precision: str,
+        folder: Path,
+        *,
+        settings: Mapping[str, object] | None = None,
+        program: Sequence[str] = ("-m", "service"),
+    ):
         keys = folder / "keys"
         if not keys.exists():
             _, token = create(keys, tenant=TENANT, scopes=("adapt", "classify", "admin"))
@@ -48,11 +56,13 @@ class Service:
             "DATA_DIR": folder / "data",
             "KEYS_FILE": keys,
         }
-        environment |= {f"FEWSHOT_{name}": str(value) for name, value in (given | LARGEST).items()}
+        environment |= {
+            f"FEWSHOT_{name}": str(value) for name, value in (given | LARGEST | dict(settings or {})).items()
+        }
         self.started = time.perf_counter()
         self.log = (folder / "log").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "service"],
+            [sys.executable, "-u", *program],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
