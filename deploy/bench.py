@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -171,24 +172,24 @@ class Bench:
             cold = [f"cold-{number}" for number in range(COLD)]
             for task in cold:
                 service.adapt(task, never_seen(self.images, 25), 5)
-        with sqlite3.connect(self.folder / "data" / "fewshot.sqlite3") as store:
+        with closing(sqlite3.connect(self.folder / "data" / "fewshot.sqlite3", isolation_level=None)) as store:
             store.execute("DELETE FROM heads")
-        starts, pairs = [], []
+        starts, rounds = [], []
         for number in range(self.rounds):
             with Service(self.artifact.path, self.precision, self.folder) as service:
                 service.classify("bench", self.images[0])
                 starts.append(time.perf_counter() - service.started)
                 for turn in range(20):
                     service.classify("bench", self.images[turn])
+                times: dict[str, list[float]] = {"cold": [], "warm": []}
                 for turn, task in enumerate(cold[number :: self.rounds]):
-                    # Each after the same thing, so that neither finds more in the processor's memory than the other.
-                    pairs.append([service.classify(one, self.images[turn % 64]) for one in (task, "bench")])
+                    asked = [("cold", task), ("warm", "bench")]
+                    for kind, one in asked if turn % 2 else reversed(asked):
+                        times[kind].append(service.classify(one, self.images[turn % 64]))
+                rounds.append({kind: round(statistics.median(found), 3) for kind, found in times.items()})
         self.detail["starts_s"] = [round(start, 2) for start in starts]
-        made, warm = (statistics.median(times) for times in zip(*pairs, strict=True))
-        self.detail["cold_ms"], self.detail["warm_ms"] = round(made, 3), round(warm, 3)
-        parts = [pairs[number :: self.rounds] for number in range(self.rounds)]
-        medians = [[statistics.median(times) for times in zip(*part, strict=True)] for part in parts]
-        return [figure("cold", [a / b for a, b in medians]), figure("first", starts)]
+        self.detail["heads_ms"] = rounds
+        return [figure("cold", [one["cold"] / one["warm"] for one in rounds]), figure("first", starts)]
 
 
 def bench(artifact: Artifact, precision: str, *, seconds: float, rounds: int) -> dict[str, Any]:

@@ -80,3 +80,35 @@ def test_the_benchmark_measures_each_goal_beside_the_floor_of_the_same_run() -> 
     assert found["undeclared"]["value"] == 0
     assert all(row["bad"] == 0 for rows in result["loops"].values() for row in rows)
     assert sum(line.startswith("| ") for line in lines) == 1 + len(wanted)
+
+
+def test_ways_to_run_the_service_are_measured_beside_the_one_that_ships() -> None:
+    characters = str(ROOT / "models" / "pretrained" / "characters")
+    forked = "lanes in forked processes"
+    options = ["--only", forked, "--seconds", "0.3", "--rounds", "1", "--artifact", characters]
+    rows = json.loads(script("variants.py", *options, limit_s=240).splitlines()[-1])["rows"]
+    assert [row["variant"] for row in rows] == ["as shipped", forked]
+    assert all(row["share"] > 0 and row["bad"] == 0 for row in rows)
+    assert rows[0]["over_first"] == 1
+
+
+def test_a_head_at_rest_is_measured_in_each_form(tmp_path: Path) -> None:
+    shapes = str(synthetic.write(tmp_path / "shapes", classes=10, images=20))
+    characters = str(ROOT / "models" / "pretrained" / "characters")
+    options = ["--way", "2", "--shots", "1,2", "--episodes", "20", "--artifact", characters]
+    found = json.loads(script("heads.py", "--data", shapes, *options).splitlines()[-1])
+    assert [(row["shot"], row["form"]) for row in found["rows"]][3:5] == [
+        (1, "int8, a scale per class"),
+        (2, "float32"),
+    ]
+    exact, half, one, each = found["rows"][:4]
+    assert (exact["other_answers"], exact["difference"], exact["most_apart"]) == (0, 0, 0)
+    assert 0 < half["most_apart"] < each["most_apart"] < 0.2
+    assert exact["bytes"] > half["bytes"] > each["bytes"] > one["bytes"]
+    assert found["whole_bytes"] > each["bytes"]
+
+
+def test_each_step_of_an_answer_is_timed() -> None:
+    found = json.loads(script("parts.py").splitlines()[-1])
+    assert len(found) == 10
+    assert all(0 < quickest <= median for quickest, median in found.values())
