@@ -86,7 +86,11 @@ class Service:
     def __exit__(self, *error: object) -> None:
         self.connection.close()
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(40)
+        try:
+            self.process.wait(40)
+        except subprocess.TimeoutExpired:  # what is measured next needs the machine
+            self.process.kill()
+            self.process.wait()
         if self.process.stdout:
             self.process.stdout.close()
         self.log.close()
@@ -118,8 +122,10 @@ class Service:
         environment = {**os.environ, "FEWSHOT_KEY": self.key}
         out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         found: dict[str, Any] = json.loads(out)
+        if not found["answers"]:
+            raise SystemExit(f"Nothing was answered in {seconds:g} s: make the windows longer.")
         # The warm-up is in the CPU time too.
-        found["cpu_ms"] = 1e3 * (self.cpu() - before) * seconds / (seconds + WARM_S) / max(1, found["answers"])
+        found["cpu_ms"] = 1e3 * (self.cpu() - before) * seconds / (seconds + WARM_S) / found["answers"]
         found["bad"] = sum(count for status, count in found["statuses"].items() if status != "200")
         return found
 

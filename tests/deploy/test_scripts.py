@@ -68,7 +68,7 @@ def test_the_load_generator_keeps_to_a_rate_however_slow_the_answers(address: st
 
 def test_the_benchmark_measures_each_goal_beside_the_floor_of_the_same_run() -> None:
     characters = str(ROOT / "models" / "pretrained" / "characters")  # small pictures: quick
-    options = ["--seconds", "0.3", "--rounds", "1", "--precision", "int8", "--artifact", characters]
+    options = ["--seconds", "1", "--rounds", "1", "--precision", "int8", "--artifact", characters]
     *lines, last = script("bench.py", *options, limit_s=400).splitlines()
     result = json.loads(last)["results"][0]
     found = {row["goal"]: row for row in result["figures"]}
@@ -85,7 +85,7 @@ def test_the_benchmark_measures_each_goal_beside_the_floor_of_the_same_run() -> 
 def test_ways_to_run_the_service_are_measured_beside_the_one_that_ships() -> None:
     characters = str(ROOT / "models" / "pretrained" / "characters")
     forked = "lanes in forked processes"
-    options = ["--only", forked, "--seconds", "0.3", "--rounds", "1", "--artifact", characters]
+    options = ["--only", forked, "--seconds", "1", "--rounds", "1", "--artifact", characters]
     rows = json.loads(script("variants.py", *options, limit_s=240).splitlines()[-1])["rows"]
     assert [row["variant"] for row in rows] == ["as shipped", forked]
     assert all(row["share"] > 0 and row["bad"] == 0 for row in rows)
