@@ -220,7 +220,8 @@ def _below(folder: Path) -> int:
 
 async def fill(beneath: Any, artifact: Artifact, given: argparse.Namespace) -> dict[str, Any]:
     """Writes the tasks, and throws the heads of the last ones away. What was measured, and how many those are."""
-    store = open_store(Settings(**beneath.settings)).beneath  # type: ignore[attr-defined]
+    # Nobody waits for an answer here, and a machine may be busy.
+    store = open_store(Settings(**beneath.settings, store_timeout_s=30)).beneath  # type: ignore[attr-defined]
     await store.open()
     filled = Filled(store, templates(artifact, way=given.way, shots=given.shots), given.tasks)
     commit_ms = await filled.durably()
