@@ -1,6 +1,6 @@
 """Ways to run the service, in turns on one machine: what each answers, and what it takes for an image.
 
-    python deploy/variants.py                   # int8 at 64 connections: some five minutes on an idle machine
+    python deploy/variants.py                   # int8 at 64 connections: some six minutes
     python deploy/variants.py --only "2 processes,3 lanes" --rounds 5
 
 Each window stands between two of the floor (deploy/floor.py), and each variant beside the first, the service as it is
