@@ -99,7 +99,7 @@ def test_each_figure_is_a_ratio_to_what_was_measured_beside_it(one: Bench, monke
     assert one.addition(service).value == pytest.approx(1.1)
     refit = one.refit(service)
     assert (refit.value, refit.note) == (7.0, "`lstm`; gradient 3, prototype 3, ridge 3, whitened 3 ms")
-    assert values(one.overload(service)) == {"goodput": 0.75, "refused": 4.0, "undeclared": 5}
+    assert values(one.overload(service)) == {"goodput": 0.75, "undeclared": 5, "refused": 4.0}
     again = values(one.started_again())
     assert again["cold"] == pytest.approx(1.05)
     assert 1 <= again["first"] < 60
