@@ -46,6 +46,8 @@ CONFIGS = {
     "metatrain": config.MetatrainConfig,
     "evaluate": config.EvaluateConfig,
     "export": config.ExportConfig,
+    "lake": config.LakeConfig,
+    "results": config.ResultsConfig,
 }
 
 

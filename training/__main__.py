@@ -1,4 +1,4 @@
-"""`python -m training pretrain | metatrain | evaluate | export | demo`."""
+"""`python -m training pretrain | metatrain | evaluate | export | lake | results | demo`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from training.config import (
     Config,
     EvaluateConfig,
     ExportConfig,
+    LakeConfig,
     MetatrainConfig,
     PretrainConfig,
+    ResultsConfig,
     parse,
 )
 from training.data import DataError
@@ -51,6 +53,8 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "metatrain": (MetatrainConfig, "train the learners on episodes"),
     "evaluate": (EvaluateConfig, "measure an artifact on frozen episodes"),
     "export": (ExportConfig, "turn checkpoints into an artifact"),
+    "lake": (LakeConfig, "measure an artifact on Lake's one-shot runs"),
+    "results": (ResultsConfig, "make RESULTS.md from raw results"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
 }
 

@@ -35,11 +35,12 @@ from models.learners import Learner, build
 from models.learners.prototype import Prototype
 from models.report import held_out, without_own
 from models.resnet import ImageExtractor, fold
-from training import checkpoint, data, evaluate, metatrain
+from training import checkpoint, data, evaluate, metatrain, raw
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen
 from training.pretrain import load_extractor
 
+MEASURED = {field.name for field in dataclasses.fields(evaluate.Row)}  # what the manifest keeps of a line
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
 SHOTS = (1, 2, 5, 10)
 SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
@@ -303,9 +304,10 @@ def main(config: ExportConfig) -> Path:
             "calibration": f"{config.tasks} of {config.calibration_split}",
         },
         "accuracy": [
-            json.loads(line)
+            {name: value for name, value in line.items() if name in MEASURED}
             for file in filter(None, config.metrics.split(","))
-            for line in Path(file).read_text().splitlines()
+            for line in raw.read(Path(file))
+            if line.get("experiment", "accuracy") == "accuracy"
         ],
         "int8": None,
     }
