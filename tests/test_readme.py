@@ -83,9 +83,9 @@ CROSS = """Photographs from domains that the `photos` artifact never saw, 5-way,
 is 20: they are hard for a small extractor that saw 64 kinds of things at 84 pixels. Over HTTP, and by every learner:
 [training/RESULTS.md](training/RESULTS.md).
 """
-TRUST = """How far probabilities and "none of these" can be trusted on classes never seen, with five in each episode that
-the task does not know (`python -m training evaluate ... --foreign 5`), per cent, default learner. In a domain far from
-the training photographs little that is foreign is noticed.
+TRUST = """How far probabilities and "none of these" can be trusted on classes never seen, with five in each episode
+that the task does not know (`python -m training evaluate ... --foreign 5`), per cent, default learner. In a domain far
+from the training photographs little that is foreign is noticed.
 """
 
 

@@ -33,16 +33,23 @@ def accuracy_tables(lines: Sequence[Line], others: Sequence[Line], commands: Com
     settings: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
         settings.setdefault(tuple(shown(line.get(name)) for name in SETTING), []).append(line)
-    for group in settings.values():
+    # What the artifact was trained for comes first, other domains after it.
+    for group in sorted(settings.values(), key=lambda group: not at_home(group[0])):
         parts.append(f"### {name_of(group[0])}")
         parts.append(facts(group))
         for way in sorted({line["way"] for line in group}):
             cells = [line for line in group if line["way"] == way]
             beside = [line for line in others if line["data"] == group[0]["data"] and line["way"] == way]
-            parts.append(_way_table(way, cells, beside if group[0]["split"] == "test" else [], commands))
+            comparable = group[0]["split"] == "test" and group[0].get("precision", "float32") == "float32"
+            parts.append(_way_table(way, cells, beside if comparable else [], commands))
     if any(line["certainty"] != "published" for line in others):
         parts.append("† from memory, not checked against the source.")
     return "\n\n".join(parts)
+
+
+def at_home(line: Line) -> bool:
+    """Whether it was measured on other classes of the data that the artifact was trained on."""
+    return bool(line["data"] == str(line.get("trained_on")).split(" ")[0])
 
 
 def name_of(line: Line) -> str:
@@ -59,9 +66,10 @@ def facts(lines: Sequence[Line]) -> str:
 
     seconds = dict.fromkeys(line.get("seconds") for line in lines)
     clock = " or ".join("not recorded" if value is None else f"{value / 60:,.0f} min" for value in seconds)
+    notes = dict.fromkeys(f" `{line['method']}`: {line['note']}." for line in lines if line.get("note"))
     return (
         f"{all_of('episodes')} episodes (seed {all_of('seed')}), {all_of('queries')} questions a class. Trained on "
-        f"{all_of('trained_on')}, training seed {all_of('training_seed')}, wall-clock {clock}."
+        f"{all_of('trained_on')}, training seed {all_of('training_seed')}, wall-clock {clock}.{''.join(notes)}"
     )
 
 
@@ -141,7 +149,7 @@ def ten_samples(lines: Sequence[Line], measured: Sequence[Line], goals: Sequence
         for line in measured:
             if (line["way"], line["shot"]) not in cells or not line.get("default") or line["precision"] != "float32":
                 continue
-            if line["data"] != line["trained_on"].split(" ")[0]:
+            if not at_home(line):
                 continue
             width = half(line, "accuracy") or 0.0
             short = 80 - line["accuracy"]

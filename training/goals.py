@@ -7,6 +7,7 @@ experiment the answer is to be read. Knows nothing of how results were made.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ def _row(goal: Line, found: Sequence[Line], lines: Sequence[Line], commands: Com
 
 
 def _verdict(goal: Line, value: float, width: float) -> str:
-    short = max(goal.get("least", value) - value, value - goal.get("most", value))
+    short = max(goal["least"] - value if "least" in goal else -math.inf, value - goal.get("most", math.inf))
     if short <= -width:
         return "yes"
     if short <= 0:

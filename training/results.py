@@ -40,7 +40,8 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "trust": (
         'Probabilities and "none of these"',
         "Expected calibration error (ECE, 15 bins, pooled), the share of genuine images turned away where 5 % were "
-        "asked for, the share of foreign images turned away, and the area under the ROC curve within an episode.",
+        "asked for, the share of foreign images turned away, and the area under the ROC curve within an episode. "
+        "Temperatures and rejection were fitted on validation classes, with their labels.",
         None,
     ),
     "field": (

@@ -60,10 +60,9 @@ def shown(value: Any) -> str:
 
 
 def half(line: Line, name: str) -> float | None:
-    """The interval that belongs to a field: `<field>_interval`, or `interval` for the accuracy or the error."""
+    """The interval that belongs to a field: `<field>_interval`, or `interval` for accuracy and error."""
     own = line.get(f"{name}_interval")
-    main = "accuracy" if "accuracy" in line else "error"
-    found = own if own is not None else line.get("interval") if name == main else None
+    found = own if own is not None else line.get("interval") if name in ("accuracy", "error") else None
     return float(found) if isinstance(found, int | float) else None
 
 

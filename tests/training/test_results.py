@@ -69,7 +69,7 @@ def test_the_committed_page_is_what_the_raw_results_give(tmp_path: Path) -> None
     assert again == {path.relative_to(COMMITTED).as_posix(): path.read_bytes() for path in kept}, (
         "python -m training results makes it again"
     )
-    assert len(again) > 2
+    assert len(again) > 1
 
 
 def test_every_picture_of_the_page_is_there_and_every_row_of_ours_names_a_command() -> None:
