@@ -35,7 +35,7 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "int8 against float32": (
         "int8 against float32",
         "The int8 graph and the float32 graph on the same episodes. Difference: int8 less float32, paired.",
-        ("data", "method", "task", "accuracy", "difference", "episodes", "training_seed"),
+        ("data", "split", "method", "task", "accuracy", "difference", "episodes", "training_seed"),
     ),
     "trust": (
         'Probabilities and "none of these"',
@@ -47,8 +47,12 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "field": (
         "Over HTTP, on domains never seen",
         "`deploy/field.py` teaches a running service and asks it: every learner, with unlabelled images of the same "
-        "classes, and with images of classes that the task does not know. Intervals are over draws.",
-        None,
+        "classes, and with images of classes that the task does not know. Episodes are draws, "
+        "and intervals are over them: of five draws they are wide.",
+        (
+            *("data", "method", "task", "unlabelled", "accuracy", "genuine_rejected", "foreign_rejected", "foreign"),
+            *("episodes", "precision", "note"),
+        ),
     ),
 }
 ORDER = ("accuracy", *KNOWN)
