@@ -117,7 +117,8 @@ def learning_curves(lines: Sequence[Line], *, least: int = 4) -> dict[str, tuple
             settings.setdefault((*(shown(line.get(n)) for n in SETTING), f"{line['way']:03d}"), []).append(line)
     for key in sorted(settings):
         group = settings[key]
-        if len({line["shot"] for line in group}) < least:
+        shots = {line["shot"] for line in group}
+        if len(shots) < least:
             continue
         way, first = group[0]["way"], group[0]
         found = []
@@ -127,7 +128,10 @@ def learning_curves(lines: Sequence[Line], *, least: int = 4) -> dict[str, tuple
                 for line in group
                 if line["method"] == method
             }
-            found.append(svg.Curve(method, tuple(points[shot] for shot in sorted(points))))
+            if set(points) == shots:  # a straight line over a gap would look like a measurement
+                found.append(svg.Curve(method, tuple(points[shot] for shot in sorted(points))))
+        if not found:
+            continue
         turned = "-rotations" if first.get("rotations") else ""
         title = f"{first['artifact']} on {first['data']}{turned.replace('-', ' with ')}, {way}-way"
         picture = svg.curves(title, found, x="examples a class (logarithmic)", y="accuracy, %")

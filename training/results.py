@@ -131,7 +131,8 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
     parts = [INTRODUCTION, "## Goals\n\n" + goals_table(goals, lines, commands)]
     parts.append("## Ten samples\n\n" + ten)
     parts.append(
-        "## Learning curves\n\nAccuracy over examples a class, with 95 % intervals; chance is 100 / way.\n\n"
+        "## Learning curves\n\nAccuracy over examples a class, with 95 % intervals; chance is 100 / way. A learner that was "
+        "not measured at every point is left out.\n\n"
         + "\n\n".join(f"![{title}](results/{name})" for name, (title, _) in curves.items())
     )
     for labels, some in by_labels(measured):

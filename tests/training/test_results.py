@@ -191,12 +191,14 @@ def test_ten_samples_have_four_readings_and_say_which_was_proved(tmp_path: Path)
 
 def test_curves_are_drawn_of_settings_with_enough_shots(tmp_path: Path) -> None:
     lines = [ours(shot=shot, accuracy=50.0 + shot, method=m) for shot in (1, 2, 5, 20) for m in ("a<b", "ridge")]
+    lines.append(ours(method="once"))
     text = made(tmp_path, lines)
     (name,) = [path.name for path in (tmp_path / "out" / "results").glob("curve*.svg")]
     assert f"](results/{name})" in text
     picture = (tmp_path / "out" / "results" / name).read_text()
     names = [node.text for node in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
     assert {"a<b", "ridge", "1", "2", "5", "20"} <= set(names)
+    assert "once" not in names
     raw.append(tmp_path / "raw" / "a.jsonl", [])
     (tmp_path / "raw" / "a.jsonl").write_text(json.dumps(ours()) + "\n")
     results.main(ResultsConfig(raw=tmp_path / "raw", out=tmp_path / "out"))
