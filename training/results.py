@@ -128,7 +128,7 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
     pictures |= bars
     curves = learning_curves(measured)
     pictures |= {name: picture for name, (_, picture) in curves.items()}
-    parts = [INTRODUCTION, "## Goals\n\n" + goals_table(goals, lines, commands)]
+    parts = [INTRODUCTION, "## Goals\n\n" + ON_GOALS + goals_table(goals, lines, commands)]
     parts.append("## Ten samples\n\n" + ten)
     parts.append(
         "## Learning curves\n\nAccuracy over examples a class, with 95 % intervals; chance is 100 / way. A learner that was "
@@ -156,6 +156,10 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
     return "\n\n".join(parts) + "\n", pictures
 
 
+ON_GOALS = """A headline asks for three training seeds; where nothing is said of seeds, there was one. "Not measured" is no
+failure and no success.
+
+"""
 INTRODUCTION = """# Results
 
 Made by `python -m training results` from the raw lines in [results/](results/); a test makes it again and compares
