@@ -131,8 +131,8 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
     parts = [INTRODUCTION, "## Goals\n\n" + ON_GOALS + goals_table(goals, lines, commands)]
     parts.append("## Ten samples\n\n" + ten)
     parts.append(
-        "## Learning curves\n\nAccuracy over examples a class, with 95 % intervals; chance is 100 / way. A learner that was "
-        "not measured at every point is left out.\n\n"
+        "## Learning curves\n\nAccuracy over examples a class, with 95 % intervals; chance is 100 / way. A learner "
+        "that was not measured at every point is left out.\n\n"
         + "\n\n".join(f"![{title}](results/{name})" for name, (title, _) in curves.items())
     )
     for labels, some in by_labels(measured):
@@ -156,8 +156,8 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
     return "\n\n".join(parts) + "\n", pictures
 
 
-ON_GOALS = """A headline asks for three training seeds; where nothing is said of seeds, there was one. "Not measured" is no
-failure and no success.
+ON_GOALS = """A headline asks for three training seeds; where nothing is said of seeds, there was one. "Not
+measured" is no failure and no success.
 
 """
 INTRODUCTION = """# Results
