@@ -47,6 +47,8 @@ CONFIGS = {
     "evaluate": config.EvaluateConfig,
     "export": config.ExportConfig,
     "import": config.ImportConfig,
+    "lake": config.LakeConfig,
+    "results": config.ResultsConfig,
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m training pretrain | metatrain | evaluate | export | import | demo`."""
+"""`python -m training COMMAND`: the table below has them all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from training.config import (
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
+    LakeConfig,
     MetatrainConfig,
     PretrainConfig,
+    ResultsConfig,
     parse,
 )
 from training.data import DataError
@@ -53,6 +55,8 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "evaluate": (EvaluateConfig, "measure an artifact on frozen episodes"),
     "export": (ExportConfig, "turn checkpoints into an artifact"),
     "import": (ImportConfig, "make an artifact of a backbone trained elsewhere"),
+    "lake": (LakeConfig, "measure an artifact on Lake's one-shot runs"),
+    "results": (ResultsConfig, "make RESULTS.md from raw results"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
 }
 

@@ -28,7 +28,9 @@ class PretrainConfig(Config):
 
     data: Path = Field(description="folder or zip with one folder per class")
     out: Path = Field(description="folder for the checkpoint and the log")
-    split: str = Field("train", description="which classes to learn from: train, or all")
+    split: str = Field(
+        "train", description="which classes to learn from: train, all, or (Omniglot) background5 or background30"
+    )
     shape: str = Field("resnet18", description="network, a name from models/resnet.py")
     size: int = Field(84, ge=16, description="pixels of the input, height and width")
     small: int = Field(0, ge=0, description="pixels in the first part of the training; 0 = the same throughout")
@@ -102,6 +104,7 @@ class EvaluateConfig(Config):
     )
     group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
     precision: Literal["float32", "int8"] = "float32"
+    against_float32: bool = Field(False, description="also the difference to float32, paired on the same episodes")
     per_class: int = Field(0, ge=0)
     seed: int = 7
     json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
@@ -148,6 +151,19 @@ class ImportConfig(Config):
     episodes: int = Field(400, ge=10, description="calibration episodes per way and shot")
     per_class: int = Field(100, ge=0, description="at most so many images a class; 0 = all")
     seed: int = 11
+class LakeConfig(Config):
+    """Measure an artifact on Lake's one-shot runs of Omniglot."""
+
+    artifact: Path = Field(description="artifact folder, for grey drawings")
+    data: Path = Field(description="folder with one_shot_runs.zip and the splits.json of Omniglot")
+    json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
+
+
+class ResultsConfig(Config):
+    """Make RESULTS.md and its pictures from raw results."""
+
+    raw: Path = Field(Path("training/results"), description="folder of raw results, *.jsonl")
+    out: Path = Field(Path("training"), description="folder for RESULTS.md and results/*.svg")
 
 
 def parse(model: type[C], arguments: list[str], *, prog: str) -> C:

@@ -25,13 +25,14 @@ from models.extractor_torch import TorchExtractor
 from models.images import ImageDecoder
 from models.learners import build
 from models.resnet import ImageExtractor
-from training import checkpoint, data, metatrain
+from training import checkpoint, data, evaluate, metatrain, raw
 from training.calibrate import SHOTS, calibrate
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
 from training.int8 import after_pool, int8_loss, quantise
 from training.pretrain import load_extractor
 
+MEASURED = {field.name for field in dataclasses.fields(evaluate.Row)}  # what the manifest keeps of a line
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
 
 
@@ -107,9 +108,10 @@ def main(config: ExportConfig) -> Path:
             "calibration": f"{config.tasks} of {config.calibration_split}",
         },
         "accuracy": [
-            json.loads(line)
+            {name: value for name, value in line.items() if name in MEASURED}
             for file in filter(None, config.metrics.split(","))
-            for line in Path(file).read_text().splitlines()
+            for line in raw.read(Path(file))
+            if line.get("experiment", "accuracy") == "accuracy"
         ],
         "int8": None,
     }

@@ -41,6 +41,21 @@ def test_the_field_test_prints_a_row_for_each_learner_and_forgets_its_task(addre
     assert "field-test" not in listed
 
 
+def test_the_field_test_leaves_raw_results_with_unlabelled_and_foreign_images(address: str, tmp_path: Path) -> None:
+    shapes, out = synthetic.write(tmp_path / "shapes", classes=5, images=6), tmp_path / "field.jsonl"
+    given = ["--classes", "3", "--shots", "2", "--draws", "2", "--unlabelled", "2", "--foreign", "9"]
+    rows = script("field.py", address, str(shapes), *given, "--json-out", str(out)).splitlines()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len(lines) == 9  # ridge has no use for unlabelled images
+    assert {(line["method"], line["unlabelled"]) for line in lines} >= {("ridge", 0), ("whitened", 0), ("whitened", 2)}
+    assert ("ridge", 2) not in {(line["method"], line["unlabelled"]) for line in lines}
+    for line, row in zip(lines, rows, strict=True):
+        assert f"{line['accuracy']:.1f} ± {line['interval']:.1f}" in row
+        assert 0 <= line["genuine_rejected"] <= 100
+        assert 0 <= line["foreign_rejected"] <= 100
+        assert line["command"] == f"python deploy/field.py ADDRESS DATA/shapes {' '.join(given)}"
+
+
 def test_the_load_generator_counts_every_answer_and_its_status(address: str) -> None:
     sample = ROOT / "service" / "sample"
     fields = [f"-F{label}=@{sample}/{label}/1.png" for label in ("alpha", "omega")]
