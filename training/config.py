@@ -151,6 +151,8 @@ class ImportConfig(Config):
     episodes: int = Field(400, ge=10, description="calibration episodes per way and shot")
     per_class: int = Field(100, ge=0, description="at most so many images a class; 0 = all")
     seed: int = 11
+
+
 class LakeConfig(Config):
     """Measure an artifact on Lake's one-shot runs of Omniglot."""
 
