@@ -18,7 +18,7 @@ from models.episode import Support
 from models.extractor import Extractor, load_extractor
 from models.head import Affine
 from models.learners import Learner
-from training import data, honesty
+from training import data, honesty, raw
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, digest, frozen
 
@@ -150,6 +150,21 @@ def main(config: EvaluateConfig) -> list[Row]:
     if config.foreign:
         trust = honesty.measure(artifact, features, pool, config)
         print(f"{config.foreign} foreign classes an episode, per cent\n\n{honesty.table(trust)}\n")
+    if config.unlabelled:
+        from training import semi  # which measures with what stands here
+
+        found = semi.measure(learners, features, pool, config)
+        print(
+            f"{config.unlabelled} unlabelled images a class, {config.distractors} distractor classes"
+            f"{', of which alone they are' if config.only_distractors else ''}, per cent\n\n{semi.table(found)}\n"
+        )
+        if config.json_out:
+            made = {
+                **raw.made_with(artifact),
+                "rotations": config.rotations,
+                "command": raw.command("evaluate", config),
+            }
+            raw.append(config.json_out, ({"experiment": "semi-supervised", **asdict(row), **made} for row in found))
     if config.json_out:
         config.json_out.parent.mkdir(parents=True, exist_ok=True)
         with config.json_out.open("a") as file:
