@@ -1,4 +1,4 @@
-"""`python -m training pretrain | metatrain | evaluate | export | demo`."""
+"""`python -m training pretrain | metatrain | evaluate | continual | export | demo`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pydantic import Field
 from models.errors import FewshotError
 from training.config import (
     Config,
+    ContinualConfig,
     EvaluateConfig,
     ExportConfig,
     MetatrainConfig,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "pretrain": (PretrainConfig, "learn an extractor"),
     "metatrain": (MetatrainConfig, "train the learners on episodes"),
     "evaluate": (EvaluateConfig, "measure an artifact on frozen episodes"),
+    "continual": (ContinualConfig, "add classes one at a time, take some away: what is forgotten"),
     "export": (ExportConfig, "turn checkpoints into an artifact"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
 }
