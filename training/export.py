@@ -38,7 +38,7 @@ from models.resnet import ImageExtractor, fold
 from training import checkpoint, data, evaluate, metatrain
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen
-from training.pretrain import load_extractor
+from training.pretrain import labelled, load_extractor
 
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
 SHOTS = (1, 2, 5, 10)
@@ -297,7 +297,7 @@ def main(config: ExportConfig) -> Path:
             "split": pretrained.split,
             "shape": pretrained.shape,
             "objectives": pretrained.objectives,
-            "labels_used": "supervised" in pretrained.objectives or learned_from == "labels",  # calibration: see below
+            "labels_used": labelled(pretrained) or learned_from == "labels",  # calibration: see below
             "epochs": pretrained.epochs,
             "seed": pretrained.seed,
             "calibration": f"{config.tasks} of {config.calibration_split}",
