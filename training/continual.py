@@ -10,6 +10,7 @@ before it learns, so that its heads do not differ in a single bit: its own tests
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -170,6 +171,12 @@ def _row(
     )
 
 
+def known(row: ContinualRow) -> raw.Line:
+    """The fields of a row, None where there is no number."""
+    empty = {name for name, value in asdict(row).items() if isinstance(value, float) and math.isnan(value)}
+    return {name: None if name in empty else value for name, value in asdict(row).items()}
+
+
 def table(rows: Sequence[ContinualRow]) -> str:
     """Learners down, numbers of classes across: accuracy on all of them, and on the first to come."""
     steps = list(dict.fromkeys((row.phase, row.way) for row in rows))
@@ -210,6 +217,5 @@ def main(config: ContinualConfig) -> list[ContinualRow]:
     )
     if config.json_out:
         made = {**raw.made_with(artifact), "rotations": config.rotations, "command": raw.command("continual", config)}
-        lines = ({name: None if value != value else value for name, value in asdict(row).items()} for row in rows)
-        raw.append(config.json_out, ({"experiment": "continual", **line, **made} for line in lines))
+        raw.append(config.json_out, ({"experiment": "continual", **known(row), **made} for row in rows))
     return rows
