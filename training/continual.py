@@ -83,7 +83,7 @@ def adapted(learner: Learner, features: np.ndarray, episode: Indices, classes: S
 def answers(affine: Affine, classes: Sequence[int], features: np.ndarray, episode: Indices) -> np.ndarray:
     """The class that each question [q] of the episode is given, though it may show one that is not there."""
     logits = features[episode.query] @ affine.weight.T + affine.bias
-    return np.array(classes)[logits.argmax(axis=1)]
+    return np.asarray(np.array(classes)[logits.argmax(axis=1)])
 
 
 def fine_tuned(
@@ -128,13 +128,14 @@ def measure(
             for method, learner in learners.items():
                 one = answers(adapted(learner, features, episode, came), came, features, episode)
                 once = answers(adapted(learner, features, episode, sorted(came)), sorted(came), features, episode)
-                maps = (adapted(exact[method], double, episode, classes) for classes in (came, sorted(came)))
+                single = adapted(exact[method], double, episode, came)
+                batch = adapted(exact[method], double, episode, sorted(came))
                 numbers = (
                     share(one, asked),
                     share(one, early),
                     share(once, asked),
                     float((one != once)[asked].mean()),
-                    apart(*maps, [sorted(came).index(number) for number in came]),
+                    apart(single, batch, [sorted(came).index(number) for number in came]),
                 )
                 found.setdefault((phase, len(came), method), []).append(numbers)
             alone = (share(given, asked), share(given, early), float("nan"), float("nan"), float("nan"))

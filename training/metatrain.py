@@ -96,16 +96,16 @@ def cached(
     number = np.tile(np.arange(len(images)), config.views + 1)
     if config.tasks == "pseudo":
         return Tasks(features, number, None, plain=len(features))
-    n, shown = len(images), config.views + 1
+    count, views = len(images), config.views + 1
     if config.tasks == "labels":
-        return Tasks(features, np.tile(images.labels, shown), number, plain=n)
+        return Tasks(features, np.tile(images.labels, views), number, plain=count)
     fine, coarse = (
-        np.tile(pseudo.clusters(features[:n], size, seed=seed), shown) for size in (pseudo.FINE, pseudo.COARSE)
+        np.tile(pseudo.clusters(features[:count], size, seed=seed), views) for size in (pseudo.FINE, pseudo.COARSE)
     )
     others = [Pool.of(coarse, number)]
     if config.tasks == "mixed":
         others.append(Pool.of(number))
-    return Tasks(features, fine, number, plain=n, others=tuple(others))
+    return Tasks(features, fine, number, plain=count, others=tuple(others))
 
 
 def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.ndarray]:
