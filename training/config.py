@@ -106,6 +106,7 @@ class EvaluateConfig(Config):
     foreign: int = Field(
         0, ge=0, description="classes per episode that the task does not know; measures trust as well: see honesty.py"
     )
+    scores: bool = Field(False, description="with --foreign: compare other ways to score them, see scores.py")
     unlabelled: int = Field(0, ge=0, description="images of each class without a label; measures what they add as well")
     distractors: int = Field(0, ge=0, description="classes per episode that the unlabelled images show besides")
     only_distractors: bool = Field(False, description="the unlabelled images show those classes alone")
@@ -130,8 +131,8 @@ class ContinualConfig(Config):
     queries: int = Field(10, ge=1, description="questions per class")
     orders: int = Field(3, ge=2, description="different orders in which the same classes come")
     learners: str = Field("", description="with commas; empty = all of the artifact")
-    lr: float = Field(0.1, gt=0, description="of the head that is fine-tuned on the newest class alone")
-    steps: int = Field(20, ge=1, description="of its fine-tuning for each class")
+    lr: float = Field(0.03, gt=0, description="of the head that is fine-tuned on the newest class alone")
+    steps: int = Field(5, ge=1, description="of its fine-tuning for each class")
     seed: int = 7
     json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
 

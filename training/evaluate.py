@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,6 +125,13 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def write(config: EvaluateConfig, artifact: Artifact, experiment: str, rows: Sequence[Any]) -> None:
+    """Adds rows, each a dataclass of plain values, to the file that was asked for."""
+    if config.json_out:
+        of_all = {**raw.made_with(artifact), "rotations": config.rotations, "command": raw.command("evaluate", config)}
+        raw.append(config.json_out, ({"experiment": experiment, **asdict(row), **of_all} for row in rows))
+
+
 def main(config: EvaluateConfig) -> list[Row]:
     artifact = Artifact.load(config.artifact)
     extractor = load_extractor(artifact, precision=config.precision)
@@ -150,21 +158,22 @@ def main(config: EvaluateConfig) -> list[Row]:
     if config.foreign:
         trust = honesty.measure(artifact, features, pool, config)
         print(f"{config.foreign} foreign classes an episode, per cent\n\n{honesty.table(trust)}\n")
+    # What these measure with stands here, so they cannot be imported before.
+    if config.scores:
+        from training import scores
+
+        told = scores.measure(artifact, features, pool, config)
+        print(f"ways to tell {config.foreign} foreign classes, per cent\n\n{scores.table(told)}\n")
+        write(config, artifact, "rejection score", told)
     if config.unlabelled:
-        from training import semi  # which measures with what stands here
+        from training import semi
 
         found = semi.measure(learners, features, pool, config)
         print(
             f"{config.unlabelled} unlabelled images a class, {config.distractors} distractor classes"
             f"{', of which alone they are' if config.only_distractors else ''}, per cent\n\n{semi.table(found)}\n"
         )
-        if config.json_out:
-            made = {
-                **raw.made_with(artifact),
-                "rotations": config.rotations,
-                "command": raw.command("evaluate", config),
-            }
-            raw.append(config.json_out, ({"experiment": "semi-supervised", **asdict(row), **made} for row in found))
+        write(config, artifact, "semi-supervised", found)
     if config.json_out:
         config.json_out.parent.mkdir(parents=True, exist_ok=True)
         with config.json_out.open("a") as file:
