@@ -17,6 +17,7 @@ from pydantic import Field
 from models.errors import FewshotError
 from training.config import (
     Config,
+    ContinualConfig,
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
@@ -53,6 +54,7 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "pretrain": (PretrainConfig, "learn an extractor"),
     "metatrain": (MetatrainConfig, "train the learners on episodes"),
     "evaluate": (EvaluateConfig, "measure an artifact on frozen episodes"),
+    "continual": (ContinualConfig, "add classes one at a time, take some away: what is forgotten"),
     "export": (ExportConfig, "turn checkpoints into an artifact"),
     "import": (ImportConfig, "make an artifact of a backbone trained elsewhere"),
     "lake": (LakeConfig, "measure an artifact on Lake's one-shot runs"),

@@ -43,6 +43,11 @@ class PretrainConfig(Config):
     start: Path | None = Field(
         None, description="folder of a finished pretraining, or of an artifact, whose weights to start from"
     )
+    labels: Literal["classes", "clusters"] = Field(
+        "classes", description="clusters: of what --start sees in the images, made anew each round; no label is read"
+    )
+    rounds: int = Field(3, ge=1, description="of --epochs each, with --labels clusters")
+    cluster: int = Field(15, ge=2, description="images in a cluster, on average")
     augment: Literal["photos", "snapshots", "characters"] = "photos"
     rotations: bool = Field(False, description="turns by 90, 180, 270 degrees are images (and classes) of their own")
     epochs: int = Field(20, ge=1)
@@ -66,8 +71,9 @@ class MetatrainConfig(Config):
     data: Path = Field(description="folder or zip with one folder per class")
     out: Path = Field(description="folder with the pretrained checkpoint; the learners are put beside it")
     split: str = "train"
-    tasks: Literal["labels", "pseudo"] = Field(
-        "labels", description="pseudo: every image a class of its own, no label read"
+    tasks: Literal["labels", "pseudo", "clusters", "mixed"] = Field(
+        "labels",
+        description="with no label read: pseudo, every image a class; clusters of features, fine and coarse; or mixed",
     )
     rotations: bool = False
     views: int = Field(4, ge=0, description="augmented views of each image whose features are cached")
@@ -102,10 +108,34 @@ class EvaluateConfig(Config):
     foreign: int = Field(
         0, ge=0, description="classes per episode that the task does not know; measures trust as well: see honesty.py"
     )
+    scores: bool = Field(False, description="with --foreign: compare other ways to score them, see scores.py")
+    unlabelled: int = Field(0, ge=0, description="images of each class without a label; measures what they add as well")
+    distractors: int = Field(0, ge=0, description="classes per episode that the unlabelled images show besides")
+    only_distractors: bool = Field(False, description="the unlabelled images show those classes alone")
     group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
     precision: Literal["float32", "int8"] = "float32"
     against_float32: bool = Field(False, description="also the difference to float32, paired on the same episodes")
     per_class: int = Field(0, ge=0)
+    seed: int = 7
+    json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
+
+
+class ContinualConfig(Config):
+    """Add classes one at a time and take them away again: what is forgotten, against a head that is fine-tuned."""
+
+    artifact: Path = Field(description="artifact folder")
+    data: Path = Field(description="folder or zip with one folder per class")
+    split: str = "test"
+    rotations: bool = False
+    classes: int = Field(100, ge=4, description="classes that come one at a time")
+    removed: int = Field(50, ge=0, description="of them, how many go again")
+    every: int = Field(10, ge=1, description="classes between two measurements")
+    shot: int = Field(5, ge=1)
+    queries: int = Field(10, ge=1, description="questions per class")
+    orders: int = Field(3, ge=2, description="different orders in which the same classes come")
+    learners: str = Field("", description="with commas; empty = all of the artifact")
+    lr: float = Field(0.03, gt=0, description="of the head that is fine-tuned on the newest class alone")
+    steps: int = Field(5, ge=1, description="of its fine-tuning for each class")
     seed: int = 7
     json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
 

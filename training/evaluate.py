@@ -182,6 +182,22 @@ def main(config: EvaluateConfig) -> list[Row]:
         trust = honesty.measure(artifact, features, pool, config)
         print(f"{config.foreign} foreign classes an episode, per cent\n\n{honesty.table(trust)}\n")
         lines += [{**asdict(row), "experiment": "trust"} for row in trust]
+    # What these measure with stands here, so they cannot be imported before.
+    if config.scores:
+        from training import scores
+
+        told = scores.measure(artifact, features, pool, config)
+        print(f"ways to tell {config.foreign} foreign classes, per cent\n\n{scores.table(told)}\n")
+        lines += [{**asdict(row), "experiment": "rejection score"} for row in told]
+    if config.unlabelled:
+        from training import semi
+
+        found = semi.measure(learners, features, pool, config)
+        print(
+            f"{config.unlabelled} unlabelled images a class, {config.distractors} distractor classes"
+            f"{', of which alone they are' if config.only_distractors else ''}, per cent\n\n{semi.table(found)}\n"
+        )
+        lines += [{**asdict(row), "experiment": "semi-supervised"} for row in found]
     if config.json_out:
         of_all = {
             **raw.made_with(artifact),

@@ -30,7 +30,7 @@ from training.calibrate import SHOTS, calibrate
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
 from training.int8 import after_pool, int8_loss, quantise
-from training.pretrain import load_extractor
+from training.pretrain import labelled, load_extractor
 
 MEASURED = {field.name for field in dataclasses.fields(evaluate.Row)}  # what the manifest keeps of a line
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
@@ -102,7 +102,7 @@ def main(config: ExportConfig) -> Path:
             "split": pretrained.split,
             "shape": pretrained.shape,
             "objectives": pretrained.objectives,
-            "labels_used": "supervised" in pretrained.objectives or learned_from == "labels",  # calibration: see below
+            "labels_used": labelled(pretrained) or learned_from == "labels",  # calibration: see below
             "epochs": pretrained.epochs,
             "seed": pretrained.seed,
             "calibration": f"{config.tasks} of {config.calibration_split}",

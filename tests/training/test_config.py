@@ -8,6 +8,7 @@ import pytest
 from training.__main__ import COMMANDS
 from training.config import (
     Config,
+    ContinualConfig,
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
@@ -21,6 +22,7 @@ REQUIRED = {
     PretrainConfig: ["--data", "d", "--out", "o"],
     MetatrainConfig: ["--data", "d", "--out", "o"],
     EvaluateConfig: ["--artifact", "a", "--data", "d"],
+    ContinualConfig: ["--artifact", "a", "--data", "d"],
     ExportConfig: ["--checkpoint", "c", "--data", "d", "--out", "o", "--name", "n"],
     ImportConfig: ["--backbone", "b", "--data", "d", "--out", "o", "--name", "n"],
     LakeConfig: ["--artifact", "a", "--data", "d"],
