@@ -1,7 +1,7 @@
 # run    sets up what serving needs and starts the service: make run PORT=8001
 # test   sets up everything and runs every test that this computer can run
 # lint   ruff and mypy
-# bench  measures speed against the floor of the same run
+# bench  measures speed against the floor of the same run; bench-many: with many tasks; bench-peers: beside other servers
 # torture  injects every fault at full length (hours), or some: make torture NAMES="redis-down soak"
 # lock   pins what the images install, by hash; sbom, licences and advisories look into it
 # train  trains the two artifacts that ship, from data in $FEWSHOT_DATA (see README)
@@ -13,7 +13,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test lint bench torture lock sbom licences advisories train offline redis-server chromium faults clean
+.PHONY: run test lint bench bench-many bench-peers torture lock sbom licences advisories train offline redis-server chromium faults clean
 
 $(VENV)/serve: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed."; exit 1; }
@@ -60,6 +60,12 @@ test: $(VENV)/dev redis-server chromium faults lint
 
 bench: $(VENV)/dev
 	$(BIN)/python deploy/bench.py
+
+bench-many: $(VENV)/dev redis-server
+	$(BIN)/python deploy/many.py
+
+bench-peers: $(VENV)/dev
+	$(BIN)/python deploy/peers.py
 
 torture: $(VENV)/dev redis-server faults
 	$(BIN)/python -m tests.torture $(NAMES)

@@ -1,277 +1,266 @@
-"""`make bench`: the service over HTTP against the floor of the same run on the same machine.
+"""`make bench`: the service over HTTP against the floor of the same run, and which goals are reached.
 
-The floor is what the work costs without a server: decoding and the extractor in one process, with as many callers as
-cores, on the same images. Floor and service are measured in turns, and the median of each is taken, so that a machine
-that slows down slows both. Prints a table and, last, one JSON line.
+    python deploy/bench.py                      # float32, then int8: some five minutes
+    python deploy/bench.py --precision int8 --seconds 2 --rounds 2
+    python deploy/bench.py --all                # and deploy/many.py and deploy/peers.py: an hour
+
+The floor is what the work costs without a server (deploy/floor.py). Floor and service are measured in turns and each
+window of the service is put beside the floor just before and after it, so that a machine that slows down slows both;
+then the median over the rounds is taken. The service is as it ships, with keys, metrics, rejection and log. Prints a
+table for each precision, what is behind it, and, last, one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import itertools
 import json
-import os
 import platform
-import signal
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]
+
+from floor import CORES, Floor, never_seen, pictures  # noqa: E402
+from goals import Figure, figure, table  # noqa: E402
+from serving import Service  # noqa: E402
 
 from models.artifact import Artifact  # noqa: E402
-from models.extractor_onnx import OnnxExtractor  # noqa: E402
+from service.precision import int8_loss  # noqa: E402
 
-CORES = os.cpu_count() or 1
-
-
-def pictures(count: int, *, seed: int) -> list[bytes]:
-    """JPEGs of 240 x 180 pixels with structure at several scales, so that they decode like photographs."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for _ in range(count):
-        image = np.zeros((180, 240, 3))
-        for cells in (3, 12, 48):
-            coarse = Image.fromarray(rng.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
-            image += np.asarray(coarse.resize((240, 180), Image.Resampling.BICUBIC), float) / 3
-        buffer = io.BytesIO()
-        Image.fromarray(image.astype(np.uint8)).save(buffer, "JPEG", quality=85)
-        out.append(buffer.getvalue())
-    return out
+MANY = [f"many-{number}" for number in range(64)]
+SUPPORTS = ((5, 5), (20, 5), (100, 10))  # way, shot
+LARGE = "adapt-100-10"
+COLD = 100  # tasks whose heads are thrown away
+TIMES = 4  # the overload, over the peak
 
 
-class Floor:
-    """Decode and extract in this process."""
+class Bench:
+    """One artifact at one precision; `detail` is what the figures were made from."""
 
-    def __init__(self, artifact: Artifact, precision: str, images: list[bytes]):
-        self.decoder = artifact.decoder()
-        self.extractor = OnnxExtractor(artifact, precision=precision)
-        self.images = images
+    def __init__(self, artifact: Artifact, precision: str, folder: Path, *, seconds: float, rounds: int):
+        self.artifact, self.precision, self.folder = artifact, precision, folder
+        self.seconds, self.rounds = seconds, rounds
+        self.images = pictures(64, seed=1)
+        self.files = []
+        for number, image in enumerate(self.images):
+            (folder / f"{number}.jpg").write_bytes(image)
+            self.files.append(str(folder / f"{number}.jpg"))
+        self.floor = Floor(artifact, precision, self.images)
+        self.floor.throughput(1)
+        self.detail: dict[str, Any] = {"precision": precision}
 
-    def forward(self, images: list[bytes]) -> None:
-        self.extractor(np.stack([self.decoder(image) for image in images]))
+    def run(self) -> list[Figure]:
+        with Service(self.artifact.path, self.precision, self.folder) as service:
+            for task in ("bench", *MANY):
+                service.adapt(task, never_seen(self.images, 25 if task == "bench" else 10), 5)
+            figures = [*self.under_load(service), *self.adaptation(service)]
+            figures += [self.addition(service), self.refit(service), *self.overload(service)]
+            memory = service.memory()
+        figures += [*self.started_again(), figure("memory", memory)]
+        if self.precision == "int8" and (loss := int8_loss(self.artifact)) is not None:
+            figures.append(figure("loss int8", loss))
+        return figures
 
-    def throughput(self, seconds: float, *, batch: int = 8) -> tuple[float, float]:
-        """Images per second with one caller per core, and CPU seconds per image."""
-        ends = time.perf_counter() + seconds
-
-        def caller(number: int) -> int:
-            done = number
-            while time.perf_counter() < ends:
-                self.forward([self.images[(done + k) % len(self.images)] for k in range(batch)])
-                done += batch
-            return done - number
-
-        cpu, start = time.process_time(), time.perf_counter()
-        with ThreadPoolExecutor(CORES) as pool:
-            total = sum(pool.map(caller, range(CORES)))
-        return total / (time.perf_counter() - start), (time.process_time() - cpu) / total
-
-    def single(self, rounds: int = 200) -> float:
-        """Median milliseconds of one image at a time."""
-        times = []
-        for number in range(rounds):
-            start = time.perf_counter()
-            self.forward([self.images[number % len(self.images)]])
-            times.append(time.perf_counter() - start)
-        return 1e3 * statistics.median(times)
-
-    def together(self, images: list[bytes], rounds: int = 10) -> float:
-        """Median milliseconds of decoding and extracting all images, split over the cores."""
-        parts = [images[number::CORES] for number in range(CORES)]
-        times = []
-        with ThreadPoolExecutor(CORES) as pool:
-            for _ in range(rounds):
-                start = time.perf_counter()
-                list(pool.map(self.forward, parts))
-                times.append(time.perf_counter() - start)
-        return 1e3 * statistics.median(times)
-
-
-class Service:
-    """A service of its own process on a free port."""
-
-    def __init__(self, artifact: Path, precision: str, folder: Path):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FEWSHOT_")}
-        environment |= {
-            "FEWSHOT_PORT": "0",
-            "FEWSHOT_ARTIFACT": str(artifact),
-            "FEWSHOT_PRECISION": precision,
-            "FEWSHOT_DATA_DIR": str(folder),
-            "FEWSHOT_LOG_LEVEL": "info",
+    def under_load(self, service: Service) -> list[Figure]:
+        """Closed loops of 64, 8 and 1 connections, and of 64 on as many tasks, each beside the floor of its round."""
+        loops = {"64": {"connections": 64}, "tasks": {"connections": 64, "tasks": ",".join(MANY)}}
+        loops |= {"8": {"connections": 8}, "1": {"connections": 1}}
+        windows: dict[str, list[dict[str, Any]]] = {name: [] for name in loops}
+        floors, singles = [self.floor.throughput(self.seconds)], []
+        for _ in range(self.rounds):
+            for name, options in loops.items():
+                if name == "1":
+                    singles.append(self.floor.single())
+                windows[name].append(service.load(self.files, self.seconds, **options))
+            floors.append(self.floor.throughput(self.seconds))
+        beside = [tuple(map(statistics.mean, zip(*pair, strict=True))) for pair in itertools.pairwise(floors)]
+        self.detail["floor"] = {
+            "per_s": [round(per_s, 1) for per_s, _ in floors],
+            "cpu_ms": [round(1e3 * cpu, 3) for _, cpu in floors],
+            "single_ms": [round(single, 3) for single in singles],
         }
-        start = time.perf_counter()
-        self.log = (folder / "log").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "service"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if "ready at" in line:
-                self.url = line.split()[4]
-                break
-        else:
-            self.log.seek(0)
-            raise SystemExit(self.log.read())
-        self.ready_s = time.perf_counter() - start
+        self.detail["loops"] = {
+            name: [{key: row[key] for key in ("per_s", "p50_ms", "p99_ms", "cpu_ms", "bad")} for row in rows]
+            for name, rows in windows.items()
+        }
 
-    def ask(self, method: str, path: str, body: bytes, kind: str) -> dict[str, Any]:
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": kind}, method=method)  # noqa: S310
-        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-            found: dict[str, Any] = json.load(answer)
-        return found
+        def share(name: str) -> list[float]:
+            return [row["per_s"] / limit for row, (limit, _) in zip(windows[name], beside, strict=True)]
 
-    def adapt(self, task: str, images: list[bytes], way: int) -> float:
-        """Milliseconds to learn `way` classes from images dealt among them."""
-        boundary = "b0unDary"
-        head = '--{}\r\nContent-Disposition: form-data; name="class{}"; filename="x.jpg"\r\n\r\n'
-        parts = [head.format(boundary, index % way).encode() + image + b"\r\n" for index, image in enumerate(images)]
-        body = b"".join(parts) + f"--{boundary}--\r\n".encode()
-        start = time.perf_counter()
-        self.ask("PUT", f"/v1/tasks/{task}", body, f"multipart/form-data; boundary={boundary}")
-        return 1e3 * (time.perf_counter() - start)
-
-    def cpu(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def memory(self) -> float:
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))
-
-    def load(self, files: list[str], connections: int, seconds: float) -> dict[str, Any]:
-        before = self.cpu()
-        command = [
-            sys.executable,
-            str(ROOT / "deploy" / "load.py"),
-            self.url,
-            "bench",
-            *files,
-            "--connections",
-            str(connections),
-            "--seconds",
-            str(seconds),
+        cpu = [row["cpu_ms"] / 1e3 / each for row, (_, each) in zip(windows["64"], beside, strict=True)]
+        bare = zip(windows["1"], singles, strict=True)
+        return [
+            figure(f"share_64 {self.precision}", share("64")),
+            figure(f"cpu_64 {self.precision}", cpu),
+            figure("tasks_64", [a["per_s"] / b["per_s"] for a, b in zip(windows["tasks"], windows["64"], strict=True)]),
+            figure("p50_1", [row["p50_ms"] / single for row, single in bare]),
+            figure("share_8", share("8")),
         ]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found: dict[str, Any] = json.loads(out)
-        # The warm-up of half a second is in the CPU time too.
-        found["cpu_ms"] = 1e3 * (self.cpu() - before) * seconds / (seconds + 0.5) / found["answers"]
-        return found
 
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
-        if self.process.stdout:
-            self.process.stdout.close()
-        self.log.close()
+    def adaptation(self, service: Service) -> list[Figure]:
+        """Each size in turns with its images bare; images that the service has not seen, after one that warms up."""
+        figures = []
+        for way, shot in SUPPORTS:
+            count = way * shot
+            task = f"adapt-{way}-{shot}"
+            times = []
+            for number in range(1 + max(1, round(self.rounds * min(3, 250 / count)))):
+                bare = self.floor.together(never_seen(self.images, count))
+                served = service.adapt(task, never_seen(self.images, count), way)
+                if number or count > 250:  # a thousand images warm up by themselves
+                    times.append((served, bare))
+            self.detail[task] = [(round(served, 1), round(bare, 1)) for served, bare in times]
+            figures.append(figure(f"adapt {way} x {shot}", [served / bare for served, bare in times]))
+        return figures
+
+    def addition(self, service: Service) -> Figure:
+        times = []
+        for number in range(5 * self.rounds + 1):
+            bare = self.floor.single(20)
+            new = never_seen(self.images[number % 64 :], 1)
+            times.append((service.adapt(LARGE, new, 1, method="POST", path="/examples"), bare))
+        self.detail["add"] = [(round(served, 2), round(bare, 2)) for served, bare in times[1:]]
+        return figure("add", [served / bare for served, bare in times[1:]])
+
+    def refit(self, service: Service) -> Figure:
+        """The task with the examples of the hundred classes learns them with each learner in turn."""
+        times: dict[str, list[float]] = {}
+        methods = list(self.artifact.manifest.methods)
+        for number in range(3 * self.rounds * len(methods)):
+            method = methods[number % len(methods)]
+            spent = service.connection.ask("PATCH", f"/v1/tasks/{LARGE}?method={method}")
+            times.setdefault(method, []).append(spent)
+        medians = {method: statistics.median(found) for method, found in times.items()}
+        self.detail["refit_ms"] = {method: round(median, 1) for method, median in medians.items()}
+        slowest = max(medians, key=medians.__getitem__)
+        others = ", ".join(f"{method} {median:.0f}" for method, median in sorted(medians.items()) if method != slowest)
+        return figure("refit", times[slowest], f"`{slowest}`; {others} ms")
+
+    def overload(self, service: Service) -> list[Figure]:
+        """An open loop at four times the peak that was found just before and is found again just after."""
+        peaks, found = [service.load(self.files, self.seconds, connections=64)], []
+        for _ in range(max(1, self.rounds // 2)):
+            options = {"rate": TIMES * peaks[-1]["goodput_per_s"], "deadline_ms": 400 + 2 * peaks[-1]["p99_ms"]}
+            found.append(service.load(self.files, 2 * self.seconds, **options))
+            peaks.append(service.load(self.files, self.seconds, connections=64))
+        self.detail["overload"] = [
+            {key: row[key] for key in ("rate", "goodput_per_s", "statuses", "by_status", "lag_p99_ms")} for row in found
+        ]
+        good = [
+            row["goodput_per_s"] * 2 / (a["goodput_per_s"] + b["goodput_per_s"])
+            for row, a, b in zip(found, peaks, peaks[1:], strict=False)
+        ]
+        refused = [row["by_status"]["503"]["p99_ms"] for row in found if "503" in row["by_status"]]
+        undeclared = [
+            sum(count for status, count in row["statuses"].items() if status not in ("200", "503")) for row in found
+        ]
+        figures = [figure("goodput", good), figure("undeclared", undeclared)]
+        return [*figures, figure("refused", refused)] if refused else figures  # on a starved machine all give up first
+
+    def started_again(self) -> list[Figure]:
+        """On the same data, but with no head: the time to the first answer, and what an answer without a head costs."""
+        with Service(self.artifact.path, self.precision, self.folder) as service:
+            cold = [f"cold-{number}" for number in range(COLD)]
+            for task in cold:
+                service.adapt(task, never_seen(self.images, 25), 5)
+        with closing(sqlite3.connect(self.folder / "data" / "fewshot.sqlite3", isolation_level=None)) as store:
+            store.execute("DELETE FROM heads")
+        starts, rounds = [], []
+        for number in range(self.rounds):
+            with Service(self.artifact.path, self.precision, self.folder) as service:
+                service.classify("bench", self.images[0])
+                starts.append(time.perf_counter() - service.started)
+                for turn in range(20):
+                    service.classify("bench", self.images[turn])
+                times: dict[str, list[float]] = {"cold": [], "warm": []}
+                for turn, task in enumerate(cold[number :: self.rounds]):
+                    asked = [("cold", task), ("warm", "bench")]
+                    for kind, one in asked if turn % 2 else reversed(asked):
+                        times[kind].append(service.classify(one, self.images[turn % 64]))
+                rounds.append({kind: round(statistics.median(found), 3) for kind, found in times.items()})
+        self.detail["starts_s"] = [round(start, 2) for start in starts]
+        self.detail["heads_ms"] = rounds
+        return [figure("cold", [one["cold"] / one["warm"] for one in rounds]), figure("first", starts)]
 
 
 def bench(artifact: Artifact, precision: str, *, seconds: float, rounds: int) -> dict[str, Any]:
-    images = pictures(64, seed=1)
-    floor = Floor(artifact, precision, images)
-    floor.throughput(1)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        files = []
-        for number, image in enumerate(images):
-            (folder / f"{number}.jpg").write_bytes(image)
-            files.append(str(folder / f"{number}.jpg"))
-        service = Service(artifact.path, precision, folder)
-        try:
-            service.adapt("bench", images[:25], 5)
-            floors, singles, loads = [], [], {1: [], 8: [], 64: []}  # type: ignore[var-annotated]
-            for _ in range(rounds):
-                floors.append(floor.throughput(seconds))
-                singles.append(floor.single())
-                for connections, found in loads.items():
-                    found.append(service.load(files, connections, seconds))
-            floors.append(floor.throughput(seconds))
-            bare, adapts = [], []
-            for number in range(5):
-                # Both are measured warm: three times in a row, the service with new images each time.
-                supports = [pictures(25, seed=100 + 3 * number + k) for k in range(3)]
-                bare.append(floor.together(supports[0], rounds=3))
-                adapts.extend(service.adapt("adapt", support, 5) for support in supports)
-            memory = service.memory()
-        finally:
-            service.stop()
-    limit = statistics.median(value for value, _ in floors)
-    cpu = 1e3 * statistics.median(value for _, value in floors)
-    single = statistics.median(singles)
-    print(f"\n{artifact.manifest.name} {precision}: floor {limit:.0f} images/s, {cpu:.2f} ms CPU an image, ", end="")
+        one = Bench(artifact, precision, Path(name), seconds=seconds, rounds=rounds)
+        figures = one.run()
+    print(f"\n## {artifact.manifest.name}, {' x '.join(map(str, artifact.decoder().shape))}, {precision}\n")
+    print(table(figures))
+    floor = one.detail["floor"]
     print(
-        f"{single:.2f} ms for one alone\n\n| connections | images/s | of the floor | CPU of the floor's | p50 ms ",
-        end="",
+        f"\nfloor: {statistics.median(floor['per_s']):.0f} images/s ({min(floor['per_s']):.0f} to "
+        f"{max(floor['per_s']):.0f}), {statistics.median(floor['cpu_ms']):.2f} ms CPU an image, "
+        f"{statistics.median(floor['single_ms']):.2f} ms for one alone",
+        flush=True,
     )
-    print("| p99 ms | not 200 |\n|---|---|---|---|---|---|---|")
-    rows = []
-    for connections, found in loads.items():
-        per_s = statistics.median(row["per_s"] for row in found)
-        spread = (min(row["per_s"] for row in found), max(row["per_s"] for row in found))
-        row = {
-            "connections": connections,
-            "per_s": per_s,
-            "spread": spread,
-            "share": round(per_s / limit, 3),
-            "cpu": round(statistics.median(row["cpu_ms"] for row in found) / cpu, 2),
-            "p50_ms": statistics.median(row["p50_ms"] for row in found),
-            "p99_ms": statistics.median(row["p99_ms"] for row in found),
-            "bad": sum(count for row in found for status, count in row["statuses"].items() if status != "200"),
-        }
-        rows.append(row)
-        figures = (f"{row['share']:.2f}", f"{row['cpu']:.2f} x", f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}")
-        between = f"{per_s:.0f} ({spread[0]:.0f} to {spread[1]:.0f})"
-        print("| " + " | ".join((str(connections), between, *figures, str(row["bad"]))) + " |")
-    ratio = statistics.median(adapts) / statistics.median(bare)
-    print(
-        f"adapting 5 x 5: {statistics.median(adapts):.1f} ms, {ratio:.2f} x the bare {statistics.median(bare):.1f} ms; "
-    )
-    print(f"one connection's p50: {rows[0]['p50_ms'] / single:.2f} x bare; ", end="")
-    print(f"ready in {service.ready_s:.2f} s; {memory:.0f} MB")
-    return {
-        "precision": precision,
-        "floor_per_s": round(limit, 1),
-        "floor_spread": [round(min(v for v, _ in floors), 1), round(max(v for v, _ in floors), 1)],
-        "floor_cpu_ms": round(cpu, 3),
-        "single_ms": round(single, 3),
-        "rows": rows,
-        "adapt_ms": round(statistics.median(adapts), 1),
-        "adapt_ratio": round(ratio, 3),
-        "ready_s": round(service.ready_s, 2),
-        "memory_mb": round(memory, 1),
-    }
+    return {**one.detail, "figures": [found.row() for found in figures]}
 
 
-def main() -> None:
+def of_others(name: str, *options: str) -> dict[str, Any]:
+    """Runs another of the scripts beside this one, showing what it prints; the JSON of its last line."""
+    command = [sys.executable, "-u", str(ROOT / "deploy" / f"{name}.py"), *options]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line)
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def many_tasks(found: dict[str, Any]) -> list[Figure]:
+    """Of each store: the head of one task, and one connection's p50 over all tasks by Zipf's law."""
+    figures = []
+    for store in found["results"]:
+        name = store["store"]
+        if name == "redis":  # what it takes there, key and all
+            figures.append(figure("head", store["parts"]["head"] / 1024, name))
+        alone = [row for row in store["rows"] if row["connections"] == 1 and row["case"] == "all, by Zipf"]
+        note = f"{name}, {found['tasks']:,} tasks"
+        figures.append(figure("zipf", [row["p50_ms over one"] for row in alone], note))
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, default=ROOT / "models" / "pretrained" / "photos")
     parser.add_argument("--precision", default="float32,int8")
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    parser.add_argument("--all", action="store_true", help="run deploy/many.py and deploy/peers.py as well")
+    parser.add_argument("--tasks", type=int, default=100_000, help="how many for deploy/many.py")
+    given = parser.parse_args(arguments)
     artifact = Artifact.load(given.artifact)
     machine = f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}"
     print(f"{machine}; medians of {given.rounds} windows of {given.seconds:g} s, in turns with the floor")
-    results = [bench(artifact, p, seconds=given.seconds, rounds=given.rounds) for p in given.precision.split(",")]
-    print("\n" + json.dumps({"machine": machine, "artifact": artifact.digest, "results": results}))
+    result: dict[str, Any] = {"machine": machine, "artifact": artifact.digest}
+    result["results"] = [
+        bench(artifact, precision, seconds=given.seconds, rounds=given.rounds)
+        for precision in given.precision.split(",")
+    ]
+    if given.all:
+        same = ["--artifact", str(given.artifact), "--seconds", str(given.seconds), "--rounds", str(given.rounds)]
+        result["many"] = of_others("many", *same, "--tasks", str(given.tasks))
+        print("\n" + table(many_tasks(result["many"])))
+        result["peers"] = of_others("peers", *same, "--precision", given.precision)
+    print("\n" + json.dumps(result))
 
 
 if __name__ == "__main__":

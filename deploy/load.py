@@ -6,6 +6,7 @@
 Closed loop: each connection sends, waits for the answer, sends the next. Open loop (--rate): requests arrive when they
 arrive, at random or evenly (--even), however slow the answers are; latency counts from the moment a request was due. A
 client hangs up when its deadline has passed, and in a closed loop asks again; goodput is what was answered 200 before.
+A key is taken from FEWSHOT_KEY.
 
 Prints one JSON line: answers, throughput, percentiles of latency in all and by status. Raw sockets and as little work
 per request as possible, for it shares the machine with what it measures.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import time
 from collections import defaultdict, deque
@@ -267,12 +269,14 @@ async def measure(
     rate: float = 0,
     deadline_ms: float = 0,
     even: bool = False,
+    key: str = "",
 ) -> dict[str, Any]:
     # As many as there are pairs of a task and an image, at most; each task and each image come up equally often.
     turns = range(len(tasks) * len(images))
+    known = f"Authorization: Bearer {key}\r\n" if key else ""
     requests = [
         f"POST /v1/tasks/{tasks[n % len(tasks)]}/classify HTTP/1.1\r\nHost: service\r\nContent-Type: image/jpeg\r\n"
-        f"Content-Length: {len(images[n // len(tasks)])}\r\n\r\n".encode()
+        f"{known}Content-Length: {len(images[n // len(tasks)])}\r\n\r\n".encode()
         + images[n // len(tasks)]
         for n in turns
     ]
@@ -298,7 +302,8 @@ def main() -> None:
     if not images:
         parser.error("name at least one image")
     options = {name: getattr(given, name) for name in ("connections", "seconds", "rate", "deadline_ms", "even")}
-    print(json.dumps(run(measure(given.url, tasks, images, **options))))
+    key = os.environ.get("FEWSHOT_KEY", "")
+    print(json.dumps(run(measure(given.url, tasks, images, key=key, **options))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Many tasks: what each takes in Redis and in SQLite, and whether the service answers more slowly for them.
 
     python deploy/many.py --tasks 100000
+    python deploy/many.py --tasks 10000 --sizes
 
 Fills a store by its own `commit` with tasks of random features; while it is filled it need not sync, what it writes is
 the same. Then a service on it is asked about one task, 64, all of them evenly, and all by Zipf's law: by 64 connections
@@ -40,7 +41,7 @@ import numpy as np  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]
 
-from bench import pictures  # noqa: E402
+from floor import pictures  # noqa: E402
 from load import WARM_S, Closed, percentiles, run  # noqa: E402
 
 from models.artifact import Artifact  # noqa: E402
@@ -219,7 +220,8 @@ def _below(folder: Path) -> int:
 
 async def fill(beneath: Any, artifact: Artifact, given: argparse.Namespace) -> dict[str, Any]:
     """Writes the tasks, and throws the heads of the last ones away. What was measured, and how many those are."""
-    store = open_store(Settings(**beneath.settings)).beneath  # type: ignore[attr-defined]
+    # Nobody waits for an answer here, and a machine may be busy.
+    store = open_store(Settings(**beneath.settings, store_timeout_s=30)).beneath  # type: ignore[attr-defined]
     await store.open()
     filled = Filled(store, templates(artifact, way=given.way, shots=given.shots), given.tasks)
     commit_ms = await filled.durably()
@@ -404,6 +406,8 @@ def measure(kind: type, artifact: Artifact, folder: Path, given: argparse.Namesp
             beneath.stop()
             written["restart_s"] = round(beneath.start(), 1)
             print(f"Redis started again with all of them in {written['restart_s']} s.")
+        if given.sizes:
+            return {"store": beneath.name, **written}
         asked = ask(beneath, written["wiped"], folder, given)
     finally:
         beneath.stop()
@@ -446,6 +450,7 @@ def main() -> None:
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--seconds", type=float, default=3, help="of a window")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", action="store_true", help="only what they take; no service is asked")
     parser.add_argument("--folder", type=Path, help="where the data are put; a temporary folder by default")
     given = parser.parse_args()
     if given.tasks <= 2 * DURABLE:

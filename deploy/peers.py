@@ -4,7 +4,7 @@
 
 Each peer lives in a virtual environment of its own, which is made here (`--environments` says where; about 700 MB) and
 found again the next time. Each is tuned first: of the settings below those count that answer most at 64 connections in
-this very run. Then the floor of deploy/bench.py, the service and the peers are measured in turns, each alone on the
+this very run. Then the floor (deploy/floor.py), the service and the peers are measured in turns, each alone on the
 machine. Prints tables and, last, one JSON line. What the peers run is in deploy/peers/.
 """
 
@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]
 
-from bench import CORES, Floor, pictures  # noqa: E402
+from floor import CORES, Floor, pictures  # noqa: E402
 from load import WARM_S, Closed, run  # noqa: E402
 from smoke import multipart  # noqa: E402
 

@@ -51,7 +51,7 @@ class Manifest:
     name: str
     description: str
     dim: int
-    shape: Mapping[str, Any]  # of the network, see models/resnet.py and models/bytenet.py
+    shape: Mapping[str, Any]  # of the network, by the name of its fields; of an imported one {"network": its name}
     input: Mapping[str, Any]  # {"kind": "image", "height", "width", "channels"} or {"kind": "text", "length"}
     methods: Mapping[str, Temperature]
     default: str
@@ -60,6 +60,11 @@ class Manifest:
     int8: Mapping[str, Any] | None
     files: Mapping[str, str]  # file name -> sha256
     rejections: Mapping[str, Rejection] = field(default_factory=dict)  # of the methods that can say "none of these"
+
+    @property
+    def portable(self) -> bool:
+        """Whether torch can run it as well: it has to know the network, and knows its own alone."""
+        return "blocks" in self.shape
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from models.errors import ArtifactInvalid
+
 if TYPE_CHECKING:
     from models.artifact import Artifact
 
@@ -33,8 +35,10 @@ class Extractor(Protocol):
         ...
 
 
-def best_device() -> str:
-    """ "cuda" where torch is installed and finds a device, else "cpu"."""
+def best_device(artifact: Artifact | None = None) -> str:
+    """ "cuda" where torch is installed and finds a device, and can run the artifact if one is given; else "cpu"."""
+    if artifact is not None and not artifact.manifest.portable:
+        return "cpu"
     try:
         from models.extractor_torch import has_cuda
     except ImportError:
@@ -45,11 +49,13 @@ def best_device() -> str:
 def load_extractor(artifact: Artifact, *, device: str = "cpu", precision: str = "float32") -> Extractor:
     """onnxruntime on a CPU, torch on any other device ("torch-cpu" is torch on the CPU).
 
-    Raises ArtifactInvalid when the artifact has no graph of that precision.
+    Raises ArtifactInvalid when the artifact has no graph of that precision or cannot run on that device.
     """
     if device == "cpu":
-        from models.extractor_onnx import OnnxExtractor
-
+        try:
+            from models.extractor_onnx import OnnxExtractor
+        except ImportError:
+            raise ArtifactInvalid("On a CPU an artifact runs on onnxruntime, which is not installed here.") from None
         return OnnxExtractor(artifact, precision=precision)
     from models.extractor_torch import TorchExtractor
 

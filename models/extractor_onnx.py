@@ -7,6 +7,7 @@ as something else needs a core; callers that bring their own thread do not.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -18,17 +19,22 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is 
 import onnxruntime
 
 
+def session(model: str | bytes) -> Any:
+    """A graph, from its path or its bytes, ready to be called from any thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxExtractor:
     def __init__(self, artifact: Artifact, *, precision: str = "float32"):
         file = artifact.path / {"float32": GRAPH, "int8": INT8_GRAPH}[precision]
         if file.name not in artifact.manifest.files:
             raise ArtifactInvalid(f"The artifact {artifact.manifest.name!r} has no {precision} graph.")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._session = session(str(file))
         self._input = artifact.input_name
         self.dim = artifact.manifest.dim
         self.precision = precision

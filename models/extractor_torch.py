@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from models import bytenet, resnet
 from models.artifact import WEIGHTS, Artifact
+from models.errors import ArtifactInvalid
 
 
 def has_cuda() -> bool:
@@ -22,6 +23,11 @@ def has_cuda() -> bool:
 
 class TorchExtractor:
     def __init__(self, artifact: Artifact, *, device: str = "cuda"):
+        if not artifact.manifest.portable:
+            raise ArtifactInvalid(
+                f"The artifact {artifact.manifest.name!r} was imported: it is a graph that only onnxruntime runs, on "
+                "a CPU (FEWSHOT_DEVICE=cpu)."
+            )
         module = _network(artifact)
         weights = load_file(artifact.path / WEIGHTS)  # stored in half precision
         module.load_state_dict({name: value.float() for name, value in weights.items()})

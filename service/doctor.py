@@ -205,7 +205,7 @@ def artifact(settings: Settings) -> Check:
     try:
         loaded = Artifact.load(settings.artifact)
         loaded.learners()
-        device = best_device() if settings.device == "auto" else settings.device
+        device = best_device(loaded) if settings.device == "auto" else settings.device
         precision: str = settings.precision
         if precision == "auto":
             precision = choose(loaded, keep_in(settings), keep=False) if device == "cpu" else "float32"

@@ -137,7 +137,9 @@ class Keyring:
         form = TOKEN.fullmatch(token)
         key = self._keys.get(form[1].decode()) if form else None
         # Whether or not there is a key of that id, the same work is done.
-        same = hmac.compare_digest(digest_of(token, self._pepper), key.digest if key else NOBODY)
+        mac = self._mac.copy()
+        mac.update(token)
+        same = hmac.compare_digest(mac.hexdigest(), key.digest if key else NOBODY)
         if key is None or not same:
             raise Unauthorized("There is no such key.")
         if key.revoked is not None or key.expires is not None:
@@ -149,7 +151,9 @@ class Keyring:
     def _load(self) -> None:
         # The state comes first: a change that comes in between is found next time.
         state, keys, pepper = self._state(), load(self._path), load_pepper(self._path)
-        self._seen, self._keys, self._pepper = state, keys, pepper
+        # Begun once and copied: hmac.digest would let go of the interpreter, and under load it is a while until the
+        # event loop gets it back.
+        self._seen, self._keys, self._mac = state, keys, hmac.new(pepper, digestmod="sha256")
 
     def _state(self) -> object:
         try:

@@ -45,7 +45,11 @@ CONFIGS = {
     "pretrain": config.PretrainConfig,
     "metatrain": config.MetatrainConfig,
     "evaluate": config.EvaluateConfig,
+    "continual": config.ContinualConfig,
     "export": config.ExportConfig,
+    "import": config.ImportConfig,
+    "lake": config.LakeConfig,
+    "results": config.ResultsConfig,
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m training pretrain | metatrain | evaluate | export | demo | text-demo`."""
+"""`python -m training COMMAND`: the table below has them all."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from pydantic import Field
 from models.errors import FewshotError
 from training.config import (
     Config,
+    ContinualConfig,
     EvaluateConfig,
     ExportConfig,
+    ImportConfig,
+    LakeConfig,
     MetatrainConfig,
     PretrainConfig,
     TextDemoConfig,
+    ResultsConfig,
     parse,
 )
 from training.data import DataError
 
 
 class DemoConfig(Config):
-    """All four commands on drawn shapes, in about a minute: shows what they print and leave behind."""
+    """From data to a table on drawn shapes, in about a minute: shows what each step prints and leaves behind."""
 
     out: Path = Field(Path("runs/demo"), description="folder for data, checkpoints and the artifact")
 
@@ -51,7 +55,11 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "pretrain": (PretrainConfig, "learn an extractor"),
     "metatrain": (MetatrainConfig, "train the learners on episodes"),
     "evaluate": (EvaluateConfig, "measure an artifact on frozen episodes"),
+    "continual": (ContinualConfig, "add classes one at a time, take some away: what is forgotten"),
     "export": (ExportConfig, "turn checkpoints into an artifact"),
+    "import": (ImportConfig, "make an artifact of a backbone trained elsewhere"),
+    "lake": (LakeConfig, "measure an artifact on Lake's one-shot runs"),
+    "results": (ResultsConfig, "make RESULTS.md from raw results"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
     "text-demo": (TextDemoConfig, "all of them on Python's standard library"),
 }
@@ -71,6 +79,8 @@ def main(arguments: list[str]) -> int:
             import importlib
 
             importlib.import_module(f"training.{name.replace('-', '_')}").main(config)
+            # `import` is no name that a module can be imported by.
+            importlib.import_module(f"training.{'imports' if name == 'import' else name}").main(config)
     except (DataError, FewshotError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

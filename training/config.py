@@ -31,6 +31,11 @@ class PretrainConfig(Config):
     split: str = Field("train", description="which classes to learn from: train, or all")
     shape: str = Field("resnet18", description="network, a name from models/resnet.py, or from bytenet.py for texts")
     size: int = Field(84, ge=16, description="pixels of the input, height and width; bytes of a text")
+    split: str = Field(
+        "train", description="which classes to learn from: train, all, or (Omniglot) background5 or background30"
+    )
+    shape: str = Field("resnet18", description="network, a name from models/resnet.py")
+    size: int = Field(84, ge=16, description="pixels of the input, height and width")
     small: int = Field(0, ge=0, description="pixels in the first part of the training; 0 = the same throughout")
     small_share: float = Field(0.6, ge=0, le=1, description="how long that first part is, as a share")
     objectives: str = Field(
@@ -41,6 +46,11 @@ class PretrainConfig(Config):
     start: Path | None = Field(
         None, description="folder of a finished pretraining, or of an artifact, whose weights to start from"
     )
+    labels: Literal["classes", "clusters"] = Field(
+        "classes", description="clusters: of what --start sees in the images, made anew each round; no label is read"
+    )
+    rounds: int = Field(3, ge=1, description="of --epochs each, with --labels clusters")
+    cluster: int = Field(15, ge=2, description="images in a cluster, on average")
     augment: Literal["photos", "snapshots", "characters"] = "photos"
     rotations: bool = Field(False, description="turns by 90, 180, 270 degrees are images (and classes) of their own")
     epochs: int = Field(20, ge=1)
@@ -64,8 +74,9 @@ class MetatrainConfig(Config):
     data: Path = Field(description="folder or zip with one folder per class")
     out: Path = Field(description="folder with the pretrained checkpoint; the learners are put beside it")
     split: str = "train"
-    tasks: Literal["labels", "pseudo"] = Field(
-        "labels", description="pseudo: every image a class of its own, no label read"
+    tasks: Literal["labels", "pseudo", "clusters", "mixed"] = Field(
+        "labels",
+        description="with no label read: pseudo, every image a class; clusters of features, fine and coarse; or mixed",
     )
     rotations: bool = False
     views: int = Field(4, ge=0, description="augmented views of each image whose features are cached")
@@ -100,9 +111,34 @@ class EvaluateConfig(Config):
     foreign: int = Field(
         0, ge=0, description="classes per episode that the task does not know; measures trust as well: see honesty.py"
     )
+    scores: bool = Field(False, description="with --foreign: compare other ways to score them, see scores.py")
+    unlabelled: int = Field(0, ge=0, description="images of each class without a label; measures what they add as well")
+    distractors: int = Field(0, ge=0, description="classes per episode that the unlabelled images show besides")
+    only_distractors: bool = Field(False, description="the unlabelled images show those classes alone")
     group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
     precision: Literal["float32", "int8"] = "float32"
+    against_float32: bool = Field(False, description="also the difference to float32, paired on the same episodes")
     per_class: int = Field(0, ge=0)
+    seed: int = 7
+    json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
+
+
+class ContinualConfig(Config):
+    """Add classes one at a time and take them away again: what is forgotten, against a head that is fine-tuned."""
+
+    artifact: Path = Field(description="artifact folder")
+    data: Path = Field(description="folder or zip with one folder per class")
+    split: str = "test"
+    rotations: bool = False
+    classes: int = Field(100, ge=4, description="classes that come one at a time")
+    removed: int = Field(50, ge=0, description="of them, how many go again")
+    every: int = Field(10, ge=1, description="classes between two measurements")
+    shot: int = Field(5, ge=1)
+    queries: int = Field(10, ge=1, description="questions per class")
+    orders: int = Field(3, ge=2, description="different orders in which the same classes come")
+    learners: str = Field("", description="with commas; empty = all of the artifact")
+    lr: float = Field(0.03, gt=0, description="of the head that is fine-tuned on the newest class alone")
+    steps: int = Field(5, ge=1, description="of its fine-tuning for each class")
     seed: int = 7
     json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
 
@@ -133,6 +169,45 @@ class TextDemoConfig(Config):
     epochs: int = Field(2, ge=1, description="of pretraining")
     episodes: int = Field(2000, ge=2, description="that accuracy is measured on")
     json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
+
+
+class ImportConfig(Config):
+    """Make an artifact of a backbone that was trained elsewhere."""
+
+    backbone: Path = Field(description="ONNX file, or folder of a Hugging Face model (config.json, model.safetensors)")
+    data: Path = Field(description="folder or zip with one folder per class: the learners are fitted to it")
+    out: Path = Field(description="folder of the artifact; must not exist")
+    name: str = Field(description="what the artifact is called")
+    description: str = ""
+    size: int = Field(0, ge=0, le=1024, description="pixels of the input, height and width; 0 = what the backbone says")
+    pooling: Literal["auto", "cls", "mean"] = Field(
+        "auto", description="how tokens or maps become one vector; auto: a vector as it is, tokens by the first"
+    )
+    output: str = Field("", description="name of the output, where an ONNX file has several")
+    mean: str = Field("", description="of the colours from 0 to 1, with commas; empty = preprocessor_config.json's")
+    std: str = Field("", description="their deviation, likewise")
+    learners: str = Field("prototype,ridge,whitened,gradient,lstm", description="which to train")
+    steps: int = Field(3000, ge=1, description="training steps of each learner")
+    default: str = Field("", description="default learner; empty = the best on the calibration tasks")
+    int8: bool = Field(True, description="also an int8 graph, if it loses at most half a point of accuracy")
+    episodes: int = Field(400, ge=10, description="calibration episodes per way and shot")
+    per_class: int = Field(100, ge=0, description="at most so many images a class; 0 = all")
+    seed: int = 11
+
+
+class LakeConfig(Config):
+    """Measure an artifact on Lake's one-shot runs of Omniglot."""
+
+    artifact: Path = Field(description="artifact folder, for grey drawings")
+    data: Path = Field(description="folder with one_shot_runs.zip and the splits.json of Omniglot")
+    json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
+
+
+class ResultsConfig(Config):
+    """Make RESULTS.md and its pictures from raw results."""
+
+    raw: Path = Field(Path("training/results"), description="folder of raw results, *.jsonl")
+    out: Path = Field(Path("training"), description="folder for RESULTS.md and results/*.svg")
 
 
 def parse(model: type[C], arguments: list[str], *, prog: str) -> C:

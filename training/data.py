@@ -26,6 +26,10 @@ from training import texts
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SPLITS = ("train", "val", "test")
+# The parts of Omniglot that its makers learned from, all of it or as little as five alphabets (Lake et al., 2015, see
+# training/lake.py), and the twenty alphabets that their one-shot runs are drawn from.
+FIVE = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")
+BY_ALPHABET = ("background30", "background5", "evaluation20")
 
 
 class DataError(Exception):
@@ -82,20 +86,33 @@ def split_classes(source: Path, names: list[str], *, seed: int = 0) -> dict[str,
     return dict(zip(SPLITS, (sorted(part) for part in parts), strict=True))
 
 
+def alphabets(source: Path, split: str) -> set[str]:
+    """The first folders that a split by alphabet means; from `lake_alphabets` in splits.json."""
+    file = (source if source.is_dir() else source.parent) / "splits.json"
+    named = json.loads(file.read_text()).get("lake_alphabets", {}) if file.exists() else {}
+    if not named:
+        raise DataError(f"'{split}' needs lake_alphabets in {file}.")
+    background, evaluation = set(named["background"]), set(named["evaluation"])
+    return {"background30": background, "background5": background & set(FIVE), "evaluation20": evaluation}[split]
+
+
 def load(source: Path, split: str, decoder: Decoder, *, per_class: int | None = None, group: str = "") -> Images:
-    """Decodes every image or text of one split ("train", "val", "test" or "all") into memory.
+    """Decodes every image or text of one split ("train", "val", "test", one of BY_ALPHABET, or "all") into memory.
 
     `group`: an expression; images of a class whose file names give the same match show one physical thing. Without
     it, `piece` in splits.json tells, where there is such an entry. Raises DataError when nothing is left, naming what
     was looked for.
     """
-    if split not in (*SPLITS, "all"):
-        raise DataError(f"'{split}' is no split; known are {', '.join(SPLITS)} and all.")
+    if split not in (*SPLITS, *BY_ALPHABET, "all"):
+        raise DataError(f"'{split}' is no split; known are {', '.join((*SPLITS, *BY_ALPHABET))} and all.")
     found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
     for name, member, read in _examples(source, decoder):
         found.setdefault(name, []).append((member, read))
     if split == "all":
         chosen = sorted(found)
+    elif split in BY_ALPHABET:
+        wanted = alphabets(source, split)
+        chosen = sorted(name for name in found if name.split("/")[0] in wanted)
     else:
         wanted = set(split_classes(source, list(found))[split])
         chosen = sorted(wanted & set(found))

@@ -5,8 +5,8 @@ Inductive: each question is answered alone. Knows nothing of how extractor and l
 
 from __future__ import annotations
 
-import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from models.episode import Support
 from models.extractor import Extractor, load_extractor
 from models.head import Affine
 from models.learners import Learner
-from training import data, honesty
+from training import data, honesty, raw
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, digest, frozen
 
@@ -126,7 +126,29 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def against(
+    config: EvaluateConfig,
+    rows: Sequence[Row],
+    single: Mapping[tuple[str, int, int], np.ndarray],
+    exact: Mapping[tuple[str, int, int], np.ndarray],
+) -> list[raw.Line]:
+    """What each row measured beyond float32, paired: mean difference over the same episodes, with its interval."""
+    lines = []
+    for row in rows:
+        paired = single[row.method, row.way, row.shot] - exact[row.method, row.way, row.shot]
+        lines.append(
+            {
+                **asdict(row),
+                "experiment": f"{row.precision} against float32",
+                "difference": round(100 * float(paired.mean()), 3),
+                "difference_interval": round(100 * interval(paired), 3),
+            }
+        )
+    return lines
+
+
 def main(config: EvaluateConfig) -> list[Row]:
+    begun = time.perf_counter()
     artifact = Artifact.load(config.artifact)
     extractor = load_extractor(artifact, precision=config.precision)
     images = data.load(
@@ -147,16 +169,47 @@ def main(config: EvaluateConfig) -> list[Row]:
     )
     features = embed(extractor, images.pixels)
     pool = Pool.of(images.labels, images.groups)
-    rows, _ = measure(learners, features, pool, config)
+    rows, single = measure(learners, features, pool, config)
+    lines: list[raw.Line] = [{**asdict(row), "experiment": "accuracy"} for row in rows]
     print(
         f"\n{artifact.manifest.name} on {config.data.name} ({config.split}), {config.precision}, "
         f"{config.episodes} episodes, {config.queries} queries a class, 95 % intervals\n\n{table(rows)}\n"
     )
+    if config.against_float32:
+        exact = embed(load_extractor(artifact, precision="float32"), images.pixels)
+        lines += against(config, rows, single, measure(learners, exact, pool, config)[1])
+        for line in lines[len(rows) :]:
+            print(
+                f"{line['method']}, {line['way']}-way {line['shot']}-shot, {config.precision} less float32: "
+                f"{line['difference']:+.2f} ± {line['difference_interval']:.2f}"
+            )
     if config.foreign:
         trust = honesty.measure(artifact, features, pool, config)
         print(f"{config.foreign} foreign classes an episode, per cent\n\n{honesty.table(trust)}\n")
+        lines += [{**asdict(row), "experiment": "trust"} for row in trust]
+    # What these measure with stands here, so they cannot be imported before.
+    if config.scores:
+        from training import scores
+
+        told = scores.measure(artifact, features, pool, config)
+        print(f"ways to tell {config.foreign} foreign classes, per cent\n\n{scores.table(told)}\n")
+        lines += [{**asdict(row), "experiment": "rejection score"} for row in told]
+    if config.unlabelled:
+        from training import semi
+
+        found = semi.measure(learners, features, pool, config)
+        print(
+            f"{config.unlabelled} unlabelled images a class, {config.distractors} distractor classes"
+            f"{', of which alone they are' if config.only_distractors else ''}, per cent\n\n{semi.table(found)}\n"
+        )
+        lines += [{**asdict(row), "experiment": "semi-supervised"} for row in found]
     if config.json_out:
-        config.json_out.parent.mkdir(parents=True, exist_ok=True)
-        with config.json_out.open("a") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        of_all = {
+            **raw.made_with(artifact),
+            "rotations": config.rotations,
+            "command": raw.command("evaluate", config),
+            "measured_in_s": round(time.perf_counter() - begun, 1),
+        }
+        default = artifact.manifest.default
+        raw.append(config.json_out, ({**line, "default": line["method"] == default, **of_all} for line in lines))
     return rows

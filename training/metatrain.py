@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from models.episode import Support
 from models.learners import LEARNERS, Learner, build
-from training import checkpoint, data, evaluate, inputs, memory
+from training import checkpoint, data, evaluate, inputs, memory, pseudo
 from training.config import MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen, varied
 from training.pretrain import autocast, choose_device, generator, load_extractor
@@ -38,17 +38,30 @@ FIXED = {"basis", "spectrum", "slots"}
 class Tasks:
     """Cached features with the pools that episodes are drawn from."""
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, *, plain: int):
-        """The first `plain` rows are what the covariance of a class is taken from."""
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        groups: np.ndarray | None,
+        *,
+        plain: int,
+        others: tuple[Pool, ...] = (),
+    ):
+        """The first `plain` rows are what the covariance of a class is taken from; a negative label is none.
+
+        `others` are pools beside that of the labels, where an image has more than one class.
+        """
         self.plain = plain
         self.features = features
         self.labels = labels
         self.pool = Pool.of(labels, groups)
+        self.pools = (self.pool, *others)
 
     def near(self) -> np.ndarray:
         """Similarity of classes by their means, [classes, classes]."""
         sums = np.zeros((len(self.pool.classes), self.features.shape[1]), np.float32)
-        np.add.at(sums, self.labels, self.features)
+        named = self.labels >= 0
+        np.add.at(sums, self.labels[named], self.features[named])
         means = sums / np.linalg.norm(sums, axis=1, keepdims=True)
         return np.asarray(means @ means.T)
 
@@ -59,7 +72,8 @@ def cached(
 ) -> Tasks:
     """Features of each image and of `views` augmentations of it.
 
-    With labels, a class is a class, and all views of one image are one group; in pseudo-tasks, an image is a class.
+    With labels, a class is a class, and all views of one image are one group; in pseudo-tasks, an image is a class. A
+    cluster of images is a class as well, one of similar images as of less similar ones: fine and coarse.
     """
     if config.rotations:
         images = evaluate.turned(images)
@@ -78,7 +92,16 @@ def cached(
     number = np.tile(np.arange(len(images)), config.views + 1)
     if config.tasks == "pseudo":
         return Tasks(features, number, None, plain=len(features))
-    return Tasks(features, np.tile(images.labels, config.views + 1), number, plain=len(images))
+    count, views = len(images), config.views + 1
+    if config.tasks == "labels":
+        return Tasks(features, np.tile(images.labels, views), number, plain=count)
+    fine, coarse = (
+        np.tile(pseudo.clusters(features[:count], size, seed=seed), views) for size in (pseudo.FINE, pseudo.COARSE)
+    )
+    others = [Pool.of(coarse, number)]
+    if config.tasks == "mixed":
+        others.append(Pool.of(number))
+    return Tasks(features, fine, number, plain=count, others=tuple(others))
 
 
 def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.ndarray]:
@@ -99,7 +122,8 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
         return {"log_scale": scale, "log_penalty": number(0.0)}
     if method == "gradient":
         return {"log_scale": scale, "log_steps": np.full(STEPS, np.log(0.5), np.float32)}
-    basis, spectrum = memory.within_class(tasks.features[: tasks.plain], tasks.labels[: tasks.plain])
+    named = np.flatnonzero(tasks.labels[: tasks.plain] >= 0)
+    basis, spectrum = memory.within_class(tasks.features[named], tasks.labels[named])
     remembered = {
         "basis": basis,
         "spectrum": spectrum,
@@ -124,15 +148,21 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
 
 
 def held_out(tasks: Tasks, config: MetatrainConfig) -> list[Indices]:
-    """Fixed tasks that decide which step is kept."""
-    way = min(5, len(tasks.pool.classes))
+    """Fixed tasks that decide which step is kept, of every pool alike."""
     shots = (1, min(5, config.max_shot))
-    wide = min(20, len(tasks.pool.classes))
     return [
         episode
-        for w, count in ((way, 200), (wide, 50))
+        for pool in tasks.pools
+        for most, count in ((5, 200), (20, 50))
         for shot in shots
-        for episode in frozen(tasks.pool, way=w, shot=shot, queries=config.queries, count=count, seed=config.seed + 1)
+        for episode in frozen(
+            pool,
+            way=min(most, len(pool.classes)),
+            shot=shot,
+            queries=config.queries,
+            count=count // len(tasks.pools),
+            seed=config.seed + 1,
+        )
     ]
 
 
@@ -248,6 +278,11 @@ def main(config: MetatrainConfig) -> Path:
     check_tasks = cached(
         extractor, data.load(config.data, "val", decoder, per_class=limit), config, pretrained, seed=config.seed + 1
     )
+    return train(config, tasks, check_tasks, device)
+
+
+def train(config: MetatrainConfig, tasks: Tasks, check_tasks: Tasks, device: torch.device) -> Path:
+    """The same on features that are there already, by whatever extractor."""
     episodes = held_out(check_tasks, config)
     path = config.out / CHECKPOINT
     state: dict[str, Any] = {"config": config.model_dump(mode="json"), "learners": {}}
@@ -257,7 +292,7 @@ def main(config: MetatrainConfig) -> Path:
         if MetatrainConfig(**state["config"]).model_dump(exclude=free) != config.model_dump(exclude=free):
             sys.exit(f"{path} was made with other settings; delete it to start again.")
     features = torch.from_numpy(tasks.features).to(device)
-    near = tasks.near() if config.tasks == "labels" else None
+    near = None if config.tasks == "pseudo" else tasks.near()
     began = last = time.monotonic()
     with (config.out / "metatrain.jsonl").open("a") as log:
         for number, method in enumerate(config.learners.split(",")):
@@ -278,15 +313,16 @@ def main(config: MetatrainConfig) -> Path:
                     value = training.check(check_tasks, episodes)
                     log.write(json.dumps({"learner": method, "step": training.step, "check": round(value, 5)}) + "\n")
                     log.flush()
+                pool = tasks.pools[training.step % len(tasks.pools)]
                 drawn = varied(
-                    tasks.pool,
+                    pool,
                     config.seed * 100 + number,
                     training.step,
                     count=config.episodes,
                     max_way=config.max_way,
                     max_shot=config.max_shot,
                     queries=config.queries,
-                    near=near,
+                    near=near if pool is tasks.pool else None,
                 )
                 loss = training.advance(features, list(drawn))
                 if training.step % 20 == 0:

@@ -192,7 +192,7 @@ class Run:
 
 
 def main(config: PretrainConfig) -> Path:
-    """Trains, or goes on training, and returns the path of the checkpoint."""
+    """Reads the images, trains, or goes on training, and returns the path of the checkpoint."""
     from training import language  # late: its loop is this one
 
     if config.small and config.small > config.size:
@@ -210,14 +210,31 @@ def main(config: PretrainConfig) -> Path:
     decoder = inputs.decoder(config)
     images = data.load(config.data, config.split, decoder, per_class=config.per_class or None)
     check = data.load(config.data, "val", decoder) if config.check_epochs else None
-    run = language.Run(config, images) if text else Run(config, images)
+    if config.labels == "clusters" and text:
+        sys.exit("--labels clusters is for images.")
+    if config.labels == "clusters":
+        from training import progressive  # which trains with what stands here, round after round
+
+        return progressive.train(config, images, check)
+    return train(config, images, check)
+
+
+def same(before: PretrainConfig, config: PretrainConfig) -> bool:
+    """Whether the two lead to the same weights."""
+    free = {"minutes", "device", "checkpoint_s", "check_epochs", "data", "out"}
+    return before.model_dump(exclude=free) == config.model_dump(exclude=free)
+
+
+def train(config: PretrainConfig, images: data.Images, check: data.Images | None) -> Path:
+    """Trains on these images, or goes on, and looks at others now and then; returns the path of the checkpoint."""
+    from training import language  # late: it builds on this module
+
+    run = language.Run(config, images) if inputs.kind(config.shape) == "text" else Run(config, images)
     path = config.out / CHECKPOINT
     config.out.mkdir(parents=True, exist_ok=True)
     if path.exists():
         state = checkpoint.load(path)
-        before = PretrainConfig(**state["config"])
-        free = {"minutes", "device", "checkpoint_s", "check_epochs", "data", "out"}
-        if before.model_dump(exclude=free) != config.model_dump(exclude=free):
+        if not same(PretrainConfig(**state["config"]), config):
             sys.exit(f"{path} was made with other settings; choose another --out or delete it.")
         run.restore(state)
     elif run.precision == "auto":
@@ -300,6 +317,21 @@ def embed(extractor: nn.Module, pixels: np.ndarray, device: torch.device, *, bat
         for at in range(0, len(pixels), batch)
     ]
     return torch.cat(parts).numpy()
+
+
+def labelled(config: PretrainConfig) -> bool:
+    """Whether an extractor has seen a label of its training classes, or started from one that has.
+
+    A start that is gone cannot be asked, and counts as one that has.
+    """
+    names = [part.split("=")[0] for part in config.objectives.split(",")]
+    if config.labels == "classes" and any(name in OBJECTIVES and OBJECTIVES[name].uses_labels for name in names):
+        return True
+    if config.start is None:
+        return False
+    if is_artifact(config.start):
+        return bool(Artifact.load(config.start).manifest.training["labels_used"])
+    return not (config.start / CHECKPOINT).exists() or labelled(load_extractor(config.start)[1])
 
 
 def load_extractor(folder: Path) -> tuple[inputs.Network, PretrainConfig]:

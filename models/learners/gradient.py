@@ -30,7 +30,7 @@ class Gradient:
         labels = one_hot(support.labels, support.way, features)
         # Every class weighs the same, however many examples it has.
         share = labels @ (1 / (support.way * xp.sum(labels, axis=0)))  # [n]
-        weight = scale * normalise(prototypes(support, scale))
+        weight = scale * normalise(prototypes(support)[0])
         bias = xp.zeros_like(weight[:, 0])
         steps = xp.exp(self.log_steps)
         for step in range(self.log_steps.shape[0]):

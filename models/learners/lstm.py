@@ -54,10 +54,10 @@ class LSTM:
         transform = whitening(self.basis, self.spectrum, self.log_shrink)
         examples = features @ transform  # [n, dim]
         slots = self.slots @ transform  # [slots, dim]
-        means = prototypes(support, scale) @ transform  # [way, dim]
+        means, counts = prototypes(support, transform)
+        means = means @ transform  # [way, dim]
 
         labels = one_hot(support.labels, way, features)
-        counts = xp.sum(labels, axis=0)
         own_mask = labels.T  # [way, n]
         other_mask = 1 - xp.eye(way, dtype=features.dtype, device=device(features))
 

@@ -1,9 +1,8 @@
-"""Prototypes, with soft refinement by unlabelled examples.
+"""Prototypes, refined by unlabelled examples where there are any.
 
 Snell, Swersky and Zemel, "Prototypical Networks for Few-shot Learning", 2017, https://arxiv.org/abs/1703.05175: a class
 is the mean of its examples, a query belongs to the nearest mean; here by the cosine, which suits features of unit
-length. Ren et al., "Meta-Learning for Semi-Supervised Few-Shot Classification", 2018,
-https://arxiv.org/abs/1803.00676: unlabelled examples move the means by soft k-means.
+length. Unlabelled examples move the means: see unlabelled.py.
 """
 
 from __future__ import annotations
@@ -12,26 +11,28 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
-from models.arrays import Array, class_means, normalise, one_hot, softmax
+from models.arrays import Array, class_means, normalise, one_hot
 from models.episode import Support
 from models.head import Affine
+from models.learners.unlabelled import shares, trust
 
-REFINEMENTS = 2
 
+def prototypes(support: Support, transform: Array | None = None) -> tuple[Array, Array]:
+    """Class means [way, dim] and how many examples are behind each [way], unlabelled ones by their shares.
 
-def prototypes(support: Support, scale: Array) -> Array:
-    """Class means [way, dim]; with unlabelled examples, refined by soft k-means at that scale of the cosine."""
-    features = support.features
+    transform [dim, dim] leads to the space in which unlabelled examples are compared; the means are in that of the
+    features all the same.
+    """
+    features, unlabelled = support.features, support.unlabelled
     xp = array_namespace(features)
     labels = one_hot(support.labels, support.way, features)
-    means = class_means(features, labels)
-    if support.unlabelled is None or support.unlabelled.shape[0] == 0:
-        return means
-    everything = xp.concat([features, support.unlabelled], axis=0)
-    for _ in range(REFINEMENTS):
-        guess = softmax(scale * (support.unlabelled @ normalise(means).T))
-        means = class_means(everything, xp.concat([labels, guess], axis=0))
-    return means
+    counts, sums = xp.sum(labels, axis=0), labels.T @ features
+    if unlabelled is None or unlabelled.shape[0] == 0:
+        return sums / counts[:, None], counts
+    ours, theirs = (x if transform is None else x @ transform for x in (features, unlabelled))
+    weights = shares(class_means(ours, labels), theirs) * trust(ours, theirs)  # [u, way]
+    counts = counts + xp.sum(weights, axis=0)
+    return (sums + weights.T @ unlabelled) / counts[:, None], counts
 
 
 def left_out(features: Array, support: Support) -> tuple[Array, Array, Array, Array]:
@@ -53,7 +54,7 @@ class Prototype:
     def adapt(self, support: Support) -> Affine:
         xp = array_namespace(support.features)
         scale = xp.exp(self.log_scale)
-        weight = scale * normalise(prototypes(support, scale))
+        weight = scale * normalise(prototypes(support)[0])
         return Affine(weight, xp.zeros_like(weight[:, 0]))
 
     def leave_one_out(self, support: Support) -> Array:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
-from models.arrays import Array, one_hot, square_sum
+from models.arrays import Array, square_sum
 from models.episode import Support
 from models.head import Affine
 from models.learners.prototype import left_out, prototypes
@@ -51,9 +51,9 @@ class Whitened:
         xp = array_namespace(support.features)
         scale = xp.exp(self.log_scale)
         transform = whitening(self.basis, self.spectrum, self.log_shrink)
-        means = prototypes(support, scale) @ transform  # [way, dim]
+        means, counts = prototypes(support, transform)
+        means = means @ transform  # [way, dim]
         weight = scale * (means @ transform.T)
-        counts = xp.sum(one_hot(support.labels, support.way, means), axis=0)
         return Affine(weight, scale * offset(means, counts, self.log_noise))
 
     def leave_one_out(self, support: Support) -> Array:

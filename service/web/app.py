@@ -53,7 +53,7 @@ def create_app(
     for name in ("device", "adapt_device"):
         if getattr(settings, name) == "cuda" and best_device() != "cuda":
             raise SettingsError(f"FEWSHOT_{name.upper()} is cuda, but torch is not installed or finds no device.")
-    device = best_device() if settings.device == "auto" else settings.device
+    device = best_device(artifact) if settings.device == "auto" else settings.device
     if settings.precision == "auto":
         chosen = "float32" if device != "cpu" or extractor else choose(artifact, keep_in(settings))
         settings = settings.model_copy(update={"precision": chosen})

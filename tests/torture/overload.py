@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.bench import pictures
+from deploy.floor import pictures
 from service.settings import PRETRAINED
 from tests.torture.line import Outcome, fault
 from tests.torture.world import ROOT, Service, support

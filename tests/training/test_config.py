@@ -6,13 +6,26 @@ import pydantic
 import pytest
 
 from training.__main__ import COMMANDS
-from training.config import Config, EvaluateConfig, ExportConfig, MetatrainConfig, PretrainConfig, parse
+from training.config import (
+    Config,
+    ContinualConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ImportConfig,
+    LakeConfig,
+    MetatrainConfig,
+    PretrainConfig,
+    parse,
+)
 
 REQUIRED = {
     PretrainConfig: ["--data", "d", "--out", "o"],
     MetatrainConfig: ["--data", "d", "--out", "o"],
     EvaluateConfig: ["--artifact", "a", "--data", "d"],
+    ContinualConfig: ["--artifact", "a", "--data", "d"],
     ExportConfig: ["--checkpoint", "c", "--data", "d", "--out", "o", "--name", "n"],
+    ImportConfig: ["--backbone", "b", "--data", "d", "--out", "o", "--name", "n"],
+    LakeConfig: ["--artifact", "a", "--data", "d"],
 }
 CONFIGS = pytest.mark.parametrize("model", REQUIRED, ids=lambda model: model.__name__)
 

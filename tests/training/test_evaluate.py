@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -145,11 +146,18 @@ def test_the_table_has_learners_down_and_tasks_across() -> None:
     ]
 
 
+def measured(out: Path) -> list[evaluate.Row]:
+    """The rows of accuracy in a file of raw results."""
+    names = [field.name for field in dataclasses.fields(evaluate.Row)]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    return [evaluate.Row(**{name: line[name] for name in names}) for line in found if line["experiment"] == "accuracy"]
+
+
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MeanColour:
     """An artifact of mean colours in place of the one on disk, at any path."""
     extractor = MeanColour()
-    artifact = tiny_artifact(tmp_path / "artifact")
+    artifact = tiny_artifact(tmp_path / "artifact", rejects=True)
     monkeypatch.setattr(evaluate.Artifact, "load", lambda path: artifact)
     monkeypatch.setattr(evaluate, "load_extractor", lambda artifact, *, precision: extractor)
     return extractor
@@ -166,11 +174,47 @@ def test_the_command_prints_a_table_and_adds_json_lines(
     assert evaluate.table(rows) in printed.out
     assert "50 episodes" in printed.out
     assert "72 images of 6 classes" in printed.err
-    assert [evaluate.Row(**json.loads(line)) for line in out.read_text().splitlines()] == rows
+    assert measured(out) == rows
     assert sum(fake.batches) == 72  # each image is embedded once
     again = evaluate.main(asked)
     assert again == rows
     assert len(out.read_text().splitlines()) == 16
+
+
+def test_a_line_says_what_was_measured_with_what_and_by_which_command(
+    shapes: Path, fake: MeanColour, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.jsonl"
+    evaluate.main(config(data=shapes, split="train", way="3", shot="2", learners="ridge", json_out=out, group=r"^\d"))
+    (line,) = [json.loads(text) for text in out.read_text().splitlines()]
+    assert line["experiment"] == "accuracy"
+    assert line["command"] == (
+        "python -m training evaluate --artifact a --data DATA/shapes --split train --way 3 --shot 2 --episodes 50 "
+        r"--learners ridge --group '^\d'"
+    )
+    assert (line["artifact"], line["labels"], line["seconds"], line["rotations"]) == ("tiny", "none", None, False)
+
+
+def test_trust_and_what_int8_loses_are_lines_of_their_own(shapes: Path, fake: MeanColour, tmp_path: Path) -> None:
+    out = tmp_path / "figures.jsonl"
+    given = {"data": shapes, "split": "train", "way": "3", "shot": "2", "json_out": out}
+    rows = evaluate.main(config(**given, precision="int8", against_float32=True, foreign=2))
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    assert measured(out) == rows
+    paired = [line for line in lines if line["experiment"] == "int8 against float32"]
+    assert [line["method"] for line in paired] == [row.method for row in rows]
+    # The fake has one precision only: the very same features, so not even the interval is other than 0.
+    assert all(line["difference"] == line["difference_interval"] == 0 for line in paired)
+    (trust,) = [line for line in lines if line["experiment"] == "trust"]
+    assert (trust["method"], trust["foreign"], trust["default"]) == ("prototype", 2, True)
+
+
+def test_a_difference_is_paired_over_the_episodes() -> None:
+    rows = [a_row("ridge", 5, 1, 60.0)]
+    exact, found = np.array([0.2, 0.9, 0.5]), np.array([0.1, 0.8, 0.4])
+    (line,) = evaluate.against(config(), rows, {("ridge", 5, 1): found}, {("ridge", 5, 1): exact})
+    assert line["difference"] == -10.0
+    assert line["difference_interval"] == pytest.approx(0, abs=1e-9)  # each episode loses as much
 
 
 def test_learners_can_be_picked_and_unknown_ones_are_named(shapes: Path, fake: MeanColour) -> None:
@@ -208,7 +252,7 @@ def test_an_artifact_from_disk_is_measured(
         )
     )
     assert evaluate.table(rows) in capsys.readouterr().out
-    assert [evaluate.Row(**json.loads(line)) for line in out.read_text().splitlines()] == rows
+    assert measured(out) == rows
     assert {row.method for row in rows} == {"prototype", "ridge", "whitened", "gradient", "lstm"}
     assert all(row.accuracy - row.interval > 20 for row in rows)  # better than chance
     assert {row.precision for row in rows} == {precision}

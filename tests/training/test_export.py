@@ -33,7 +33,7 @@ from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.report import held_out, without_own
 from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import data, evaluate, export, metatrain, pretrain
+from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Pool, frozen
 
@@ -60,7 +60,7 @@ def test_rounding_folds_and_halves_once_and_hardly_moves_the_features() -> None:
     images = torch.from_numpy(pixels(4))
     with torch.inference_mode():
         before = lived_in("tiny")(images)
-        extractor = export.rounded(lived_in("tiny"))
+        extractor = graphs.rounded(lived_in("tiny"))
         after = extractor(images)
     assert 0 < (before - after).abs().max() < 5e-3
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in extractor.modules())
@@ -70,9 +70,9 @@ def test_rounding_folds_and_halves_once_and_hardly_moves_the_features() -> None:
 
 def test_matrices_are_stored_in_half_precision_and_numbers_as_they_are() -> None:
     matrix, vector, number = np.eye(3, dtype=np.float32).T, np.ones(3, np.float32), np.array(0.1, np.float32)
-    assert [export._stored(value).dtype for value in (matrix, vector, number)] == [np.float16, np.float32, np.float32]
-    assert export._stored(number) == np.float32(0.1)
-    assert export._stored(np.arange(6, dtype=np.float32).reshape(2, 3).T).flags.c_contiguous
+    assert [export.stored(value).dtype for value in (matrix, vector, number)] == [np.float16, np.float32, np.float32]
+    assert export.stored(number) == np.float32(0.1)
+    assert export.stored(np.arange(6, dtype=np.float32).reshape(2, 3).T).flags.c_contiguous
 
 
 @pytest.mark.parametrize("factor", [0.25, 3.0])
@@ -86,7 +86,7 @@ def test_calibration_undoes_a_scale_that_is_wrong(factor: float) -> None:
         "given": Prototype(np.float32(np.log(6))),
         "scaled": Prototype(np.float32(np.log(6 * factor))),
     }
-    found, _, scores = export.calibrate(learners, features, Pool.of(labels), episodes=30, queries=5, seed=0)
+    found, _, scores = calibrate.calibrate(learners, features, Pool.of(labels), episodes=30, queries=5, seed=0)
     assert found["scaled"]["constant"] - found["given"]["constant"] == pytest.approx(np.log(factor), abs=0.05)
     for name in ("by_way", "by_shot"):
         assert found["scaled"][name] == pytest.approx(found["given"][name], abs=0.05)
@@ -100,7 +100,7 @@ def test_calibration_makes_probabilities_as_sure_as_they_are_right() -> None:
     features = rng.normal(size=(10, 8))[labels] + 1.2 * rng.normal(size=(200, 8))
     features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
     pool, learner = Pool.of(labels), Prototype(np.float32(np.log(50)))  # far too sure
-    found, _, _ = export.calibrate({"prototype": learner}, features, pool, episodes=100, queries=5, seed=0)
+    found, _, _ = calibrate.calibrate({"prototype": learner}, features, pool, episodes=100, queries=5, seed=0)
     temperature = Temperature(**found["prototype"])
     sure: list[float] = []
     right: list[bool] = []
@@ -138,7 +138,9 @@ Fitted = dict[str, tuple[Temperature, Rejection]]
 @functools.cache
 def fit(noise: float) -> Fitted:
     features, labels = drawn(0, noise=noise)
-    temperatures, rejections, _ = export.calibrate(REJECTING, features, Pool.of(labels), episodes=60, queries=5, seed=0)
+    temperatures, rejections, _ = calibrate.calibrate(
+        REJECTING, features, Pool.of(labels), episodes=60, queries=5, seed=0
+    )
     return {
         name: (Temperature(**temperatures[name]), Rejection(**{k: tuple(v) for k, v in rejections[name].items()}))
         for name in REJECTING

@@ -21,7 +21,7 @@ from models.learners import LEARNERS, build
 from models.resnet import SHAPES, ImageExtractor, ResNet
 from training import checkpoint, data, evaluate, metatrain, pretrain
 from training.config import MetatrainConfig, PretrainConfig, parse
-from training.episodes import Indices, varied
+from training.episodes import Indices, Pool, varied
 
 PRETRAINED = PretrainConfig(data=Path("d"), out=Path("o"), shape="tiny", size=16, precision="float32")
 ALL = pytest.mark.parametrize("method", list(LEARNERS))
@@ -114,6 +114,36 @@ def test_in_pseudo_tasks_an_image_is_a_class_and_its_views_are_its_examples(extr
     assert len(tasks.pool.classes) == 12
     for number, things in enumerate(tasks.pool.classes):
         assert [rows.tolist() for rows in things] == [[number], [number + 12], [number + 24]]
+
+
+@pytest.mark.parametrize(("kind", "pools"), [("clusters", 2), ("mixed", 3)])
+def test_clusters_fine_and_coarse_are_pools_of_their_own(
+    extractor: ImageExtractor, kind: str, pools: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metatrain.pseudo, "FINE", 6)
+    monkeypatch.setattr(metatrain.pseudo, "COARSE", 20)
+    images = noise(6, 10)
+    tasks = metatrain.cached(extractor, images, config(views=2, tasks=kind), PRETRAINED, seed=0)
+    assert len(tasks.pools) == pools
+    fine, coarse, *rest = tasks.pools
+    assert fine is tasks.pool
+    assert len(fine.classes) > 2 * len(coarse.classes)
+    for pool in (fine, coarse):
+        things = [rows % 60 for things in pool.classes for rows in things]
+        assert all(len(set(rows.tolist())) == 1 and len(rows) == 3 for rows in things)  # an image with its views
+        shown = {int(rows[0]) for rows in things}
+        assert len(shown) == len(things) <= 54  # no image in two classes, and a tenth in none
+    assert [len(pool.classes) for pool in rest] == [60] * (pools - 2)
+    assert tasks.near().shape == (len(fine.classes),) * 2
+    build("lstm", metatrain.start("lstm", tasks, config()))
+
+
+def test_held_out_tasks_are_of_every_pool_alike() -> None:
+    tasks = clouds()
+    both = metatrain.Tasks(tasks.features, tasks.labels, None, plain=tasks.plain, others=(Pool.of(tasks.labels % 4),))
+    episodes = metatrain.held_out(both, config())
+    assert len(episodes) == len(metatrain.held_out(tasks, config()))
+    assert [episode.way for episode in episodes].count(4) == len(episodes) // 2  # the other pool has four classes
 
 
 def test_classes_are_near_by_the_angle_between_their_means() -> None:
@@ -337,7 +367,9 @@ def test_the_best_of_every_learner_is_kept_and_can_be_built(shapes: Path, folder
 
 
 @pytest.mark.usefixtures("few_looks")
-@pytest.mark.parametrize(("tasks", "reads"), [("pseudo", False), ("labels", True)])
+@pytest.mark.parametrize(
+    ("tasks", "reads"), [("pseudo", False), ("clusters", False), ("mixed", False), ("labels", True)]
+)
 def test_pseudo_tasks_read_no_label(
     tasks: str, reads: bool, shapes: Path, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

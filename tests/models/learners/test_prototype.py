@@ -24,14 +24,27 @@ def test_unlabelled_examples_draw_the_means_towards_the_middle_of_their_clusters
         support, query, answers = clusters((1, 1, 1), queries=30, noise=0.25, seed=seed)
         centres = unit(np.stack([query[answers == k].mean(axis=0) for k in range(3)]))
         refined = dataclasses.replace(support, unlabelled=rng.permutation(query))
-        before, after = (unit(prototypes(given, np.float32(10))) for given in (support, refined))
+        before, after = (unit(prototypes(given)[0]) for given in (support, refined))
         closer.append((after * centres).sum() - (before * centres).sum())
-    assert np.mean(np.array(closer) > 0) > 0.9
+    assert np.mean(closer) > 0.4
+    assert np.mean(np.array(closer) > 0) > 0.8  # now and then they are doubted
+    assert min(closer) > -0.1
 
 
-def test_a_labelled_example_keeps_its_class_whatever_the_others_say() -> None:
-    features = np.eye(4, dtype=np.float32)
-    crowd = np.repeat(features[1:2], 50, axis=0)  # all of them look like class 1
-    means = prototypes(Support(features[:2], np.array([0, 1]), 2, crowd), np.float32(10))
-    np.testing.assert_allclose(means[1], features[1], atol=1e-3)
-    assert means[0] @ features[0] > 0.9
+def test_an_example_counts_for_as_much_as_it_belongs_to_a_class() -> None:
+    support, query, _ = clusters((1, 2, 3), queries=10, noise=0.25)
+    plain = prototypes(support)[1]
+    counts = prototypes(dataclasses.replace(support, unlabelled=query))[1]
+    assert plain.tolist() == [1, 2, 3]
+    assert (counts > plain).all()
+    assert counts.sum() < 6 + len(query)
+
+
+def test_where_examples_are_compared_is_the_learners_choice() -> None:
+    """The only axis on which the classes differ is shrunk away: what is near then says nothing of the class."""
+    features = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+    extra = np.repeat(unit(np.array([[1, 0.2, 0.0], [0.2, 1, 0]], np.float32)), 10, axis=0)
+    support = Support(features, np.array([0, 1]), 2, extra)
+    blind = np.diag(np.array([1e-3, 1e-3, 1], np.float32)) + np.array([[0, 0, 1], [0, 0, 1], [0, 0, 0]], np.float32)
+    means, lost = prototypes(support)[0], prototypes(support, blind)[0]
+    assert means[0, 0] - means[0, 1] > lost[0, 0] - lost[0, 1] + 0.1

@@ -1,0 +1,117 @@
+"""What makes learners honest, fitted on tasks of held-out classes: temperatures, and when to say "none of these".
+
+See models/calibration.py for what the numbers mean. Knows nothing of images, graphs or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from models.calibration import Temperature, energy, size_of
+from models.learners import Learner
+from models.report import held_out, without_own
+from training import evaluate
+from training.episodes import Indices, Pool, frozen
+
+SHOTS = (1, 2, 5, 10)
+SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Answered:
+    """What one learner said in one calibration task."""
+
+    cell: int
+    shots: tuple[int, ...]
+    logits: np.ndarray  # [q, way] of the questions
+    answers: np.ndarray  # [q]
+    held_out: np.ndarray  # [m, way] of support examples that were held out
+    rivals: np.ndarray  # [n, way - 1] of support examples, without their own class
+
+
+def calibrate(
+    learners: Mapping[str, Learner], features: np.ndarray, pool: Pool, *, episodes: int, queries: int, seed: int
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]], dict[str, float]]:
+    """Temperatures and rejections by learner, and mean accuracy on 5-way tasks, which the default is chosen by."""
+    most = min(len(rows) for rows in pool.classes) - 1
+    ways = sorted({min(way, len(pool.classes)) for way in (2, 5, 10, 20)})
+    cells: list[tuple[int, int, list[Indices]]] = []
+    for way in ways:
+        for shot in [shot for shot in SHOTS if shot <= most]:
+            count = max(10, episodes * 5 // max(5, way))
+            cells.append((way, shot, frozen(pool, way=way, shot=shot, queries=queries, count=count, seed=seed)))
+    sizes = np.array([[1.0, np.log(way), np.log(shot)] for way, shot, _ in cells])
+    temperatures, rejections, scores = {}, {}, {}
+    grid = np.linspace(np.log(0.05), np.log(20), 121)
+    for method, learner in learners.items():
+        found = [_answered(learner, features, task, cell) for cell, (_, _, tasks) in enumerate(cells) for task in tasks]
+        logs, right = [], []
+        for cell, (way, _, _) in enumerate(cells):
+            stacked = np.concatenate([task.logits for task in found if task.cell == cell])
+            truth = np.concatenate([task.answers for task in found if task.cell == cell])
+            losses = [_nll(stacked / np.exp(value), truth) for value in grid]
+            logs.append(grid[int(np.argmin(losses))])
+            if way == min(5, len(pool.classes)):
+                right.append(float((stacked.argmax(axis=1) == truth).mean()))
+        fit = np.linalg.lstsq(sizes, np.array(logs), rcond=None)[0]
+        names = ("constant", "by_way", "by_shot")
+        temperatures[method] = {name: round(float(value), 4) for name, value in zip(names, fit, strict=True)}
+        scores[method] = float(np.mean(right))
+        rejections[method] = fit_rejection(found, Temperature(**temperatures[method]))
+    return temperatures, rejections, scores
+
+
+def _answered(learner: Learner, features: np.ndarray, task: Indices, cell: int) -> Answered:
+    support = evaluate.support_of(features, task)
+    affine = learner.adapt(support)
+    own = features[task.support] @ affine.weight.T + affine.bias
+    shots = tuple(int(count) for count in np.bincount(task.labels, minlength=task.way))
+    return Answered(
+        cell,
+        shots,
+        features[task.query] @ affine.weight.T + affine.bias,
+        task.answers,
+        held_out(learner, support).logits,
+        without_own(own, task.labels),
+    )
+
+
+def fit_rejection(tasks: list[Answered], temperature: Temperature) -> dict[str, list[float]]:
+    """The numbers of a Rejection, by least squares on tasks whose questions all show one of their classes.
+
+    How the location follows the task's own energies is not fitted: within one domain they hardly differ and the fit
+    would all but ignore them, but from domain to domain they shift as a whole.
+    """
+    fits: dict[str, list[float]] = {}
+    scaled = []
+    for many, suffix in ((True, ""), (False, "_one_shot")):
+        chosen = [task for task in tasks if (len(task.held_out) > 0) == many]
+        if not chosen:
+            return {}  # too few images a class to know tasks of this kind: then nothing is rejected
+        sizes, genuine = [], []
+        for task in chosen:
+            t = temperature.at(len(task.shots), task.shots)
+            sizes.append(size_of(task.shots, energy((task.held_out if many else task.rivals) / t)))
+            genuine.append(energy(task.logits / t))
+        inputs = np.array(sizes).reshape(len(chosen), 5)
+        slope = SHIFT if many else SHIFT_ONE_SHOT
+        means = np.array([values.mean() for values in genuine])
+        size = np.linalg.lstsq(inputs[:, :3], means - slope * inputs[:, 3], rcond=None)[0]
+        location = np.array([*size, slope, 0.0])
+        off = [values - row @ location for values, row in zip(genuine, inputs, strict=True)]
+        widths = np.log([np.sqrt(np.mean(values**2)) + 1e-6 for values in off])
+        spread = np.linalg.lstsq(inputs, np.array(widths), rcond=None)[0]
+        scaled += [values / np.exp(row @ spread) for values, row in zip(off, inputs, strict=True)]
+        fits[f"location{suffix}"] = [round(float(value), 5) for value in location]
+        fits[f"spread{suffix}"] = [round(float(value), 5) for value in spread]
+    quantiles = np.quantile(np.concatenate(scaled), np.linspace(0, 1, 201))
+    fits["quantiles"] = [round(float(value), 4) for value in quantiles]
+    return fits
+
+
+def _nll(logits: np.ndarray, truth: np.ndarray) -> float:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(truth)), truth]))

@@ -1,0 +1,51 @@
+"""What was aimed at, and whether it was reached: each goal is looked up in the raw results.
+
+A goal is a line of `goals.jsonl`: `goal` and `text`, the fields that a result must have (`where`), the `field` that is
+read and what it must reach (`least`), stay under (`most`), or both. One without `where` says instead (`see`) in which
+experiment the answer is to be read. Knows nothing of how results were made.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from training.accuracy import distinct
+from training.raw import Line
+from training.tables import NOTHING, Commands, half, markdown
+
+
+def goals_table(goals: Sequence[Line], lines: Sequence[Line], commands: Commands) -> str:
+    found = distinct(lines)
+    rows = [_row(goal, found, lines, commands) for goal in goals]
+    return markdown(["goal", "what", "aim", "ours", "episodes", "reached", "command"], rows)
+
+
+def _row(goal: Line, found: Sequence[Line], lines: Sequence[Line], commands: Commands) -> list[str]:
+    aim = " and ".join(f"{sign} {goal[name]:g}" for name, sign in (("least", "≥"), ("most", "≤")) if name in goal)
+    start = [goal["goal"], goal["text"], aim]
+    if "where" not in goal:
+        there = any(line["experiment"] == goal["see"] for line in lines)
+        name = goal["see"][:1].upper() + goal["see"][1:]
+        text = f"see [{name}](#{goal['see'].replace(' ', '-')})" if there else "not measured"
+        return [*start, text, NOTHING, NOTHING, NOTHING]
+    mine = [line for line in found if all(line.get(key) == value for key, value in goal["where"].items())]
+    mine = [line for line in mine if isinstance(line.get(goal["field"]), int | float)]
+    if not mine:
+        return [*start, "not measured", NOTHING, NOTHING, NOTHING]
+    value = statistics.mean(line[goal["field"]] for line in mine)
+    width = half(mine[0], goal["field"]) if len(mine) == 1 else None
+    seeds = "" if len(mine) == 1 else f" (mean of {len(mine)} seeds)"
+    ours = f"{value:.2f}" + ("" if width is None else f" ± {width:.2f}") + seeds
+    episodes = f"{mine[0]['episodes']:,}" if "episodes" in mine[0] else NOTHING
+    return [*start, ours, episodes, _verdict(goal, value, width or 0.0), commands.refer(mine)]
+
+
+def _verdict(goal: Line, value: float, width: float) -> str:
+    short = max(goal["least"] - value if "least" in goal else -math.inf, value - goal.get("most", math.inf))
+    if short <= -width:
+        return "yes"
+    if short <= 0:
+        return "yes, within the interval of the aim"
+    return f"no, by {short:.2f}" + (" (within the interval)" if short <= width else "")

@@ -1,0 +1,71 @@
+"""Progressive re-clustering: what the extractor sees in the images is clustered, it learns to tell the clusters apart,
+and what it sees then is clustered again.
+
+Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", 2018, https://arxiv.org/abs/1807.05520;
+for few-shot features Ji et al., "Unsupervised Few-shot Learning via Self-supervised Training", 2019,
+https://arxiv.org/abs/1912.12178, whose rounds leave out what clusters badly. Each round is a pretraining of its own, in
+a folder of its own, that starts from the one before: so it resumes as they do, and the clusters, which follow from the
+finished round, are found again and never stored. Knows nothing of labels.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from training import checkpoint, data, evaluate, pretrain, pseudo
+from training.config import PretrainConfig
+
+
+def train(config: PretrainConfig, images: data.Images, check: data.Images | None) -> Path:
+    """All rounds, or the rest of them; returns the path of the checkpoint, which is there when all are done."""
+    if config.start is None:
+        sys.exit("--labels clusters needs --start: clusters of what an untrained extractor sees mean nothing.")
+    if config.rotations:
+        images = evaluate.turned(images)
+    path, began = config.out / pretrain.CHECKPOINT, time.monotonic()
+    start = config.start
+    for number in range(1, config.rounds + 1):
+        left = config.minutes - (time.monotonic() - began) / 60 if config.minutes else 0.0
+        if config.minutes and left <= 0:
+            return path
+        own = config.model_copy(
+            update={
+                "out": config.out / f"round{number}",
+                "start": start,
+                "rotations": False,
+                "minutes": left,
+                "seed": config.seed + number - 1,
+            }
+        )
+        if not finished(own):
+            pretrain.train(own, clustered(own, images), check)
+        if not finished(own):
+            return path
+        start = own.out
+    shutil.copyfile(start / pretrain.CHECKPOINT, path)
+    return path
+
+
+def finished(config: PretrainConfig) -> bool:
+    """Whether a round with these settings is done."""
+    path = config.out / pretrain.CHECKPOINT
+    if not path.exists():
+        return False
+    state = checkpoint.load(path)
+    return "extractor" in state and pretrain.same(PretrainConfig(**state["config"]), config)
+
+
+def clustered(config: PretrainConfig, images: data.Images) -> data.Images:
+    """The images with clusters for classes, without those that belong to none."""
+    run = pretrain.Run(config, images)
+    features = pretrain.embed(run.extractor(), images.pixels, run.device)
+    named = pseudo.clusters(features, config.cluster, seed=config.seed)
+    kept = np.flatnonzero(named >= 0)
+    classes = tuple(f"cluster{label}" for label in range(int(named.max()) + 1))
+    print(f"{len(classes)} clusters of {len(kept)} images, {len(images) - len(kept)} left out", file=sys.stderr)
+    return data.Images(images.pixels[kept], named[kept], classes, images.groups[kept])

@@ -1,0 +1,188 @@
+"""`python -m training results`: raw results -> RESULTS.md and its pictures, the same bytes for the same files.
+
+Every number of the page stands in a line of `results/*.jsonl`, with the command that made it; nothing is typed in by
+hand. Results that used no label of the training classes stand in other tables than those that did. An experiment that
+this module does not know becomes a plain table. `published.jsonl` holds what others reached, `goals.jsonl` what was
+aimed at. Knows nothing of how a result was made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from training import raw
+from training.accuracy import accuracy_tables, distinct, learning_curves, ten_samples
+from training.config import ResultsConfig
+from training.data import DataError
+from training.goals import goals_table
+from training.raw import Line
+from training.tables import Commands, general, markdown, quantity, shown
+
+PUBLISHED, GOALS = "published.jsonl", "goals.jsonl"
+ASIDE = (PUBLISHED, GOALS)
+
+# What is said of an experiment that is known: title, remark, and the columns where not all are wanted.
+KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
+    "lake": (
+        "Lake's one-shot runs",
+        "20 runs of 20-way 1-shot within one alphabet, 400 questions; the error in per cent, 95 % interval over runs. "
+        "The test is meant for what learned from the thirty background alphabets, or five of them, alone: where "
+        "characters were seen, with or without their labels, the number flatters.",
+        ("method", "artifact", "trained_on", "error", "seen_characters", "seen_alphabets", "episodes", "training_seed"),
+    ),
+    "int8 against float32": (
+        "int8 against float32",
+        "The int8 graph and the float32 graph on the same episodes. Difference: int8 less float32, paired.",
+        ("data", "split", "method", "task", "accuracy", "difference", "episodes", "training_seed"),
+    ),
+    "trust": (
+        'Probabilities and "none of these"',
+        "Expected calibration error (ECE, 15 bins, pooled), the share of genuine images turned away where 5 % were "
+        "asked for, the share of foreign images turned away, and the area under the ROC curve within an episode. "
+        "Temperatures and rejection were fitted on validation classes, with their labels.",
+        None,
+    ),
+    "field": (
+        "Over HTTP, on domains never seen",
+        "`deploy/field.py` teaches a running service and asks it: every learner, with unlabelled images of the same "
+        "classes, and with images of classes that the task does not know. Episodes are draws, "
+        "and intervals are over them: of five draws they are wide.",
+        (
+            *("data", "method", "task", "unlabelled", "accuracy", "genuine_rejected", "foreign_rejected", "foreign"),
+            *("episodes", "precision", "note"),
+        ),
+    ),
+}
+ORDER = ("accuracy", *KNOWN)
+
+
+def load(folder: Path) -> tuple[list[Line], list[Line], list[Line]]:
+    """Our lines, published lines and goals. Raises DataError where there are none of ours."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) if path.name not in ASIDE for line in raw.read(path)]
+    if not lines:
+        raise DataError(f"{folder} has no raw results (looked for *.jsonl).")
+    published, goals = (raw.read(folder / name) if (folder / name).exists() else [] for name in ASIDE)
+    return lines, published, goals
+
+
+def by_labels(lines: Iterable[Line]) -> list[tuple[str, list[Line]]]:
+    """Label-free results first; those that used labels, or do not say, apart."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(str(line.get("labels", "not said")), []).append(line)
+    first = {"none": 0, "training classes": 1}
+    return sorted(groups.items(), key=lambda item: (first.get(item[0], 2), item[0]))
+
+
+def heading(labels: str) -> str:
+    return {
+        "none": "Without labels of the training classes",
+        "training classes": "With labels of the training classes",
+    }.get(labels, f"Labels: {labels}")
+
+
+def anchors(lines: Sequence[Line]) -> str:
+    """What others reached, with what that rests on."""
+    value = next(name for name in ("error", "auroc", "accuracy") if name in lines[0])
+    extra = [n for n in ("trained_on", "unlabelled", "distractors") if any(n in line for line in lines)]
+    rows = [
+        [
+            str(line["method"]),
+            str(line["data"]),
+            f"{line['way']}-way {line['shot']}-shot",
+            *(shown(line.get(name)) for name in extra),
+            quantity(line, value) + ("" if line["certainty"] == "published" else " †"),
+            f"published: {line['source']}" if line["certainty"] == "published" else str(line["certainty"]),
+        ]
+        for line in lines
+    ]
+    head = ["others", "data", "task", *(name.replace("_", " ") for name in extra), value, "source"]
+    return f"What others reached († from memory, not checked against the source):\n\n{markdown(head, rows)}"
+
+
+def section(name: str, lines: Sequence[Line], published: Sequence[Line], commands: Commands) -> str:
+    title, remark, columns = KNOWN.get(name, (name[:1].upper() + name[1:], "", None))
+    parts = [f"## {title}"]
+    if remark:
+        parts.append(remark)
+    if name in KNOWN:
+        lines = distinct(lines)
+    for labels, some in by_labels(lines):
+        parts.append(f"### {title}: {heading(labels)[:1].lower() + heading(labels)[1:]}")
+        parts.append(general(some, commands, columns))
+    others = [line for line in published if line["experiment"] == name]
+    if others:
+        parts.append(anchors(others))
+    return "\n\n".join(parts)
+
+
+def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]) -> tuple[str, dict[str, str]]:
+    """The Markdown, and the pictures by file name."""
+    commands = Commands()
+    pictures: dict[str, str] = {}
+    measured = distinct([line for line in lines if line["experiment"] == "accuracy"])
+    others = [line for line in published if line["experiment"] == "accuracy"]
+    ten, bars = ten_samples(lines, measured, goals)
+    pictures |= bars
+    curves = learning_curves(measured)
+    pictures |= {name: picture for name, (_, picture) in curves.items()}
+    parts = [INTRODUCTION, "## Goals\n\n" + ON_GOALS + goals_table(goals, lines, commands)]
+    parts.append("## Ten samples\n\n" + ten)
+    parts.append(
+        "## Learning curves\n\nAccuracy over examples a class, with 95 % intervals; chance is 100 / way. A learner "
+        "that was not measured at every point is left out.\n\n"
+        + "\n\n".join(f"![{title}](results/{name})" for name, (title, _) in curves.items())
+    )
+    for labels, some in by_labels(measured):
+        own = [line for line in others if line["labels"] == labels]
+        parts.append(f"## {heading(labels)}\n\n" + accuracy_tables(some, own, commands))
+    rest = dict.fromkeys(str(line["experiment"]) for line in lines)
+    names = [name for name in ORDER if name in rest] + sorted(set(rest) - set(ORDER))
+    for name in names:
+        if name != "accuracy":
+            parts.append(section(name, [line for line in lines if line["experiment"] == name], published, commands))
+    unseen = sorted({str(line["experiment"]) for line in published} - set(rest))
+    parts += [
+        f"## {n[:1].upper() + n[1:]}\n\nNot measured here.\n\n"
+        + anchors([p for p in published if p["experiment"] == n])
+        for n in unseen
+    ]
+    parts.append(
+        "## Commands\n\nOne a row, by number; `DATA` is the folder of the data sets.\n\n"
+        + "\n".join(f"{number}. `{command}`" for command, number in commands.known.items())
+    )
+    return "\n\n".join(parts) + "\n", pictures
+
+
+ON_GOALS = """A headline asks for three training seeds; where nothing is said of seeds, there was one. "Not
+measured" is no failure and no success.
+
+"""
+INTRODUCTION = """# Results
+
+Made by `python -m training results` from the raw lines in [results/](results/); a test makes it again and compares
+every byte. Accuracies are per cent, mean ± half the 95 % interval of the mean over frozen episodes (the same list for
+the same seed, way and shot), each question answered alone (inductive) unless said; no choice was made on test classes.
+No outside weights: all was learned from random weights. Where there are several training seeds, a cell is their mean
+with its own interval, and each seed in brackets; where there is one, the spread over trainings is **not** known.
+Wall-clock is that of the training; "not recorded" where nobody wrote it down. Results that used labels of the training
+classes stand in tables of their own. A number that is missing was not measured."""
+
+
+def main(config: ResultsConfig) -> Path:
+    """Writes the page and its pictures, and returns the path of the page."""
+    lines, published, goals = load(config.raw)
+    text, pictures = page(lines, published, goals)
+    folder = config.out / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.svg"):
+        if old.name not in pictures:
+            old.unlink()
+    for name, picture in pictures.items():
+        (folder / name).write_text(picture)
+    path = config.out / "RESULTS.md"
+    path.write_text(text)
+    print(f"{path}: {len(lines)} raw results, {len(pictures)} pictures", file=sys.stderr)
+    return path
