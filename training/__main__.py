@@ -24,8 +24,8 @@ from training.config import (
     LakeConfig,
     MetatrainConfig,
     PretrainConfig,
-    TextDemoConfig,
     ResultsConfig,
+    TextDemoConfig,
     parse,
 )
 from training.data import DataError
