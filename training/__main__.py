@@ -78,9 +78,9 @@ def main(arguments: list[str]) -> int:
         else:
             import importlib
 
-            importlib.import_module(f"training.{name.replace('-', '_')}").main(config)
-            # `import` is no name that a module can be imported by.
-            importlib.import_module(f"training.{'imports' if name == 'import' else name}").main(config)
+            # `import` is no name that a module can be imported by, and no module has a hyphen.
+            module = {"import": "imports"}.get(name, name).replace("-", "_")
+            importlib.import_module(f"training.{module}").main(config)
     except (DataError, FewshotError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
