@@ -2,10 +2,11 @@
 
     manifest.json            what it is, what it can do, how it was made, how well it does; sha256 of every other file
     extractor.safetensors    the weights, once, in half precision: read by torch, and by the graph as external data
-    extractor.onnx           uint8 [n, H, W, C] in, unit-length float32 features [n, dim] out
+    extractor.onnx           uint8 images [n, H, W, C] or texts [n, length] in, unit-length float32 features [n, dim]
+                             out
     extractor.int8.onnx      the same, quantised (optional)
     learners.safetensors     learned arrays, named "<method>/<field>"
-    probe.safetensors        fixed images and the features they must give
+    probe.safetensors        fixed inputs and the features they must give
 
 Knows nothing of how an artifact is made or served.
 """
@@ -24,9 +25,10 @@ from safetensors.numpy import load
 
 from models.calibration import Rejection, Temperature
 from models.errors import ArtifactInvalid
-from models.extractor import Extractor
+from models.extractor import Decoder, Extractor
 from models.images import ImageDecoder
 from models.learners import LEARNERS, Learner, build
+from models.text import MAX_BYTES, TextDecoder
 
 FORMAT = "fewshot-artifact-1"
 MANIFEST = "manifest.json"
@@ -37,6 +39,9 @@ ARRAYS = "learners.safetensors"
 PROBE = "probe.safetensors"
 REQUIRED = (WEIGHTS, GRAPH, ARRAYS, PROBE)
 
+# What is classified -> what graphs and probes call it.
+KINDS: Mapping[str, str] = {"image": "images", "text": "texts"}
+
 # Half-precision weights, other thread counts and fused kernels move features of unit length by less than this.
 PROBE_TOLERANCE = {"float32": 1e-3, "int8": 0.5}
 
@@ -46,8 +51,8 @@ class Manifest:
     name: str
     description: str
     dim: int
-    shape: Mapping[str, Any]  # of the network, see models/resnet.py; of an imported one, only {"network": its name}
-    input: Mapping[str, Any]  # {"kind": "image", "height", "width", "channels"}
+    shape: Mapping[str, Any]  # of the network, by the name of its fields; of an imported one {"network": its name}
+    input: Mapping[str, Any]  # {"kind": "image", "height", "width", "channels"} or {"kind": "text", "length"}
     methods: Mapping[str, Temperature]
     default: str
     training: Mapping[str, Any]
@@ -75,7 +80,7 @@ class Manifest:
         unknown = set(methods) - set(LEARNERS)
         if unknown or data["default"] not in methods:
             raise ValueError(f"methods {sorted(methods)} with default {data['default']!r}")
-        if data["input"]["kind"] != "image":
+        if data["input"]["kind"] not in KINDS:
             raise ValueError(f"unknown kind of input {data['input']['kind']!r}")
         return cls(
             name=str(data["name"]),
@@ -126,8 +131,22 @@ class Artifact:
                 raise ArtifactInvalid(f"{member} is not the file that the manifest names: its sha256 differs.")
         return cls(path, manifest, "sha256:" + hashlib.sha256(raw).hexdigest())
 
-    def decoder(self, *, max_pixels: int = 16_800_000, max_bytes: int = 8_000_000) -> ImageDecoder:
+    @property
+    def kind(self) -> str:
+        """What it classifies: "image" or "text"."""
+        return str(self.manifest.input["kind"])
+
+    @property
+    def input_name(self) -> str:
+        """What its graphs call their input, and its probe what it feeds them."""
+        return KINDS[self.kind]
+
+    def decoder(
+        self, *, max_pixels: int = 16_800_000, max_bytes: int = 8_000_000, max_text_bytes: int = MAX_BYTES
+    ) -> Decoder:
         given = self.manifest.input
+        if self.kind == "text":
+            return TextDecoder(given["length"], max_text_bytes)
         return ImageDecoder(given["height"], given["width"], given["channels"], max_pixels, max_bytes)
 
     def learners(self, device: str = "cpu") -> Mapping[str, Learner]:
@@ -144,7 +163,7 @@ class Artifact:
     def check(self, extractor: Extractor, *, precision: str = "float32") -> float:
         """Runs the probe, which also warms up; returns the largest difference. Raises ArtifactInvalid if too large."""
         probe = load((self.path / PROBE).read_bytes())
-        difference = float(np.abs(extractor(probe["images"]) - probe["features"]).max())
+        difference = float(np.abs(extractor(probe[self.input_name]) - probe["features"]).max())
         if not difference <= PROBE_TOLERANCE[precision]:
             raise ArtifactInvalid(f"The extractor gives other features than the probe expects (by {difference:.1e}).")
         return difference

@@ -35,9 +35,10 @@ class OnnxExtractor:
         if file.name not in artifact.manifest.files:
             raise ArtifactInvalid(f"The artifact {artifact.manifest.name!r} has no {precision} graph.")
         self._session = session(str(file))
+        self._input = artifact.input_name
         self.dim = artifact.manifest.dim
         self.precision = precision
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        (features,) = self._session.run(["features"], {"images": batch})
+        (features,) = self._session.run(["features"], {self._input: batch})
         return np.asarray(features, dtype=np.float32)

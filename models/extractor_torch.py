@@ -6,14 +6,15 @@ Calls are made one at a time: a device has one queue, and whoever waits decodes 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from models import bytenet, resnet
 from models.artifact import WEIGHTS, Artifact
 from models.errors import ArtifactInvalid
-from models.resnet import ImageExtractor, ResNet, Shape, fold
 
 
 def has_cuda() -> bool:
@@ -27,9 +28,7 @@ class TorchExtractor:
                 f"The artifact {artifact.manifest.name!r} was imported: it is a graph that only onnxruntime runs, on "
                 "a CPU (FEWSHOT_DEVICE=cpu)."
             )
-        shape = artifact.manifest.shape
-        lists = {name: tuple(shape[name]) for name in ("blocks", "strides")}
-        module = ImageExtractor(fold(ResNet(Shape(**{**shape, **lists}))))
+        module = _network(artifact)
         weights = load_file(artifact.path / WEIGHTS)  # stored in half precision
         module.load_state_dict({name: value.float() for name, value in weights.items()})
         # torch's stub of Module.to leaves out memory_format.
@@ -44,3 +43,12 @@ class TorchExtractor:
         with self._lock:
             features = self._module(torch.from_numpy(np.ascontiguousarray(batch)).to(self._device))
             return np.asarray(features.float().cpu().numpy())
+
+
+def _network(artifact: Artifact) -> resnet.ImageExtractor | bytenet.TextExtractor:
+    """The network that the manifest describes, as its weights were exported."""
+    given = artifact.manifest.shape
+    shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if artifact.kind == "text":
+        return bytenet.TextExtractor(bytenet.ByteNet(bytenet.Shape(**shape)))
+    return resnet.ImageExtractor(resnet.fold(resnet.ResNet(resnet.Shape(**shape))))

@@ -11,6 +11,7 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import asyncio  # noqa: E402
+import json  # noqa: E402
 import logging  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
@@ -21,6 +22,7 @@ from types import FrameType  # noqa: E402
 
 import uvicorn  # noqa: E402
 
+from models.artifact import MANIFEST  # noqa: E402
 from models.errors import ArtifactInvalid, FewshotError  # noqa: E402
 from service import logs  # noqa: E402
 from service.connections import Door, room  # noqa: E402
@@ -98,13 +100,19 @@ def welcome(settings: Settings, port: int) -> str:
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "127.0.0.1", "::") else settings.host  # noqa: S104
     address = f"http://{host}:{port}"
     sample = os.path.relpath(SAMPLE)
+    if json.loads((settings.artifact / MANIFEST).read_bytes())["input"]["kind"] == "text":
+        what = "two kinds of text from an example each"
+        fields = " -F code='return x + 1' -F prose='It was a dark night.' -F query='if not x: break'"
+    else:
+        what = "two characters from three examples each"
+        fields = "".join(f" -F {label}=@{sample}/{label}/{n}.png" for label in ("alpha", "theta") for n in (1, 2, 3))
+        fields += f" -F query=@{sample}/theta/9.png"
     return (
         f"\nfewshot is ready at {address} (API reference: {address}/docs)\n"
-        f"Teach it two characters from three examples each, and ask about a new one, in one call:\n\n"
+        f"Teach it {what}, and ask about a new one, in one call:\n\n"
         f"  curl -s {address}/v1/classify"
         + (' -H "Authorization: Bearer $KEY"' if settings.keys_file else "")
-        + "".join(f" -F {label}=@{sample}/{label}/{n}.png" for label in ("alpha", "theta") for n in (1, 2, 3))
-        + f" -F query=@{sample}/theta/9.png\n"
+        + f"{fields}\n"
     )
 
 

@@ -444,10 +444,11 @@ class Engine:
             raise UnknownMethod(f"There is no method {method[:64]!r}; this artifact has {known}.") from None
 
     def _check_queries(self, payloads: Sequence[Payload]) -> None:
+        kind, most = self.artifact.kind, self.limits.max_queries
         if not payloads:
-            raise InvalidRequest("There is no image to classify.")
-        if len(payloads) > self.limits.max_queries:
-            raise TooLarge(f"There are {len(payloads)} images; the limit is {self.limits.max_queries} (MAX_QUERIES).")
+            raise InvalidRequest(f"There is no {kind} to classify.")
+        if len(payloads) > most:
+            raise TooLarge(f"There are {len(payloads)} {kind}s; the limit is {most} (MAX_QUERIES).")
 
     def _record(self, rows: Rows, method: str) -> Record:
         manifest = self.artifact.manifest

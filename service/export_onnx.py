@@ -1,8 +1,9 @@
 """A task as one ONNX file that needs nothing else: uint8 pixels in, probabilities and how well known they are out.
 
-The head is appended to the artifact's own graph, whose weights move into the file in half precision. No file is handed
-out on trust: it is run on the artifact's probe images first and has to answer like the service. Neither onnx nor
-onnxruntime is imported before the first export, and a service without them refuses. Knows nothing of HTTP.
+Where the artifact reads texts, their bytes go in. The head is appended to the artifact's own graph, whose weights move
+into the file in half precision. No file is handed out on trust: it is run on the artifact's probe first and has to
+answer like the service. Neither onnx nor onnxruntime is imported before the first export, and a service without them
+refuses. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from models.calibration import Rejection, energy
 from models.errors import ExportRefused, FewshotError
 from models.head import Head
 from service.engine import Engine
+from service.export_runners import KINDS
 from service.stores import Pointer
 
 log = logging.getLogger(__name__)
@@ -32,52 +34,6 @@ log = logging.getLogger(__name__)
 PARITY = 1e-4  # largest difference between the file and the service, of numbers from 0 to 1
 GRAPHS: Mapping[str, str] = {"float32": GRAPH, "int8": INT8_GRAPH}
 NARROWEST = 1e-6  # between two quantiles that are equal: a step becomes a very steep slope
-RESIZE = (
-    "Turned upright by EXIF; transparency laid onto white; grey or RGB by the number of channels; the middle of the "
-    "picture in the shape of the input, resized in one step with Pillow's BILINEAR, which averages; a JPEG may first "
-    "be decoded at a half, a quarter or an eighth, to no less than twice the input."
-)
-RUNNER = '''"""Says what pictures show:  python run.py PICTURE...  Needs onnxruntime, numpy and Pillow."""
-
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
-session = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), providers=["CPUExecutionProvider"])
-facts = session.get_modelmeta().custom_metadata_map
-labels, reject = json.loads(facts["labels"]), float(facts["reject"])
-height, width, channels = session.get_inputs()[0].shape[1:]
-
-
-def pixels(path):
-    """A picture as the service sees it: uint8 [height, width, channels]."""
-    image, mode = Image.open(path), "L" if channels == 1 else "RGB"
-    image.draft(None, (2 * max(height, width),) * 2)  # JPEG alone heeds this
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-    if image.mode != mode and image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert(mode)
-    if image.size != (width, height):
-        scale = min(image.width / width, image.height / height)
-        across, down = min(width * scale, image.width), min(height * scale, image.height)
-        left, top = (image.width - across) / 2, (image.height - down) / 2
-        box = (left, top, left + across, top + down)
-        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image, np.uint8).reshape(height, width, channels)
-
-
-for path in sys.argv[1:]:
-    probabilities, known = session.run(["probabilities", "known"], {"pixels": pixels(path)[None]})
-    ranked = sorted(zip(probabilities[0].tolist(), labels), reverse=True)
-    verdict = ranked[0][1] if known[0] >= reject else "none of these"
-    print(f"{path}: {verdict}", *(f"{label} {share:.6f}" for share, label in ranked), sep="\\n  ")
-'''
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,12 +44,13 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exported:
-    """A file that answered like the service, and the images it was held against."""
+    """A file that answered like the service, and the images or texts it was held against."""
 
     model: bytes
     facts: Mapping[str, str]  # what the file says of itself
-    pixels: np.ndarray  # [n, height, width, channels] uint8
+    pixels: np.ndarray  # [n, height, width, channels] uint8, or the bytes of texts [n, length]
     expected: Answers
+    kind: str = "image"
 
 
 async def export(
@@ -117,7 +74,7 @@ async def export(
         expected = answers(head, features, rejection)
         model = build(artifact, head, facts, precision=precision)
         check(model, pixels, expected)
-        return Exported(model, facts, pixels, expected)
+        return Exported(model, facts, pixels, expected, artifact.kind)
 
     return await asyncio.to_thread(work)
 
@@ -126,7 +83,7 @@ def facts_of(
     artifact: Artifact, task: str, pointer: Pointer, head: Head, *, precision: str, reject: float
 ) -> dict[str, str]:
     """What the file says of itself, as ONNX keeps it: text by name."""
-    given = artifact.manifest.input
+    kind = KINDS[artifact.kind]
     return {
         "labels": json.dumps(head.labels),
         "task": task,
@@ -136,8 +93,8 @@ def facts_of(
         "method": head.method,
         "precision": precision,
         "reject": f"{reject if _rejects(artifact, head) else 0:g}",  # below this `known`, an image is none of these
-        "input": f"{given['height']} x {given['width']} pixels, {'grey' if given['channels'] == 1 else 'RGB'}",
-        "resize": RESIZE,
+        "input": kind.size(artifact.manifest.input),
+        kind.fact: kind.made,
     }
 
 
@@ -154,10 +111,11 @@ def build(artifact: Artifact, head: Head, facts: Mapping[str, str], *, precision
     """The bytes of the file. Raises ExportRefused without onnx."""
     onnx, _ = _tools()
     model = onnx.load(artifact.path / GRAPHS[precision])  # with the weights beside it, in half precision as they are
-    (images,), (features,) = model.graph.input, model.graph.output
+    (given,), (features,) = model.graph.input, model.graph.output
+    tensor = KINDS[artifact.kind].tensor
     for node in model.graph.node:
-        node.input[:] = ["pixels" if name == images.name else name for name in node.input]
-    images.name = "pixels"
+        node.input[:] = [tensor if name == given.name else name for name in node.input]
+    given.name = tensor
     rejection = artifact.manifest.rejections.get(head.method)
     _append(onnx, model.graph, features.name, head, rejection)
     del model.graph.output[:]
@@ -220,7 +178,7 @@ def check(model: bytes, pixels: np.ndarray, expected: Answers) -> float:
     options.log_severity_level = 3
     try:
         session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        found = session.run(["probabilities", "known"], {"pixels": pixels})
+        found = session.run(["probabilities", "known"], {session.get_inputs()[0].name: pixels})
     except Exception:  # whatever a runtime dislikes about the file, it is not to be handed out
         log.exception("The exported file does not run.")
         raise ExportRefused("The file that was made does not run, so it is not handed out; the log says why.") from None
@@ -238,30 +196,30 @@ def check(model: bytes, pixels: np.ndarray, expected: Answers) -> float:
 
 def bundle(exported: Exported) -> bytes:
     """A zip with the file, a program that runs it, and images with the answers that they must get."""
-    golden = io.BytesIO()
-    np.savez(
-        golden,
-        pixels=exported.pixels,
-        probabilities=exported.expected.probabilities,
-        known=exported.expected.known,
-    )
-    facts = exported.facts
+    golden, kind, facts = io.BytesIO(), KINDS[exported.kind], exported.facts
+    tensors: dict[str, Any] = {
+        kind.tensor: exported.pixels,
+        "probabilities": exported.expected.probabilities,
+        "known": exported.expected.known,
+    }
+    np.savez(golden, **tensors)
     readme = (
         f"The task {facts['task']!r}, version {facts['version']}, as one ONNX file.\n\n"
-        "  pip install onnxruntime numpy Pillow\n"
-        "  python run.py picture.jpg\n\n"
-        "model.onnx   pixels uint8 [n, height, width, channels] -> probabilities [n, way], known [n]\n"
+        f"  pip install {kind.needs}\n"
+        f"  python run.py {kind.example}\n\n"
+        f"model.onnx   {kind.tensor} uint8 [n, {kind.shape}] -> probabilities [n, way], known [n]\n"
         f"             The input is {facts['input']}. The labels, in the order of the probabilities, and more\n"
         "             are in the metadata of the file.\n"
-        "golden.npz   pixels, and the probabilities and known that any runtime should give for them (within 1e-4)\n"
-        "run.py       pictures from files; how one becomes pixels matters, and stands there\n\n"
-        + (f"An image whose `known` is below {facts['reject']} is none of these.\n" if facts["reject"] != "0" else "")
+        f"golden.npz   {kind.tensor}, and the probabilities and known that any runtime should give for them "
+        "(within 1e-4)\n"
+        f"run.py       from files; how one becomes {kind.tensor} matters, and stands there\n\n"
+        + (f"One whose `known` is below {facts['reject']} is none of these.\n" if facts["reject"] != "0" else "")
     )
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("model.onnx", exported.model, compress_type=zipfile.ZIP_STORED)  # weights do not shrink
         file.writestr("golden.npz", golden.getvalue())
-        file.writestr("run.py", RUNNER)
+        file.writestr("run.py", kind.program)
         file.writestr("README.txt", readme)
     return out.getvalue()
 
@@ -275,7 +233,7 @@ def _probe(artifact: Artifact, precision: str) -> np.ndarray:
     if not {GRAPHS[precision], PROBE} <= set(artifact.manifest.files):
         raise ExportRefused(f"The artifact {artifact.manifest.name!r} has no {precision} graph.")
     _tools()
-    return np.asarray(load((artifact.path / PROBE).read_bytes())["images"])
+    return np.asarray(load((artifact.path / PROBE).read_bytes())[artifact.input_name])
 
 
 async def _served(engine: Engine, pixels: np.ndarray) -> np.ndarray:

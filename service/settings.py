@@ -70,6 +70,7 @@ class Settings(BaseModel):
     body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
     max_example_bytes: int = Field(8_000_000, ge=1000, description="largest encoded image")
     max_pixels: int = Field(16_800_000, ge=1000, description="most pixels of an image, read from its header")
+    max_text_bytes: int = Field(16_384, ge=16, description="largest text, where the artifact reads texts")
     max_examples: int = Field(512, ge=2, le=10_000, description="most images of one support set")
     max_queries: int = Field(64, ge=1, le=10_000, description="most images of one classify request")
     max_way: int = Field(256, ge=2, description="most classes of a task")

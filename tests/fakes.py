@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 from pathlib import Path
@@ -92,6 +93,23 @@ def tiny_artifact(folder: Path, *, name: str = "tiny", rejects: bool = False) ->
         rejections={"prototype": REJECTION} if rejects else {},
     )
     return Artifact(folder, manifest, f"sha256:{name}")
+
+
+class Letters:
+    """Features of a text: how often it has each letter, of unit length."""
+
+    dim = 26
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        counts = np.stack([((batch | 0x20) == ord("a") + k).sum(axis=1) for k in range(self.dim)], axis=1) + 1e-3
+        return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+
+def tiny_text_artifact(folder: Path) -> Artifact:
+    """An artifact for Letters, which reads the first 64 bytes of a text."""
+    artifact = tiny_artifact(folder, name="letters")
+    manifest = dataclasses.replace(artifact.manifest, dim=Letters.dim, input={"kind": "text", "length": 64})
+    return dataclasses.replace(artifact, manifest=manifest)
 
 
 def picture(colour: str, *, seed: int = 0, size: tuple[int, int] = (24, 24), format: str = "PNG") -> bytes:

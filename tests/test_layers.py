@@ -68,7 +68,7 @@ def service_and_training_do_not_know_each_other(found: Import) -> bool:
 def torch_is_imported_where_devices_or_gradients_are(found: Import) -> bool:
     allowed = (
         found.path.startswith("training/")
-        or found.path in ("models/resnet.py", "models/extractor_torch.py")
+        or found.path in ("models/resnet.py", "models/bytenet.py", "models/extractor_torch.py")
         or (found.path, found.inside) == ("models/arrays.py", "place")
     )
     return within(found.module, "torch", "safetensors.torch") and not allowed
@@ -138,6 +138,7 @@ RULES: list[tuple[Rule, list[tuple[str, str]], list[tuple[str, str]]]] = [
             ("models/arrays.py", "import torch"),
             ("models/arrays.py", "def fetch(x):\n    from torch import Tensor"),
             ("models/learners/lstm.py", "from torch.nn import functional"),
+            ("models/text.py", "import torch"),
             ("models/artifact.py", "from safetensors.torch import load_file"),
             ("service/batcher.py", "async def go():\n    import torch.cuda"),
             ("service/web/app.py", "import importlib\ntorch = importlib.import_module('torch')"),
@@ -146,6 +147,7 @@ RULES: list[tuple[Rule, list[tuple[str, str]], list[tuple[str, str]]]] = [
         [
             ("models/arrays.py", "def place(x):\n    import torch"),
             ("models/resnet.py", "import torch"),
+            ("models/bytenet.py", "import torch"),
             ("models/head.py", "import torchless\nfrom safetensors.numpy import load"),
         ],
     ),

@@ -25,6 +25,7 @@ from training.config import (
     MetatrainConfig,
     PretrainConfig,
     ResultsConfig,
+    TextDemoConfig,
     parse,
 )
 from training.data import DataError
@@ -60,6 +61,7 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "lake": (LakeConfig, "measure an artifact on Lake's one-shot runs"),
     "results": (ResultsConfig, "make RESULTS.md from raw results"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
+    "text-demo": (TextDemoConfig, "all of them on Python's standard library"),
 }
 
 
@@ -76,8 +78,9 @@ def main(arguments: list[str]) -> int:
         else:
             import importlib
 
-            # `import` is no name that a module can be imported by.
-            importlib.import_module(f"training.{'imports' if name == 'import' else name}").main(config)
+            # `import` is no name that a module can be imported by, and no module has a hyphen.
+            module = {"import": "imports"}.get(name, name).replace("-", "_")
+            importlib.import_module(f"training.{module}").main(config)
     except (DataError, FewshotError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

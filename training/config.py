@@ -28,6 +28,9 @@ class PretrainConfig(Config):
 
     data: Path = Field(description="folder or zip with one folder per class")
     out: Path = Field(description="folder for the checkpoint and the log")
+    split: str = Field("train", description="which classes to learn from: train, or all")
+    shape: str = Field("resnet18", description="network, a name from models/resnet.py, or from bytenet.py for texts")
+    size: int = Field(84, ge=16, description="pixels of the input, height and width; bytes of a text")
     split: str = Field(
         "train", description="which classes to learn from: train, all, or (Omniglot) background5 or background30"
     )
@@ -38,7 +41,7 @@ class PretrainConfig(Config):
     objectives: str = Field(
         "contrastive=1",
         pattern=r"^\w+=\d*\.?\d+(,\w+=\d*\.?\d+)*$",
-        description="name=weight, with commas: contrastive, supervised, projected, rotation",
+        description="name=weight, with commas: contrastive, supervised, projected, rotation; for texts, language",
     )
     start: Path | None = Field(
         None, description="folder of a finished pretraining, or of an artifact, whose weights to start from"
@@ -157,6 +160,15 @@ class ExportConfig(Config):
     per_class: int = Field(0, ge=0)
     metrics: str = Field("", description="files of `evaluate --json-out`, with commas: the measured accuracy")
     seed: int = 11
+
+
+class TextDemoConfig(Config):
+    """All commands on passages of Python's standard library, in about a minute: which module is this from?"""
+
+    out: Path = Field(Path("runs/text-demo"), description="folder for the corpus, checkpoints and the artifact")
+    epochs: int = Field(2, ge=1, description="of pretraining")
+    episodes: int = Field(2000, ge=2, description="that accuracy is measured on")
+    json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
 
 
 class ImportConfig(Config):

@@ -1,8 +1,9 @@
-"""Labelled images from a folder or a zip with one folder per class, and splits by class.
+"""Labelled images or texts from a folder or a zip with one folder per class, and splits by class.
 
 `<root>/<class>/<image>`, where a class may be a path of several levels; or zips with such members, either named
 directly or inside the folder. A `splits.json` beside them names the classes of "train", "val" and "test"; without
-one, classes are dealt 60/20/20 by a seeded shuffle. Knows nothing of networks or episodes.
+one, classes are dealt 60/20/20 by a seeded shuffle. Texts also come as lines of a file: see texts.py. Knows nothing of
+networks or episodes.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import json
 import random
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from models.errors import FewshotError
-from models.images import ImageDecoder
+from models.extractor import Decoder
+from models.text import TextDecoder
+from training import texts
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SPLITS = ("train", "val", "test")
@@ -34,9 +38,9 @@ class DataError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Images:
-    """Decoded images of some classes, in the order of their names."""
+    """Decoded images, or texts, of some classes, in the order of their names."""
 
-    pixels: np.ndarray  # [n, H, W, C] uint8
+    pixels: np.ndarray  # [n, H, W, C] uint8; the bytes of texts, [n, length]
     labels: np.ndarray  # [n] int64, 0..len(classes)-1
     classes: tuple[str, ...]
     groups: np.ndarray  # [n] int64: images of one physical thing share a number; -1 where nothing is known
@@ -45,7 +49,7 @@ class Images:
         return len(self.labels)
 
 
-def members(source: Path) -> Iterator[tuple[str, str, zipfile.ZipFile | None]]:
+def members(source: Path, suffixes: Container[str] = SUFFIXES) -> Iterator[tuple[str, str, zipfile.ZipFile | None]]:
     """Yields (class, member, archive or None) of every image under a folder or in a zip, sorted by name."""
     if source.is_file():
         archives = [source]
@@ -61,11 +65,11 @@ def members(source: Path) -> Iterator[tuple[str, str, zipfile.ZipFile | None]]:
                 raise DataError(f"{path} is no zip, or a damaged one.") from None
             for name in sorted(archive.namelist()):
                 member = PurePosixPath(name)
-                if member.suffix.lower() in SUFFIXES and len(member.parts) > 1:
+                if member.suffix.lower() in suffixes and len(member.parts) > 1:
                     yield str(member.parent), name, archive
         return
     for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.parent != source:
+        if path.suffix.lower() in suffixes and path.parent != source:
             yield path.parent.relative_to(source).as_posix(), str(path), None
 
 
@@ -92,8 +96,8 @@ def alphabets(source: Path, split: str) -> set[str]:
     return {"background30": background, "background5": background & set(FIVE), "evaluation20": evaluation}[split]
 
 
-def load(source: Path, split: str, decoder: ImageDecoder, *, per_class: int | None = None, group: str = "") -> Images:
-    """Decodes every image of one split ("train", "val", "test", one of BY_ALPHABET, or "all") into memory.
+def load(source: Path, split: str, decoder: Decoder, *, per_class: int | None = None, group: str = "") -> Images:
+    """Decodes every image or text of one split ("train", "val", "test", one of BY_ALPHABET, or "all") into memory.
 
     `group`: an expression; images of a class whose file names give the same match show one physical thing. Without
     it, `piece` in splits.json tells, where there is such an entry. Raises DataError when nothing is left, naming what
@@ -101,14 +105,9 @@ def load(source: Path, split: str, decoder: ImageDecoder, *, per_class: int | No
     """
     if split not in (*SPLITS, *BY_ALPHABET, "all"):
         raise DataError(f"'{split}' is no split; known are {', '.join((*SPLITS, *BY_ALPHABET))} and all.")
-    found: dict[str, list[tuple[str, zipfile.ZipFile | None]]] = {}
-    for name, member, archive in members(source):
-        # Lake's one-shot runs lie beside Omniglot in an archive of another layout.
-        if archive is not None and archive.filename and "one_shot" in archive.filename:
-            continue
-        found.setdefault(name, []).append((member, archive))
-    if not found:
-        raise DataError(f"{source} has no images in class folders (looked for {', '.join(sorted(SUFFIXES))}).")
+    found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
+    for name, member, read in _examples(source, decoder):
+        found.setdefault(name, []).append((member, read))
     if split == "all":
         chosen = sorted(found)
     elif split in BY_ALPHABET:
@@ -122,15 +121,36 @@ def load(source: Path, split: str, decoder: ImageDecoder, *, per_class: int | No
     group_of = Grouper(pieces(source), group)
     pixels, labels, groups = [], [], []
     for label, name in enumerate(chosen):
-        for member, archive in found[name][:per_class]:
-            data = archive.read(member) if archive is not None else Path(member).read_bytes()
+        for member, read in found[name][:per_class]:
             try:
-                pixels.append(decoder(data))
+                pixels.append(decoder(read()))
             except FewshotError as error:
                 raise DataError(f"{member}: {error.detail}") from None
             labels.append(label)
             groups.append(group_of(name, PurePosixPath(member).name))
     return Images(np.stack(pixels), np.array(labels, np.int64), tuple(chosen), np.array(groups, np.int64))
+
+
+def _examples(source: Path, decoder: Decoder) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
+    """(class, name, how to read it) of everything in the source that is of the decoder's kind. Raises DataError."""
+    kind, suffixes = ("texts", texts.SUFFIXES) if isinstance(decoder, TextDecoder) else ("images", SUFFIXES)
+    if isinstance(decoder, TextDecoder) and source.is_file() and source.suffix in (".jsonl", ".txt"):
+        rows = texts.lines(source) if source.suffix == ".jsonl" else texts.pieces(source, decoder.length)
+        try:
+            for name, member, data in rows:
+                yield name, member, partial(bytes, data)
+        except texts.BadText as error:
+            raise DataError(str(error)) from None
+        return
+    nothing = True
+    for name, member, archive in members(source, suffixes):
+        # Lake's one-shot runs lie beside Omniglot in an archive of another layout.
+        if archive is not None and archive.filename and "one_shot" in archive.filename:
+            continue
+        nothing = False
+        yield name, member, partial(archive.read, member) if archive is not None else Path(member).read_bytes
+    if nothing:
+        raise DataError(f"{source} has no {kind} in class folders (looked for {', '.join(sorted(suffixes))}).")
 
 
 class Grouper:

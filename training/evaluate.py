@@ -42,7 +42,9 @@ class Row:
 
 
 def turned(images: data.Images) -> data.Images:
-    """Every class four times: upright and turned by 90, 180 and 270 degrees."""
+    """Every class four times: upright and turned by 90, 180 and 270 degrees. Raises DataError for texts."""
+    if images.pixels.ndim != 4:
+        raise data.DataError("--rotations is for images.")
     pixels = np.concatenate([np.rot90(images.pixels, turn, (1, 2)) for turn in range(4)])
     labels = np.concatenate([images.labels * 4 + turn for turn in range(4)])
     classes = tuple(f"{name}@{90 * turn}" for name in images.classes for turn in range(4))
@@ -50,7 +52,7 @@ def turned(images: data.Images) -> data.Images:
 
 
 def embed(extractor: Extractor, pixels: np.ndarray, *, batch: int = 64, threads: int = 2) -> np.ndarray:
-    """uint8 [n, H, W, C] -> float32 [n, dim]."""
+    """uint8 [n, H, W, C] or [n, length] -> float32 [n, dim]."""
     starts = range(0, len(pixels), batch)
     with ThreadPoolExecutor(threads) as pool:
         return np.concatenate(list(pool.map(lambda at: extractor(pixels[at : at + batch]), starts)))
@@ -161,7 +163,10 @@ def main(config: EvaluateConfig) -> list[Row]:
         learners = {name: learners[name] for name in config.learners.split(",")}
     if max(_numbers(config.way)) > len(images.classes):
         sys.exit(f"--way: {config.data} has only {len(images.classes)} classes in its split '{config.split}'.")
-    print(f"{len(images)} images of {len(images.classes)} classes: {config.data} ({config.split})", file=sys.stderr)
+    print(
+        f"{len(images)} {artifact.kind}s of {len(images.classes)} classes: {config.data} ({config.split})",
+        file=sys.stderr,
+    )
     features = embed(extractor, images.pixels)
     pool = Pool.of(images.labels, images.groups)
     rows, single = measure(learners, features, pool, config)

@@ -19,13 +19,12 @@ import onnx
 import torch
 from safetensors.numpy import save_file
 
-from models.artifact import ARRAYS, FORMAT, GRAPH, INT8_GRAPH, MANIFEST, PROBE, WEIGHTS, Artifact
+from models.artifact import ARRAYS, FORMAT, GRAPH, INT8_GRAPH, KINDS, MANIFEST, PROBE, WEIGHTS, Artifact
+from models.extractor import Decoder
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
-from models.images import ImageDecoder
 from models.learners import build
-from models.resnet import ImageExtractor
-from training import checkpoint, data, evaluate, metatrain, raw
+from training import checkpoint, data, evaluate, inputs, metatrain, raw
 from training.calibrate import SHOTS, calibrate
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
@@ -37,7 +36,7 @@ PARITY = 1e-4  # largest difference between torch and onnxruntime, of features o
 
 
 def _calibration_tasks(
-    config: ExportConfig, extractor: ImageExtractor, pretrained: PretrainConfig, decoder: ImageDecoder
+    config: ExportConfig, extractor: inputs.Network, pretrained: PretrainConfig, decoder: Decoder
 ) -> tuple[metatrain.Tasks, data.Images]:
     """Held-out tasks: classes with labels, or images with their views."""
     images = data.load(config.data, config.calibration_split, decoder, per_class=config.per_class or None)
@@ -57,7 +56,8 @@ def main(config: ExportConfig) -> Path:
     arrays = metatrain.load_learners(config.checkpoint)
     learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]["tasks"]
     extractor = rounded(extractor)
-    decoder = ImageDecoder(pretrained.size, pretrained.size, extractor.backbone.shape.channels)
+    decoder, given = inputs.decoder(pretrained), inputs.described(pretrained)
+    int8 = config.int8 and given["kind"] == "image"  # the trunk for texts is small, and not quantised
     tasks, images = _calibration_tasks(config, extractor, pretrained, decoder)
     stored = {method: {n: stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
     learners = {method: build(method, fields) for method, fields in stored.items()}
@@ -71,15 +71,15 @@ def main(config: ExportConfig) -> Path:
     work.mkdir(parents=True)
     weights = {name: np.ascontiguousarray(value.half().numpy()) for name, value in extractor.state_dict().items()}
     save_file(weights, work / WEIGHTS)
-    proto = graph(extractor, pretrained.size)
+    proto = graph(extractor, decoder.shape, name=KINDS[given["kind"]])
     onnx.save(share_weights(proto, work / WEIGHTS), work / GRAPH)
     save_file({f"{m}/{n}": v for m, fields in stored.items() for n, v in fields.items()}, work / ARRAYS)
 
     rng = np.random.default_rng(config.seed)
     some = images.pixels[rng.choice(len(images), min(len(images), 384), replace=False)]
     expected = _torch(extractor, some[:16])
-    save_file({"images": some[:8], "features": expected[:8]}, work / PROBE)
-    if config.int8:
+    save_file({KINDS[given["kind"]]: some[:8], "features": expected[:8]}, work / PROBE)
+    if int8:
         quantise(proto, some, work / INT8_GRAPH, keep=after_pool(proto))
     manifest = {
         "format": FORMAT,
@@ -87,12 +87,7 @@ def main(config: ExportConfig) -> Path:
         "description": config.description,
         "dim": extractor.backbone.shape.dim,
         "shape": dataclasses.asdict(extractor.backbone.shape),
-        "input": {
-            "kind": "image",
-            "height": pretrained.size,
-            "width": pretrained.size,
-            "channels": extractor.backbone.shape.channels,
-        },
+        "input": given,
         "methods": {
             method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in stored
         },
@@ -118,7 +113,7 @@ def main(config: ExportConfig) -> Path:
     artifact = seal(work, manifest)
     difference = _parity(artifact, some[:16], expected)
     print(f"parity torch / onnxruntime: {difference:.1e} (limit {PARITY:.0e})", file=sys.stderr)
-    if config.int8:
+    if int8:
         manifest["int8"] = int8_loss(artifact, images, episodes=config.episodes, seed=config.seed)
         print(f"int8: {manifest['int8']}", file=sys.stderr)
         seal(work, manifest)
@@ -137,7 +132,7 @@ def stored(value: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(value.astype(np.float16 if value.ndim > 1 else np.float32))
 
 
-def _torch(extractor: ImageExtractor, pixels: np.ndarray) -> np.ndarray:
+def _torch(extractor: inputs.Network, pixels: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         return np.asarray(extractor(torch.from_numpy(pixels)).numpy())
 

@@ -18,19 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from models.resnet import ImageExtractor, fold
+from training.inputs import Network
 
 
-def rounded(extractor: ImageExtractor) -> ImageExtractor:
-    """Batch normalisation folded in, and every weight rounded to half precision."""
-    fold(extractor.backbone)
+def rounded(extractor: Network) -> Network:
+    """Batch normalisation folded in where there is some, and every weight rounded to half precision."""
+    if isinstance(extractor, ImageExtractor):
+        fold(extractor.backbone)
     extractor.load_state_dict({name: value.half().float() for name, value in extractor.state_dict().items()})
     return extractor.eval()
 
 
-def graph(extractor: ImageExtractor, size: int) -> onnx.ModelProto:
-    """uint8 "images" [n, size, size, C] -> float32 "features" [n, dim], any n."""
-    example = torch.zeros(2, size, size, extractor.backbone.shape.channels, dtype=torch.uint8)
-    return exported(extractor, example, "images", "features")
+def graph(extractor: Network, shape: tuple[int, ...], *, name: str = "images") -> onnx.ModelProto:
+    """uint8 `name` [n, *shape] -> float32 "features" [n, dim], any n."""
+    return exported(extractor, torch.zeros(2, *shape, dtype=torch.uint8), name, "features")
 
 
 def exported(module: nn.Module, example: Tensor, given: str, found: str) -> onnx.ModelProto:

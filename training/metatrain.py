@@ -23,11 +23,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from models.episode import Support
-from models.images import ImageDecoder
 from models.learners import LEARNERS, Learner, build
-from models.resnet import ImageExtractor
-from training import checkpoint, data, evaluate, memory, pseudo
-from training.augment import AUGMENTATIONS
+from training import checkpoint, data, evaluate, inputs, memory, pseudo
 from training.config import MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen, varied
 from training.pretrain import autocast, choose_device, generator, load_extractor
@@ -71,7 +68,7 @@ class Tasks:
 
 @torch.no_grad()
 def cached(
-    extractor: ImageExtractor, images: data.Images, config: MetatrainConfig, pretrained: PretrainConfig, *, seed: int
+    extractor: inputs.Network, images: data.Images, config: MetatrainConfig, pretrained: PretrainConfig, *, seed: int
 ) -> Tasks:
     """Features of each image and of `views` augmentations of it.
 
@@ -81,16 +78,15 @@ def cached(
     if config.rotations:
         images = evaluate.turned(images)
     device = next(extractor.parameters()).device
-    augment = AUGMENTATIONS[pretrained.augment]
+    augment = inputs.augmentation(pretrained)
     extractor.eval()
     parts: list[list[Tensor]] = [[] for _ in range(config.views + 1)]
     for at in tqdm(range(0, len(images), 256), desc="features", mininterval=2):
-        pixels = torch.from_numpy(images.pixels[at : at + 256]).to(device)
-        x = pixels.permute(0, 3, 1, 2).float() / 255
+        x = inputs.prepared(torch.from_numpy(images.pixels[at : at + 256]).to(device))
         for view in range(config.views + 1):
             shown = augment(x, pretrained.size, generator(seed, at * 64 + view)) if view else x
             with autocast(device, pretrained.precision):
-                pooled = extractor.backbone(shown.contiguous(memory_format=torch.channels_last))
+                pooled = extractor.backbone(inputs.laid_out(shown))
             parts[view].append(extractor.normalise(pooled.float()).cpu())
     features = torch.cat([torch.cat(part) for part in parts]).numpy()
     number = np.tile(np.arange(len(images)), config.views + 1)
@@ -274,7 +270,7 @@ def main(config: MetatrainConfig) -> Path:
     device = choose_device(config.device)
     extractor, pretrained = load_extractor(config.out)
     extractor.to(device)
-    decoder = ImageDecoder(pretrained.size, pretrained.size, extractor.backbone.shape.channels)
+    decoder = inputs.decoder(pretrained)
     limit = config.per_class or None
     tasks = cached(
         extractor, data.load(config.data, config.split, decoder, per_class=limit), config, pretrained, seed=config.seed

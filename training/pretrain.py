@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.artifact import Artifact
-from models.images import ImageDecoder
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import checkpoint, data, evaluate
+from training import checkpoint, data, evaluate, inputs
 from training.augment import AUGMENTATIONS
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
 from training.objectives import OBJECTIVES, Posed, rotated
 from training.start import from_artifact, is_artifact
+
+if TYPE_CHECKING:
+    from training import language
 
 CHECKPOINT = "pretrain.safetensors"
 
@@ -191,15 +193,25 @@ class Run:
 
 def main(config: PretrainConfig) -> Path:
     """Reads the images, trains, or goes on training, and returns the path of the checkpoint."""
+    from training import language  # late: its loop is this one
+
     if config.small and config.small > config.size:
         sys.exit("--small must not be larger than --size.")
-    unknown = {part.split("=")[0] for part in config.objectives.split(",")} - set(OBJECTIVES)
-    if unknown or config.shape not in SHAPES:
-        sys.exit(f"Known objectives: {', '.join(OBJECTIVES)}; known shapes: {', '.join(SHAPES)}.")
-    channels = SHAPES[config.shape].channels
-    decoder = ImageDecoder(config.size, config.size, channels)
+    if config.shape not in inputs.SHAPES:
+        sys.exit(f"Known shapes: {', '.join(inputs.SHAPES)}.")
+    text = inputs.kind(config.shape) == "text"
+    known = language.OBJECTIVES if text else tuple(OBJECTIVES)
+    if {part.split("=")[0] for part in config.objectives.split(",")} - set(known):
+        sys.exit(
+            f"The shape {config.shape} is for {'texts' if text else 'images'}; its objectives: {', '.join(known)}."
+        )
+    if text and (config.rotations or config.small):
+        sys.exit("--rotations and --small are for images.")
+    decoder = inputs.decoder(config)
     images = data.load(config.data, config.split, decoder, per_class=config.per_class or None)
     check = data.load(config.data, "val", decoder) if config.check_epochs else None
+    if config.labels == "clusters" and text:
+        sys.exit("--labels clusters is for images.")
     if config.labels == "clusters":
         from training import progressive  # which trains with what stands here, round after round
 
@@ -215,7 +227,9 @@ def same(before: PretrainConfig, config: PretrainConfig) -> bool:
 
 def train(config: PretrainConfig, images: data.Images, check: data.Images | None) -> Path:
     """Trains on these images, or goes on, and looks at others now and then; returns the path of the checkpoint."""
-    run = Run(config, images)
+    from training import language  # late: it builds on this module
+
+    run = language.Run(config, images) if inputs.kind(config.shape) == "text" else Run(config, images)
     path = config.out / CHECKPOINT
     config.out.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -265,14 +279,14 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
     return path
 
 
-def starting(folder: Path, pixels: Tensor) -> ResNet:
+def starting(folder: Path, pixels: Tensor) -> nn.Module:
     """The backbone of a finished pretraining, or of an artifact."""
     if is_artifact(folder):
         return from_artifact(Artifact.load(folder), pixels)
     return load_extractor(folder)[0].backbone
 
 
-def finish(run: Run, path: Path) -> None:
+def finish(run: Run | language.Run, path: Path) -> None:
     """Adds the finished extractor, in float32, to the checkpoint."""
     extractor = run.extractor()
     state = run.state()
@@ -280,7 +294,7 @@ def finish(run: Run, path: Path) -> None:
     checkpoint.save(path, state)
 
 
-def quick_look(run: Run, images: data.Images) -> dict[str, float]:
+def quick_look(run: Run | language.Run, images: data.Images) -> dict[str, float]:
     """5-way accuracy of prototypes on 600 episodes of the validation classes: a look, not a result."""
     extractor = run.extractor()
     features = embed(extractor, images.pixels, run.device)
@@ -296,7 +310,7 @@ def quick_look(run: Run, images: data.Images) -> dict[str, float]:
 
 @torch.no_grad()
 def embed(extractor: nn.Module, pixels: np.ndarray, device: torch.device, *, batch: int = 128) -> np.ndarray:
-    """uint8 [n, H, W, C] -> float32 features [n, dim]."""
+    """uint8 [n, H, W, C] or [n, length] -> float32 features [n, dim]."""
     extractor.eval()
     parts = [
         extractor(torch.from_numpy(pixels[at : at + batch]).to(device)).float().cpu()
@@ -311,7 +325,7 @@ def labelled(config: PretrainConfig) -> bool:
     A start that is gone cannot be asked, and counts as one that has.
     """
     names = [part.split("=")[0] for part in config.objectives.split(",")]
-    if config.labels == "classes" and any(OBJECTIVES[name].uses_labels for name in names):
+    if config.labels == "classes" and any(name in OBJECTIVES and OBJECTIVES[name].uses_labels for name in names):
         return True
     if config.start is None:
         return False
@@ -320,7 +334,7 @@ def labelled(config: PretrainConfig) -> bool:
     return not (config.start / CHECKPOINT).exists() or labelled(load_extractor(config.start)[1])
 
 
-def load_extractor(folder: Path) -> tuple[ImageExtractor, PretrainConfig]:
+def load_extractor(folder: Path) -> tuple[inputs.Network, PretrainConfig]:
     """The extractor of a finished pretraining."""
     path = folder / CHECKPOINT
     if not path.exists():
@@ -330,6 +344,6 @@ def load_extractor(folder: Path) -> tuple[ImageExtractor, PretrainConfig]:
         raise data.DataError(f"{path} is not finished: run the same `pretrain` command again, it goes on.")
     # With the precision that was decided on, where it was to be timed.
     config = PretrainConfig(**{**state["config"], "precision": state["precision"]})
-    extractor = ImageExtractor(ResNet(SHAPES[config.shape]))
+    extractor = inputs.network(config.shape)
     extractor.load_state_dict(state["extractor"])
     return extractor.eval(), config

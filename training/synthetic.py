@@ -1,4 +1,4 @@
-"""Drawn shapes and colours as image folders: data for tests and for trying the commands without any download.
+"""Drawn shapes and colours as image folders, and made-up languages: data for tests and for trying the commands.
 
 A class is a shape in a colour; its images differ in place, size, turn and brightness.
 """
@@ -39,4 +39,23 @@ def write(folder: Path, *, classes: int, images: int, size: int = 48, seed: int 
         target.mkdir(parents=True, exist_ok=True)
         for number in range(images):
             draw(label, (label * 0.618) % 1.0, size, rng).save(target / f"{number:02d}.png")
+    return folder
+
+
+def language(label: int, *, words: int = 12) -> list[str]:
+    """The words of a made-up language: made of few syllables, each language's own."""
+    rng = random.Random(label)
+    syllables = [rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(5)]
+    return ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(words)]
+
+
+def write_texts(folder: Path, *, classes: int, texts: int, seed: int = 0) -> Path:
+    """`folder`/<class>/<number>.txt: sentences in made-up languages, of 8 to 20 words."""
+    rng = random.Random(seed)
+    for label in range(classes):
+        target, words = folder / f"class{label:02d}", language(label)
+        target.mkdir(parents=True, exist_ok=True)
+        for number in range(texts):
+            sentence = " ".join(rng.choices(words, k=rng.randint(8, 20)))
+            (target / f"{number:02d}.txt").write_text(f"{sentence.capitalize()}.\n")
     return folder

@@ -225,6 +225,7 @@ class Limits:
     max_way: int
     max_label: int
     max_pixels: int | None = None
+    max_text_bytes: int | None = None
     formats: tuple[str, ...] = ()
 
 

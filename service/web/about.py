@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
+from models import images, text
 from models.artifact import Artifact
-from models.images import FORMATS, MAX_ASPECT, MIN_EDGE
 from service.engine import Engine
 from service.settings import Settings
 from service.stores import Store
@@ -35,7 +35,10 @@ def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter
     async def get_limits(_: Annotated[schemas.NoOptions, Query()]) -> Response:
         names = set(schemas.LimitsInfo.model_fields) & set(Settings.model_fields)
         limits = {name: getattr(settings, name) for name in sorted(names)}
-        return answers.answer({**limits, "min_edge": MIN_EDGE, "max_aspect": MAX_ASPECT, "formats": list(FORMATS)})
+        formats = text.FORMATS if engine.artifact.kind == "text" else images.FORMATS
+        return answers.answer(
+            {**limits, "min_edge": images.MIN_EDGE, "max_aspect": images.MAX_ASPECT, "formats": list(formats)}
+        )
 
     @router.get("/healthz", operation_id="live", summary="The process runs", response_model=schemas.Health)
     async def live() -> Response:

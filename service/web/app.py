@@ -69,7 +69,11 @@ def create_app(
     # Lanes are threads and threads belong to a running app: they start with the event loop.
     batcher = Batcher(
         extractor,
-        artifact.decoder(max_pixels=settings.max_pixels, max_bytes=settings.max_example_bytes),
+        artifact.decoder(
+            max_pixels=settings.max_pixels,
+            max_bytes=settings.max_example_bytes,
+            max_text_bytes=settings.max_text_bytes,
+        ),
         lanes=settings.lanes or min(os.cpu_count() or 1, MAX_LANES),
         max_batch=settings.max_batch,
         max_waiting=settings.max_waiting,
@@ -113,17 +117,22 @@ def create_app(
         parts=settings.max_examples + settings.max_queries,
         unpacked=4 * settings.max_body_bytes,
         entry=settings.max_example_bytes,
+        kind=artifact.kind,
     )
     routers = [
         tasks.create_router(engine, bounds),
         classify.create_router(engine, bounds, reject=settings.reject),
         about.create_router(engine, store, settings),
         open_inference.create_router(
-            engine, version=VERSION, max_body_bytes=settings.max_body_bytes, reject=settings.reject
+            engine,
+            version=VERSION,
+            max_body_bytes=settings.max_body_bytes,
+            max_text_bytes=settings.max_text_bytes,
+            reject=settings.reject,
         ),
         export.create_router(engine, precision=settings.precision, reject=settings.reject),
         docs.create_router(),
-        page.create_router(offline=export.runtime_is_there()),
+        page.create_router(kind=artifact.kind, offline=export.runtime_is_there()),
     ]
     for router in routers:
         app.include_router(router)
@@ -155,8 +164,9 @@ def create_app(
         text = f"`{where}`: {first['msg']}." if where else "An unknown query parameter is not allowed here."
         return problems.of_error(InvalidRequest(text), request_id=request.state.request_id)
 
+    lean = app if artifact.kind == "text" else LeanClassify(app, engine, reject=settings.reject)
     bounded = Boundary(
-        Access(LeanClassify(app, engine, reject=settings.reject), store, keyring),
+        Access(lean, store, keyring),
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
         metrics=metrics,

@@ -1,7 +1,6 @@
 """Bodies of requests -> support sets and queries: multipart, JSON, archives and raw bytes are spellings of one thing.
 
-Everything is bounded before it is read: the number of parts, the entries of an archive and what they unpack to. No
-name that a client made reaches the file system. Knows nothing of adaptation.
+Everything is bounded before it is read: the number of parts, of lines and of items. Knows nothing of adaptation.
 """
 
 from __future__ import annotations
@@ -9,14 +8,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
-import stat
-import tarfile
-import zipfile
-import zlib
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from tempfile import SpooledTemporaryFile
 from typing import TypeVar
 from urllib.parse import unquote
 
@@ -28,16 +23,33 @@ from starlette.requests import Request
 
 from models.errors import InvalidRequest, InvalidSupport, TooLarge, UnsupportedMedia
 from service.support import Example
-from service.web.schemas import OneCallBody, QueryBody, QueryLine, SupportBody, SupportLine
+from service.web.archives import Most, tar_entries, zip_entries
+from service.web.schemas import (
+    Closed,
+    LabelledImage,
+    LabelledText,
+    OneCallBody,
+    QueryBody,
+    QueryLine,
+    SupportBody,
+    SupportLine,
+    TextOneCallBody,
+    TextQueryBody,
+    TextQueryLine,
+    TextSupportBody,
+    TextSupportLine,
+)
 
 T = TypeVar("T")
 JSON_LINES = "application/x-ndjson"
 SUPPORT_TYPES = f"multipart/form-data, application/json, {JSON_LINES}, application/zip or application/x-tar"
-QUERY_TYPES = f"image/jpeg, image/png, image/webp, multipart/form-data, application/json or {JSON_LINES}"
+QUERY_TYPES = {
+    "image": f"image/jpeg, image/png, image/webp, multipart/form-data, application/json or {JSON_LINES}",
+    "text": f"text/plain, multipart/form-data, application/json or {JSON_LINES}",
+}
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
 TAR_TYPES = ("application/x-tar", "application/tar")
 UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
-JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +63,23 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    parts: int  # files of a multipart body, or entries of an archive
-    unpacked: int  # bytes of all entries of an archive together
-    entry: int  # bytes of one entry
+class Bounds(Most):
+    kind: str = "image"  # what the artifact reads: "image" or "text"
 
 
 class _Parser(MultiPartParser):
     # Uploads stay in memory, which the limit on the body bounds: nothing of a client's is written to a disk.
     spool_max_size = 1 << 40
+
+
+class _TextParser(_Parser):
+    """A field that is no file holds a text: it is read as a file is, to the byte, and not decoded by guess."""
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        if self._current_part.file is None:
+            file = SpooledTemporaryFile(max_size=self.spool_max_size)  # noqa: SIM115 - closed with the form
+            self._current_part.file = UploadFile(file=file, size=0)  # type: ignore[arg-type]
 
 
 def one_of(option: str, body: str) -> str:
@@ -79,13 +99,13 @@ async def read_support(request: Request, bounds: Bounds, *, with_queries: bool =
     if kind == "multipart/form-data":
         given = _from_fields(await _multipart(request, bounds), with_queries)
     elif kind == "application/json":
-        model = OneCallBody if with_queries else SupportBody
+        model = BODIES[bounds.kind, with_queries]
         given = await _aside(await request.body(), lambda body: _from_json(_parse(model, body)))
     elif kind in ZIP_TYPES + TAR_TYPES and not with_queries:
-        entries = _zip_entries if kind in ZIP_TYPES else _tar_entries
+        entries = zip_entries if kind in ZIP_TYPES else tar_entries
         given = await _aside(await request.body(), lambda body: _from_entries(entries(body, bounds)))
     elif kind == JSON_LINES and not with_queries:
-        given = await _aside(await request.body(), lambda body: _from_lines(_lines(SupportLine, body, bounds)))
+        given = await _aside(await request.body(), lambda body: _from_lines(_lines(LINES[bounds.kind], body, bounds)))
     elif not kind:
         raise UnsupportedMedia(f"The request has no Content-Type; send {SUPPORT_TYPES}.")
     elif kind == "application/x-www-form-urlencoded":
@@ -94,19 +114,22 @@ async def read_support(request: Request, bounds: Bounds, *, with_queries: bool =
             "or use -F LABEL=@FILE."
         )
     else:
-        hint = " For one image without a label there is nothing to learn." if kind.startswith("image/") else ""
+        alone = "image" if kind.startswith("image/") else "text" if kind == "text/plain" else ""
+        hint = f" For one {alone} without a label there is nothing to learn." if alone else ""
         raise UnsupportedMedia(f"A support set comes as {SUPPORT_TYPES}.{hint}")
     if with_queries and not given.queries:
         raise InvalidRequest(
-            "There is no image to classify: the questions are the files named `query`, in JSON `queries`."
+            f"There is no {bounds.kind} to classify: the questions are the files named `query`, in JSON `queries`."
         )
     return given
 
 
 async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
-    """The images to classify. A raw body is one image, whatever its declared type; the content decides."""
-    kind = media_type(request)
-    if kind.startswith("image/") or kind == "application/octet-stream":
+    """The images or texts to classify. A raw body is one of them; its content decides, and not its declared type."""
+    kind, text = media_type(request), bounds.kind == "text"
+    if kind == "application/octet-stream" or (kind == "text/plain" if text else kind.startswith("image/")):
+        if kind == "text/plain":
+            _check_charset(request)
         return [await request.body()]
     if kind == "multipart/form-data":
         return [data for _, data in await _multipart(request, bounds)]
@@ -114,21 +137,30 @@ async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
         body = await request.body()
 
         def decode(body: bytes) -> list[bytes]:
-            images = _parse(QueryBody, body).images
-            return [_base64(text, f"/images/{index}") for index, text in enumerate(images)]
+            found = _parse(QUERIES[bounds.kind], body)
+            return [_bytes(found, item, f"/images/{index}") for index, item in enumerate(found.contents)]
 
         return await _aside(body, decode)
     if kind == JSON_LINES:
 
         def decode_lines(body: bytes) -> list[bytes]:
-            return [
-                _base64(line.image, f"/{index}/image") for index, line in enumerate(_lines(QueryLine, body, bounds))
-            ]
+            lines = _lines(QUERY_LINES[bounds.kind], body, bounds)
+            return [_bytes(line, line.content, f"/{index}/image") for index, line in enumerate(lines)]
 
         return await _aside(await request.body(), decode_lines)
     if kind == "application/x-www-form-urlencoded":
-        raise UnsupportedMedia("curl's --data-binary needs -H 'Content-Type: image/jpeg'; or use -F image=@FILE.")
-    raise UnsupportedMedia(f"Images come as {QUERY_TYPES}.")
+        raw, field = ("text/plain", "text") if text else ("image/jpeg", "image")
+        raise UnsupportedMedia(f"curl's --data-binary needs -H 'Content-Type: {raw}'; or use -F {field}=@FILE.")
+    other = kind.startswith("image/") if text else kind == "text/plain"
+    reads = f"The artifact that is served reads {bounds.kind}s. " if other else ""
+    raise UnsupportedMedia(f"{reads}{bounds.kind.capitalize()}s come as {QUERY_TYPES[bounds.kind]}.")
+
+
+def _check_charset(request: Request) -> None:
+    """Raises UnsupportedMedia for a text that says it is not UTF-8; the bytes themselves are looked at later."""
+    charset = request.headers.get("content-type", "").lower().partition("charset=")[2].split(";")[0].strip(" \"'")
+    if charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise UnsupportedMedia("A text comes in UTF-8; the charset of its Content-Type is another.")
 
 
 async def _aside(body: bytes, work: Callable[[bytes], T]) -> T:
@@ -145,7 +177,8 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, bytes]
         yield body
 
     try:
-        parser = _Parser(request.headers, stream(), max_files=bounds.parts, max_fields=bounds.parts, max_part_size=1024)
+        kind = _TextParser if bounds.kind == "text" else _Parser
+        parser = kind(request.headers, stream(), max_files=bounds.parts, max_fields=bounds.parts, max_part_size=1024)
         form = await parser.parse()
     except MultiPartException as error:
         if error.message.startswith("Too many"):
@@ -181,11 +214,26 @@ def _from_fields(files: list[tuple[str, bytes]], with_queries: bool) -> Given:
     return given
 
 
-Body = TypeVar("Body", SupportBody, QueryBody, OneCallBody, SupportLine, QueryLine)
-Line = TypeVar("Line", SupportLine, QueryLine)
+AnySupport = SupportBody | TextSupportBody
+AnyLine = SupportLine | TextSupportLine
+AnyQueries = QueryBody | TextQueryBody
+AnyQueryLine = QueryLine | TextQueryLine
+Body = TypeVar("Body", bound=Closed)
+
+# What a body may be, by what the artifact reads (and whether it asks at once).
+BODIES: Mapping[tuple[str, bool], type[AnySupport]] = {
+    ("image", False): SupportBody,
+    ("image", True): OneCallBody,
+    ("text", False): TextSupportBody,
+    ("text", True): TextOneCallBody,
+}
+LINES: Mapping[str, type[AnyLine]] = {"image": SupportLine, "text": TextSupportLine}
+QUERIES: Mapping[str, type[AnyQueries]] = {"image": QueryBody, "text": TextQueryBody}
+QUERY_LINES: Mapping[str, type[AnyQueryLine]] = {"image": QueryLine, "text": TextQueryLine}
+TEXTS = (TextSupportBody, TextSupportLine, TextQueryBody, TextQueryLine)
 
 
-def _lines(model: type[Line], body: bytes, bounds: Bounds) -> list[Line]:
+def _lines(model: type[Body], body: bytes, bounds: Bounds) -> list[Body]:
     if body.count(b"\n") > bounds.parts:
         raise TooLarge(f"The body has too many lines; the limit is {bounds.parts}.")
     found = []
@@ -197,14 +245,14 @@ def _lines(model: type[Line], body: bytes, bounds: Bounds) -> list[Line]:
     return found
 
 
-def _from_lines(lines: list[SupportLine]) -> Given:
+def _from_lines(lines: Sequence[AnyLine]) -> Given:
     given = Given([], [], [])
     for index, line in enumerate(lines):
-        image = _base64(line.image, f"/{index}/image")
+        payload = _bytes(line, line.content, f"/{index}/image")
         if line.label is None:
-            given.unlabelled.append(image)
+            given.unlabelled.append(payload)
         else:
-            given.examples.append(Example(line.label, image))
+            given.examples.append(Example(line.label, payload))
     return given
 
 
@@ -212,9 +260,15 @@ def _parse(model: type[Body], body: bytes) -> Body:
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        kind, other = ("text", "image") if issubclass(model, TEXTS) else ("image", "text")
+        if any(first["type"] == "extra_forbidden" and first["loc"][-1] in (other, f"{other}s") for first in found):
+            raise InvalidRequest(
+                f"The artifact that is served reads {kind}s: they are named `{kind}` or `{kind}s`, not `{other}`."
+            ) from None
+        first = found[0]
         # Keys that a client made are not echoed: the path is cut where ours end.
-        fields = {"support", "unlabelled", "method", "images", "queries", "label", "image"}
+        fields = {"support", "unlabelled", "method", "images", "queries", "label", "image", "text", "texts"}
         path = [part for part in first["loc"] if isinstance(part, int) or part in fields]
         message = {"extra_forbidden": "An unknown field is not allowed here", "json_invalid": "The JSON cannot be read"}
         text = message.get(first["type"], first["msg"])
@@ -223,15 +277,21 @@ def _parse(model: type[Body], body: bytes) -> Body:
         raise InvalidRequest("The JSON cannot be read.") from None
 
 
-def _from_json(body: SupportBody) -> Given:
+def _from_json(body: AnySupport) -> Given:
+    support: Sequence[LabelledImage | LabelledText] = body.support
     examples = [
-        Example(item.label, _base64(item.image, f"/support/{index}/image")) for index, item in enumerate(body.support)
+        Example(item.label, _bytes(body, item.content, f"/support/{index}/image")) for index, item in enumerate(support)
     ]
-    unlabelled = [_base64(text, f"/unlabelled/{index}") for index, text in enumerate(body.unlabelled)]
+    unlabelled = [_bytes(body, item, f"/unlabelled/{index}") for index, item in enumerate(body.unlabelled)]
     queries = []
-    if isinstance(body, OneCallBody):
-        queries = [_base64(text, f"/queries/{index}") for index, text in enumerate(body.queries)]
+    if isinstance(body, OneCallBody | TextOneCallBody):
+        queries = [_bytes(body, item, f"/queries/{index}") for index, item in enumerate(body.queries)]
     return Given(examples, unlabelled, queries, body.method)
+
+
+def _bytes(body: Closed, content: str, pointer: str) -> bytes:
+    """An example as the decoder takes it: a text as it is, an image out of its base64. Raises InvalidRequest."""
+    return content.encode() if isinstance(body, TEXTS) else _base64(content, pointer)
 
 
 def _base64(text: str, pointer: str) -> bytes:
@@ -270,70 +330,3 @@ def _decoded(folder: str) -> str:
         return unquote(folder, errors="strict")
     except UnicodeDecodeError:
         return folder
-
-
-def _checked(name: str, index: int) -> PurePosixPath | None:
-    """The path of an archive entry; None for what operating systems leave behind. Raises InvalidRequest."""
-    path = PurePosixPath(name)
-    if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or ":" in (path.parts or ("",))[0]:
-        raise InvalidRequest("An entry of the archive leads out of it.", index=index)
-    if any(part in JUNK or part.startswith(".") for part in path.parts):
-        return None
-    return path
-
-
-def _zip_entries(body: bytes, bounds: Bounds) -> Iterator[tuple[PurePosixPath, bytes]]:
-    # Every entry, folders too, has such a header; zipfile would make an object of each before anything can be counted.
-    if body.count(b"PK\x01\x02") > bounds.parts + 1000:
-        raise TooLarge(f"The archive has too many entries; the limit is {bounds.parts}.")
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(body))
-        infos = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError):
-        raise InvalidRequest("The body is not a zip archive, or it is cut off.") from None
-    _check_entries([info.file_size for info in infos if not info.is_dir()], bounds)
-    for index, info in enumerate(infos):
-        path = _checked(info.filename, index)
-        if info.is_dir() or path is None:
-            continue
-        mode = info.external_attr >> 16
-        if info.flag_bits & 1 or (mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG)):
-            raise InvalidRequest("An entry of the archive is encrypted, a link or a device.", index=index)
-        try:
-            with archive.open(info) as file:
-                data = file.read(bounds.entry + 1)  # the header's size may lie
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, RuntimeError, OSError):
-            raise InvalidRequest("An entry of the archive is damaged.", index=index) from None
-        yield path, data
-
-
-def _tar_entries(body: bytes, bounds: Bounds) -> Iterator[tuple[PurePosixPath, bytes]]:
-    if body[:2] == b"\x1f\x8b":
-        raise UnsupportedMedia("The archive is compressed; send a plain tar, images hardly shrink.")
-    try:
-        with tarfile.open(fileobj=io.BytesIO(body), mode="r:") as archive:
-            infos = []
-            for info in archive:
-                infos.append(info)
-                if len(infos) > bounds.parts + 1000:
-                    raise TooLarge(f"The archive has too many entries; the limit is {bounds.parts}.")
-            _check_entries([info.size for info in infos if info.isreg()], bounds)
-            for index, info in enumerate(infos):
-                path = _checked(info.name, index)
-                if info.isdir() or path is None:
-                    continue
-                if not info.isreg():
-                    raise InvalidRequest("An entry of the archive is a link or a device.", index=index)
-                file = archive.extractfile(info)
-                yield path, file.read() if file else b""
-    except (tarfile.TarError, EOFError, ValueError, OSError):
-        raise InvalidRequest("The body is not a tar archive, or it is cut off.") from None
-
-
-def _check_entries(sizes: list[int], bounds: Bounds) -> None:
-    if len(sizes) > bounds.parts:
-        raise TooLarge(f"The archive has {len(sizes)} files; the limit is {bounds.parts}.")
-    if sum(sizes) > bounds.unpacked:
-        raise TooLarge(f"The archive unpacks to {sum(sizes)} bytes; the limit is {bounds.unpacked}.")
-    if any(size > bounds.entry for size in sizes):
-        raise TooLarge(f"A file of the archive has more than {bounds.entry} bytes (MAX_EXAMPLE_BYTES).")

@@ -48,6 +48,11 @@ def _binary(description: str) -> dict[str, Any]:
 _FILES = {"schema": {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}}
 
 
+def _either(images: type[BaseModel], texts: type[BaseModel]) -> dict[str, Any]:
+    """Which of them it is, is a property of the artifact that is served: see `input` of /v1/artifact."""
+    return {"schema": {"anyOf": [ref(images), ref(texts)]}}
+
+
 def _body(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": dict(content)}}
 
@@ -55,9 +60,9 @@ def _body(content: Mapping[str, Any]) -> dict[str, Any]:
 SUPPORT_BODY = _body(
     {
         "multipart/form-data": {**_FILES, "description": "files; the name of a field is the label"},
-        "application/json": {"schema": ref(schemas.SupportBody)},
+        "application/json": _either(schemas.SupportBody, schemas.TextSupportBody),
         "application/x-ndjson": {
-            "schema": ref(schemas.SupportLine),
+            **_either(schemas.SupportLine, schemas.TextSupportLine),
             "description": "one example a line",
         },
         "application/zip": _binary("one folder per label"),
@@ -67,7 +72,7 @@ SUPPORT_BODY = _body(
 ONE_CALL_BODY = _body(
     {
         "multipart/form-data": {**_FILES, "description": "files; fields named `query` are the questions"},
-        "application/json": {"schema": ref(schemas.OneCallBody)},
+        "application/json": _either(schemas.OneCallBody, schemas.TextOneCallBody),
     }
 )
 QUERY_BODY = _body(
@@ -75,9 +80,13 @@ QUERY_BODY = _body(
         "image/jpeg": _binary("one image"),
         "image/png": _binary("one image"),
         "image/webp": _binary("one image"),
+        "text/plain": {"schema": {"type": "string"}, "description": "one text, where the artifact reads texts"},
         "multipart/form-data": {**_FILES, "description": "files"},
-        "application/json": {"schema": ref(schemas.QueryBody)},
-        "application/x-ndjson": {"schema": ref(schemas.QueryLine), "description": "one image a line"},
+        "application/json": _either(schemas.QueryBody, schemas.TextQueryBody),
+        "application/x-ndjson": {
+            **_either(schemas.QueryLine, schemas.TextQueryLine),
+            "description": "one image or text a line",
+        },
     }
 )
 
@@ -85,8 +94,15 @@ QUERY_BODY = _body(
 def complete(document: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's file, with the schemas that only our own descriptions refer to."""
     known = document["components"]["schemas"]
-    models = (schemas.SupportBody, schemas.QueryBody, schemas.OneCallBody, schemas.SupportLine, schemas.QueryLine)
-    for model in (*models, schemas.Problem):
+    images = (schemas.SupportBody, schemas.QueryBody, schemas.OneCallBody, schemas.SupportLine, schemas.QueryLine)
+    texts = (
+        schemas.TextSupportBody,
+        schemas.TextQueryBody,
+        schemas.TextOneCallBody,
+        schemas.TextSupportLine,
+        schemas.TextQueryLine,
+    )
+    for model in (*images, *texts, schemas.Problem):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         known.update(schema.pop("$defs", {}))
         known[model.__name__] = schema

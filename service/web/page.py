@@ -42,6 +42,23 @@ HEADERS = {
 }
 
 
+TEXTS = b"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>fewshot</title>
+<link rel="icon" type="image/svg+xml" href="page/icon.svg">
+</head>
+<body>
+<h1>fewshot</h1>
+<p>The artifact that is served reads texts, and the page for teaching is for photos. <a href="docs">The API</a> takes
+texts.</p>
+</body>
+</html>
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class File:
     body: bytes
@@ -58,11 +75,14 @@ def _file(body: bytes, suffix: str) -> File:
     return File(body, TYPES[suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
 
 
-def create_router(*, offline: bool = False) -> APIRouter:
+def create_router(*, kind: str = "image", offline: bool = False) -> APIRouter:
+    """`kind`: what the artifact reads; to teach it texts there is no page, and `/` says so."""
     router = APIRouter(include_in_schema=False)
     files = load(FOLDER)
     index = files["index.html"]
-    if offline:
+    if kind == "text":
+        index = _file(TEXTS, ".html")
+    elif offline:
         index = _file(index.body.replace(b"<html ", b"<html data-offline ", 1), ".html")
 
     @router.api_route("/", methods=["GET", "HEAD"])

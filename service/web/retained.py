@@ -1,4 +1,4 @@
-"""Images that were kept with a task, on their way back to their owner."""
+"""Images, or texts, that were kept with a task, on their way back to their owner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 from models.errors import NotRetained
 from service.stores import Record
-from service.web.bodies import JUNK, UNLABELLED
+from service.web.archives import JUNK
+from service.web.bodies import UNLABELLED
 
 SAFE = " !#$&'()+,-.;=@[]^_`{}~"  # in the name of a folder on any file system
 
@@ -21,10 +22,17 @@ def retained(record: Record) -> tuple[bytes, ...]:
 
 
 def format_of(image: bytes) -> str:
-    """By its first bytes: jpeg, png or webp, for nothing else was accepted."""
+    """By its first bytes: jpeg, png, webp or txt, for nothing else was accepted."""
     if image.startswith(b"\x89PNG"):
         return "png"
-    return "webp" if image.startswith(b"RIFF") else "jpeg"
+    if image.startswith(b"\xff\xd8"):
+        return "jpeg"
+    return "webp" if image.startswith(b"RIFF") and b"\0" in image else "txt"  # a text holds no NUL
+
+
+def media_type_of(image: bytes) -> str:
+    kind = format_of(image)
+    return "text/plain; charset=utf-8" if kind == "txt" else f"image/{kind}"
 
 
 def archive(record: Record) -> bytes:

@@ -26,6 +26,10 @@ class LabelledImage(Closed):
     label: str
     image: Base64
 
+    @property
+    def content(self) -> str:
+        return self.image
+
 
 class SupportBody(Closed):
     """A support set as JSON."""
@@ -41,11 +45,19 @@ class SupportLine(Closed):
     label: str | None = None
     image: Base64
 
+    @property
+    def content(self) -> str:
+        return self.image
+
 
 class QueryLine(Closed):
     """One line of images to classify as JSON lines."""
 
     image: Base64
+
+    @property
+    def content(self) -> str:
+        return self.image
 
 
 class QueryBody(Closed):
@@ -53,11 +65,72 @@ class QueryBody(Closed):
 
     images: Annotated[list[Base64], Field(max_length=MOST_ITEMS)]
 
+    @property
+    def contents(self) -> list[str]:
+        return self.images
+
 
 class OneCallBody(SupportBody):
     """A support set and images to classify, in one call."""
 
     queries: Annotated[list[Base64], Field(max_length=MOST_ITEMS)]
+
+
+# The same where the artifact that is served reads texts.
+
+
+class LabelledText(Closed):
+    label: str
+    text: str
+
+    @property
+    def content(self) -> str:
+        return self.text
+
+
+class TextSupportBody(Closed):
+    """A support set of texts as JSON."""
+
+    support: Annotated[list[LabelledText], Field(max_length=MOST_ITEMS)]
+    unlabelled: Annotated[list[str], Field(max_length=MOST_ITEMS)] = []
+    method: str = ""
+
+
+class TextSupportLine(Closed):
+    """One line of a support set of texts as JSON lines; without a label, an unlabelled example."""
+
+    label: str | None = None
+    text: str
+
+    @property
+    def content(self) -> str:
+        return self.text
+
+
+class TextQueryLine(Closed):
+    """One line of texts to classify as JSON lines."""
+
+    text: str
+
+    @property
+    def content(self) -> str:
+        return self.text
+
+
+class TextQueryBody(Closed):
+    """Texts to classify, as JSON."""
+
+    texts: Annotated[list[str], Field(max_length=MOST_ITEMS)]
+
+    @property
+    def contents(self) -> list[str]:
+        return self.texts
+
+
+class TextOneCallBody(TextSupportBody):
+    """A support set of texts and texts to classify, in one call."""
+
+    queries: Annotated[list[str], Field(max_length=MOST_ITEMS)]
 
 
 class ClassInfo(Closed):
@@ -221,6 +294,7 @@ class LimitsInfo(Closed):
     body_timeout_s: float
     max_example_bytes: int
     max_pixels: int
+    max_text_bytes: int
     min_edge: int
     max_aspect: int
     max_examples: int

@@ -15,7 +15,7 @@ from service.web.access import scope_of
 from service.web.bodies import Bounds, one_of, read_support
 from service.web.idempotency import once
 from service.web.openapi import CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STALE, SUPPORT_BODY
-from service.web.retained import archive, format_of, retained
+from service.web.retained import archive, media_type_of, retained
 
 CHANGED: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 500, 503)}
 READ: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 503)}
@@ -248,9 +248,9 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     @router.get(
         "/v1/tasks/{task}/examples/{example}/image",
         operation_id="get_example_image",
-        summary="The image of an example, where it was kept",
+        summary="The image or text of an example, where it was kept",
         response_class=Response,
-        responses={200: {"content": {"image/*": {}}}, **READ, **NOT_FOUND, **NOT_RETAINED},
+        responses={200: {"content": {"image/*": {}, "text/plain": {}}}, **READ, **NOT_FOUND, **NOT_RETAINED},
     )
     async def get_example_image(
         request: Request, task: str, example: str, _: Annotated[schemas.NoOptions, Query()]
@@ -259,7 +259,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         if example not in record.ids:
             raise ExampleNotFound(f"The task has no example {example[:64]!r}.")
         image = retained(record)[record.ids.index(example)]
-        return Response(image, media_type=f"image/{format_of(image)}")
+        return Response(image, media_type=media_type_of(image))
 
     return router
 

@@ -62,8 +62,9 @@ class Most:
     """What one request may bring."""
 
     images: int
-    pixels: tuple[int, ...]  # shape of one image given as pixels
+    pixels: tuple[int, ...]  # shape of one image given as pixels, or of one text given as bytes
     unpacked: int  # bytes of a compressed body
+    text: int = 0  # characters of one text, each of which may be one that JSON counts by; 0 where images are read
 
 
 class Output(NamedTuple):
@@ -145,7 +146,8 @@ def parse(body: bytes, header_length: str | None, most: Most) -> tuple[InferRequ
 def _parse_json(text: bytes, most: Most) -> InferRequest:
     # Each comma may become a Python object and each bracket a large one, so both are counted first. What is allowed
     # are the nested pixels of every image, and some room.
-    values, rows = math.prod(most.pixels), sum(math.prod(most.pixels[:depth]) for depth in range(len(most.pixels)))
+    values = max(math.prod(most.pixels), most.text)
+    rows = max(sum(math.prod(most.pixels[:depth]) for depth in range(len(most.pixels))), most.text)
     if (
         text.count(b",") > most.images * values + 1000
         or text.count(b"[") + text.count(b"{") > most.images * rows + 1000
@@ -163,17 +165,31 @@ def _parse_json(text: bytes, most: Most) -> InferRequest:
         raise InvalidRequest("The JSON of the request cannot be read.") from None
 
 
-def images(tensor: RequestInput, raw: memoryview | None, most: Most) -> list[bytes]:
-    """The encoded images of a BYTES [n] tensor: raw, or base64 in JSON."""
+def texts(tensor: RequestInput, raw: memoryview | None, most: Most) -> list[bytes]:
+    """The texts of a BYTES [n] tensor: raw, or strings in JSON."""
+    found = _strings(tensor, raw, most, "strings")
+    return [text if isinstance(text, bytes) else text.encode() for text in found]
+
+
+def _strings(tensor: RequestInput, raw: memoryview | None, most: Most, kind: str) -> Sequence[bytes | str]:
+    """The elements of a BYTES [n] tensor: bytes where it is raw, strings of the JSON else."""
     _expect(tensor, "BYTES", ())
     count = _count(tensor, most)
     if raw is not None:
         return _elements(raw, tensor.name, count)
     texts = _values(tensor, (count,))
     if not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest(f"`data` of `{tensor.name}` holds something other than base64 strings.")
+        raise InvalidRequest(f"`data` of `{tensor.name}` holds something other than {kind}.")
+    return texts
+
+
+def images(tensor: RequestInput, raw: memoryview | None, most: Most) -> list[bytes]:
+    """The encoded images of a BYTES [n] tensor: raw, or base64 in JSON."""
     found = []
-    for index, text in enumerate(texts):
+    for index, text in enumerate(_strings(tensor, raw, most, "base64 strings")):
+        if isinstance(text, bytes):
+            found.append(text)
+            continue
         if text.startswith("data:"):
             raise InvalidRequest("This is a data URL; send only what follows the comma.", index=index)
         try:
@@ -226,7 +242,7 @@ def _expect(tensor: RequestInput, datatype: str, shape: tuple[int, ...]) -> None
 def _count(tensor: RequestInput, most: Most) -> int:
     count = tensor.shape[0]
     if not count:
-        raise InvalidRequest(f"`{tensor.name}` holds no image.")
+        raise InvalidRequest(f"`{tensor.name}` holds no {'text' if most.text else 'image'}.")
     if count > most.images:
         raise TooLarge(f"There are {count} images; the limit is {most.images} (MAX_QUERIES).")
     return count

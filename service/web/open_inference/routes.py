@@ -16,6 +16,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from models.errors import InvalidRequest, VersionNotFound
+from models.text import MAX_BYTES
 from service.answering import Answer
 from service.batcher import Payload
 from service.engine import Engine
@@ -29,6 +30,8 @@ T = TypeVar("T")
 EXTENSIONS = ["binary_tensor_data", "classification"]
 EXTRACTOR = "extractor"  # hides a task of that name, which then has the routes under /v1 alone
 EXTRACTOR_VERSION = "1"
+# What the artifact reads -> the inputs that hold it: encoded, and as the extractor takes it.
+INPUTS: Mapping[str, tuple[str, str]] = {"image": ("image", "pixels"), "text": ("text", "bytes")}
 MOST_LISTED = 1000
 LARGE = 100_000  # bytes of a body that is not taken apart on the event loop
 
@@ -46,11 +49,16 @@ class Asked:
     reject: float | None  # None: the service's own
 
 
-def create_router(engine: Engine, *, version: str, max_body_bytes: int, reject: float) -> APIRouter:
+def create_router(
+    engine: Engine, *, version: str, max_body_bytes: int, max_text_bytes: int = MAX_BYTES, reject: float
+) -> APIRouter:
     # Not in our OpenAPI file: the protocol has a description of its own.
     router = APIRouter(prefix="/v2", include_in_schema=False)
     shape, dim = engine.artifact.decoder().shape, engine.artifact.manifest.dim
-    most = codec.Most(images=engine.limits.max_queries, pixels=shape, unpacked=max_body_bytes)
+    kind = engine.artifact.kind
+    encoded, plain = INPUTS[kind]
+    text = max_text_bytes if kind == "text" else 0
+    most = codec.Most(images=engine.limits.max_queries, pixels=shape, unpacked=max_body_bytes, text=text)
 
     @router.get("")
     @router.get("/")
@@ -79,7 +87,7 @@ def create_router(engine: Engine, *, version: str, max_body_bytes: int, reject: 
             probabilities = _tensor("probabilities", "FP32", -1, len(found.record.labels))
             outputs = [probabilities, _tensor("label", "BYTES", -1), *known, *outputs]
         _check_version(request, name, at)
-        inputs = [_tensor("image", "BYTES", -1), _tensor("pixels", "UINT8", -1, *shape)]
+        inputs = [_tensor(encoded, "BYTES", -1), _tensor(plain, "UINT8", -1, *shape)]
         return answers.answer(
             {"name": name, "versions": [at], "platform": "fewshot", "inputs": inputs, "outputs": outputs}
         )
@@ -103,7 +111,7 @@ def create_router(engine: Engine, *, version: str, max_body_bytes: int, reject: 
         encoding = request.headers.get("content-encoding", "")
         header_length = request.headers.get(codec.HEADER_LENGTH)
         large = bool(encoding) or len(body) > LARGE  # a compressed body is small only until it is unpacked
-        asked = await _aside(large, lambda: read_request(body, encoding, header_length, most))
+        asked = await _aside(large, lambda: read_request(body, encoding, header_length, most, kind))
         at = EXTRACTOR_VERSION
         if name == EXTRACTOR:
             _check_version(request, name, at)
@@ -135,12 +143,15 @@ def _check_version(request: Request, name: str, at: str) -> None:
         raise VersionNotFound(f"The model {name!r} is at version {at}, and no other version is served.")
 
 
-def read_request(body: bytes, encoding: str, header_length: str | None, most: codec.Most) -> Asked:
+def read_request(body: bytes, encoding: str, header_length: str | None, most: codec.Most, kind: str = "image") -> Asked:
     request, raws = codec.parse(codec.unpack(body, encoding, most.unpacked), header_length, most)
-    if len(request.inputs) != 1 or request.inputs[0].name not in ("image", "pixels"):
-        raise InvalidRequest("A request has one input, named `image` (encoded files) or `pixels`.")
+    encoded, plain = INPUTS[kind]
+    if len(request.inputs) != 1 or request.inputs[0].name not in (encoded, plain):
+        what = "UTF-8" if kind == "text" else "encoded files"
+        raise InvalidRequest(f"A request has one input, named `{encoded}` ({what}) or `{plain}`.")
     tensor, raw = request.inputs[0], raws[0]
-    read: Callable[..., Any] = codec.images if tensor.name == "image" else codec.pixels
+    whole = codec.texts if kind == "text" else codec.images
+    read: Callable[..., Any] = whole if tensor.name == encoded else codec.pixels
     binary: dict[str, bool] = {}
     classes = None
     for output in request.outputs or ():

@@ -301,7 +301,8 @@ AT_LIMITS: dict[str, tuple[Callable[[httpx.Client, int], httpx.Response], int, i
     "max_way": (way, SMALL["max_way"], 413, "too_large"),
     "max_label": (label, SMALL["max_label"], 422, "invalid_support"),
 }
-ELSEWHERE = {"formats", "body_timeout_s", "max_waiting"}  # each has a test of its own below
+# Each has a test of its own, below or in test_texts.py.
+ELSEWHERE = {"formats", "body_timeout_s", "max_waiting", "max_text_bytes"}
 
 
 def test_every_limit_that_is_told_is_tested(limited: httpx.Client) -> None:

@@ -1,0 +1,128 @@
+"""What goes out beside an exported task: a program that runs it, and how an input comes to be, by what the task reads.
+
+Text for people and for their Python; nothing of it is run here. Knows nothing of graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+RESIZE = (
+    "Turned upright by EXIF; transparency laid onto white; grey or RGB by the number of channels; the middle of the "
+    "picture in the shape of the input, resized in one step with Pillow's BILINEAR, which averages; a JPEG may first "
+    "be decoded at a half, a quarter or an eighth, to no less than twice the input."
+)
+RUN_IMAGES = '''"""Says what pictures show:  python run.py PICTURE...  Needs onnxruntime, numpy and Pillow."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), providers=["CPUExecutionProvider"])
+facts = session.get_modelmeta().custom_metadata_map
+labels, reject = json.loads(facts["labels"]), float(facts["reject"])
+height, width, channels = session.get_inputs()[0].shape[1:]
+
+
+def pixels(path):
+    """A picture as the service sees it: uint8 [height, width, channels]."""
+    image, mode = Image.open(path), "L" if channels == 1 else "RGB"
+    image.draft(None, (2 * max(height, width),) * 2)  # JPEG alone heeds this
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+    if image.mode != mode and image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert(mode)
+    if image.size != (width, height):
+        scale = min(image.width / width, image.height / height)
+        across, down = min(width * scale, image.width), min(height * scale, image.height)
+        left, top = (image.width - across) / 2, (image.height - down) / 2
+        box = (left, top, left + across, top + down)
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image, np.uint8).reshape(height, width, channels)
+
+
+for path in sys.argv[1:]:
+    probabilities, known = session.run(["probabilities", "known"], {"pixels": pixels(path)[None]})
+    ranked = sorted(zip(probabilities[0].tolist(), labels), reverse=True)
+    verdict = ranked[0][1] if known[0] >= reject else "none of these"
+    print(f"{path}: {verdict}", *(f"{label} {share:.6f}" for share, label in ranked), sep="\\n  ")
+'''
+RUN_TEXTS = '''"""Says what texts are:  python run.py FILE...  Needs onnxruntime and numpy."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), providers=["CPUExecutionProvider"])
+facts = session.get_modelmeta().custom_metadata_map
+labels, reject = json.loads(facts["labels"]), float(facts["reject"])
+length = session.get_inputs()[0].shape[1]
+
+
+def read(path):
+    """A text as the service sees it: uint8 [length], zeros behind its end."""
+    text = Path(path).read_bytes().removeprefix(b"\\xef\\xbb\\xbf").decode()
+    data = text.replace("\\r\\n", "\\n").replace("\\r", "\\n").encode()
+    data = data[:length].decode(errors="ignore").encode()  # whole characters
+    return np.frombuffer(data.ljust(length, b"\\0"), np.uint8)
+
+
+for path in sys.argv[1:]:
+    probabilities, known = session.run(["probabilities", "known"], {"bytes": read(path)[None]})
+    ranked = sorted(zip(probabilities[0].tolist(), labels), reverse=True)
+    verdict = ranked[0][1] if known[0] >= reject else "none of these"
+    print(f"{path}: {verdict}", *(f"{label} {share:.6f}" for share, label in ranked), sep="\\n  ")
+'''
+CUT = "UTF-8 without a byte order mark, line ends as one byte; as many whole characters as fit, zeros behind them."
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What an exported task reads, and how."""
+
+    tensor: str  # the input of its graph
+    shape: str
+    fact: str  # under what its facts say how an input is made
+    made: str
+    program: str
+    needs: str
+    example: str
+
+    def size(self, given: Mapping[str, Any]) -> str:
+        """The manifest's input, for people."""
+        if self.tensor == "bytes":
+            return f"{given['length']} bytes"
+        return f"{given['height']} x {given['width']} pixels, {'grey' if given['channels'] == 1 else 'RGB'}"
+
+
+KINDS: Mapping[str, Kind] = {
+    "image": Kind(
+        tensor="pixels",
+        shape="height, width, channels",
+        fact="resize",
+        made=RESIZE,
+        program=RUN_IMAGES,
+        needs="onnxruntime numpy Pillow",
+        example="picture.jpg",
+    ),
+    "text": Kind(
+        tensor="bytes",
+        shape="length",
+        fact="cut",
+        made=CUT,
+        program=RUN_TEXTS,
+        needs="onnxruntime numpy",
+        example="text.txt",
+    ),
+}

@@ -1,0 +1,143 @@
+"""Pretraining on texts: the trunk predicts the next byte of a text at every place, and resumes after any kill.
+
+The one self-supervised task that asks nothing but the text itself. Objectives that read pooled features alone may stand
+beside it: for `contrastive`, two stretches of one text are each other's answer. The loop, the checkpoints and the log
+are those of training/pretrain.py; what differs is the batch and what is asked of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.bytenet import BYTES, SHAPES, ByteNet, TextExtractor
+from training import data, inputs, objectives
+from training.config import PretrainConfig
+from training.pretrain import autocast, choose_device, generator, learning_rate, load_extractor
+
+
+class Language(nn.Module):
+    """Which byte comes next, from what the last layer holds at a place (cross-entropy, in nats a byte)."""
+
+    views = 1
+    uses_labels = False
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.predict = nn.Linear(width, BYTES)
+
+    def forward(self, held: Tensor, texts: Tensor) -> Tensor:
+        """What is held at each place [n, width, length], and the texts [n, length], zeros behind their ends."""
+        logits = self.predict(held[:, :, :-1].transpose(1, 2)).float()
+        return F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten().long(), ignore_index=0)
+
+
+LANGUAGE = "language"
+POOLED = {name: objectives.OBJECTIVES[name] for name in ("contrastive", "supervised", "projected")}
+OBJECTIVES = (LANGUAGE, *POOLED)
+
+
+class Run:
+    """All state of one pretraining: networks, optimizer, step."""
+
+    def __init__(self, config: PretrainConfig, texts: data.Images):
+        self.config = config
+        self.device = choose_device(config.device)
+        self.texts = torch.from_numpy(texts.pixels)
+        self.labels = torch.from_numpy(texts.labels)
+        torch.manual_seed(config.seed)
+        self.backbone = ByteNet(SHAPES[config.shape])
+        if config.start is not None:
+            start, _ = load_extractor(config.start)
+            self.backbone.load_state_dict(start.backbone.state_dict())
+        weights = dict(part.split("=") for part in config.objectives.split(","))
+        self.weights = {name: float(weight) for name, weight in weights.items()}
+        dim, classes = self.backbone.shape.dim, len(texts.classes)
+        made: dict[str, nn.Module] = {
+            name: Language(self.backbone.shape.width) if name == LANGUAGE else POOLED[name](dim, classes)
+            for name in self.weights
+        }
+        self.heads = nn.ModuleDict(made)
+        self.network = nn.ModuleDict({"backbone": self.backbone, "heads": self.heads}).to(self.device)
+        self.views = max([1, *(POOLED[name].views for name in self.weights if name in POOLED)])
+        self.optimizer = self._optimizer()
+        self.step = 0
+        self.precision: str = config.precision
+        self.augment = inputs.augmentation(config)
+        self.steps_per_epoch = max(1, len(self.labels) // config.batch)
+        self.steps = self.steps_per_epoch * config.epochs
+        self._order: tuple[int, Tensor] | None = None
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        decayed = [p for p in self.network.parameters() if p.ndim > 1]
+        plain = [p for p in self.network.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        if self.config.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=self.config.lr)
+        return torch.optim.SGD(groups, lr=self.config.lr, momentum=0.9, nesterov=True)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Texts uint8 [n, length] and their labels [n], both on the device."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            order = torch.randperm(len(self.labels), generator=generator(self.config.seed, -1 - epoch))
+            self._order = (epoch, order)
+        chosen = self._order[1][at * self.config.batch : (at + 1) * self.config.batch]
+        return self.texts[chosen].to(self.device), self.labels[chosen].to(self.device)
+
+    def advance(self) -> dict[str, float]:
+        """One step; returns the losses by name."""
+        self.network.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, self.config)
+        texts, labels = self.batch(self.step)
+        rng = generator(self.config.seed, self.step)
+        shown = [texts] if self.views == 1 else [self.augment(texts, texts.shape[1], rng) for _ in range(self.views)]
+        asked = torch.cat(shown)
+        with autocast(self.device, self.precision):
+            places = self.backbone.places(asked)
+            pooled = list(torch.split(self.backbone.pool(places, asked), len(texts)))
+            losses = {
+                name: head(places[-1], asked) if name == LANGUAGE else head(pooled, labels)
+                for name, head in self.heads.items()
+            }
+        total = sum(
+            (self.weights[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device)
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "step": self.step,
+            "precision": self.precision,
+            "network": dict(self.network.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.precision = state["precision"]
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def time_precision(self) -> str:
+        """float32, untimed: a trunk of this size is cheap in any precision."""
+        return "float32"
+
+    @torch.no_grad()
+    def extractor(self) -> TextExtractor:
+        """The extractor as it is now, with the centre of the training texts (at most 10,000 of them)."""
+        extractor = TextExtractor(self.backbone).eval()
+        picked = self.texts[:: max(1, len(self.texts) // 10_000)]
+        roots = [torch.sqrt(self.backbone(part.to(self.device)) + 1e-6).sum(dim=0) for part in torch.split(picked, 256)]
+        extractor.centre = torch.stack(roots).sum(dim=0) / len(picked)
+        return extractor.to(self.device)
