@@ -25,9 +25,9 @@ import uvicorn  # noqa: E402
 from models.artifact import MANIFEST  # noqa: E402
 from models.errors import ArtifactInvalid, FewshotError  # noqa: E402
 from service import logs  # noqa: E402
-from service.connections import Door, room  # noqa: E402
 from service.settings import Settings, SettingsError, read  # noqa: E402
 from service.web.app import create_app  # noqa: E402
+from service.web.connections import Door, room  # noqa: E402
 
 log = logging.getLogger("fewshot")
 SAMPLE = Path(__file__).resolve().parent / "sample"

@@ -28,14 +28,11 @@ class PretrainConfig(Config):
 
     data: Path = Field(description="folder or zip with one folder per class")
     out: Path = Field(description="folder for the checkpoint and the log")
-    split: str = Field("train", description="which classes to learn from: train, or all")
-    shape: str = Field("resnet18", description="network, a name from models/resnet.py, or from bytenet.py for texts")
-    size: int = Field(84, ge=16, description="pixels of the input, height and width; bytes of a text")
     split: str = Field(
         "train", description="which classes to learn from: train, all, or (Omniglot) background5 or background30"
     )
-    shape: str = Field("resnet18", description="network, a name from models/resnet.py")
-    size: int = Field(84, ge=16, description="pixels of the input, height and width")
+    shape: str = Field("resnet18", description="network, a name from models/resnet.py, or from bytenet.py for texts")
+    size: int = Field(84, ge=16, description="pixels of the input, height and width; bytes of a text")
     small: int = Field(0, ge=0, description="pixels in the first part of the training; 0 = the same throughout")
     small_share: float = Field(0.6, ge=0, le=1, description="how long that first part is, as a share")
     objectives: str = Field(

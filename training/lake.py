@@ -20,8 +20,7 @@ import numpy as np
 
 from models.artifact import Artifact
 from models.episode import Support
-from models.extractor import load_extractor
-from models.images import ImageDecoder
+from models.extractor import Decoder, load_extractor
 from training import data, raw
 from training.config import LakeConfig
 from training.evaluate import embed, interval
@@ -36,7 +35,7 @@ class Run(NamedTuple):
     answers: np.ndarray  # [q] 0..way-1
 
 
-def runs(archive: Path, decoder: ImageDecoder) -> list[Run]:
+def runs(archive: Path, decoder: Decoder) -> list[Run]:
     """Reads `<run>/class_labels.txt`, whose lines pair a question with its example. Raises DataError."""
     if not archive.exists():
         raise data.DataError(f"{archive} does not exist.")

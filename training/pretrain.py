@@ -185,8 +185,9 @@ class Run:
         for turn in range(self.turns):
             for part in torch.split(picked, 256):
                 x = part.to(self.device).permute(0, 3, 1, 2).float() / 255
-                pooled = self.backbone(torch.rot90(x, turn, (2, 3)))
-                total += torch.sqrt(pooled + 1e-6).sum(dim=0)
+                with autocast(self.device, self.precision):
+                    pooled = self.backbone(torch.rot90(x, turn, (2, 3)))
+                total += torch.sqrt(pooled.float() + 1e-6).sum(dim=0)
         extractor.centre = total / (len(picked) * self.turns)
         return extractor.to(self.device)
 

@@ -237,7 +237,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         responses={200: {"content": {"application/zip": {}}}, **READ, **NOT_FOUND, **NOT_RETAINED},
     )
     async def download_support(request: Request, task: str, _: Annotated[schemas.NoOptions, Query()]) -> Response:
-        _, record = await engine.record(scope_of(request), task)
+        record = (await engine.record(scope_of(request), task))[1]
         body = await asyncio.to_thread(archive, record)
         return Response(
             body,
@@ -255,7 +255,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     async def get_example_image(
         request: Request, task: str, example: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
-        _, record = await engine.record(scope_of(request), task)
+        record = (await engine.record(scope_of(request), task))[1]
         if example not in record.ids:
             raise ExampleNotFound(f"The task has no example {example[:64]!r}.")
         image = retained(record)[record.ids.index(example)]

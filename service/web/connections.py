@@ -3,7 +3,7 @@
 uvicorn waits for ever for the head of a request, on a connection that says nothing, and for a client that does not take
 its answer; its heads may be of any size. Here a sweep once a second looks at every connection and ends those that keep
 us waiting, so a request costs no timer. Who comes when there is no room is told so and let go, without harm to others.
-The body has its own deadline (web/boundary.py).
+The body has its own deadline (boundary.py).
 
 What breaks the protocol is answered here, in the form of all other problems, and never in the place of an answer that
 an earlier request waits for. An offer to upgrade is passed over, as HTTP allows. Knows nothing of the app.

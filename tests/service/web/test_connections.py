@@ -21,7 +21,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from service import connections
-from service.connections import Door, room
+from service.web.connections import Door, room
 from tests.service.test_main import ROOT, command
 
 LARGE = 8_000_000
