@@ -10,7 +10,8 @@ import pytest
 from tests.training.conftest import ROOT, needs
 from training import __main__ as commands
 
-NAMES = ["pretrain", "metatrain", "evaluate", "continual", "export", "import", "lake", "results", "demo"]
+NAMES = ["pretrain", "metatrain", "evaluate", "continual", "export", "import", "lake", "results"]
+NAMES += ["compare-objectives", "pretext", "demo"]
 
 
 def test_without_a_command_the_commands_are_printed() -> None:
