@@ -36,7 +36,11 @@ class Shape:
 
 SHAPES: dict[str, Shape] = {
     "resnet18": Shape(stem_kernel=5, strides=(1, 2, 2, 1)),
+    "resnet10": Shape(width=32, blocks=(1, 1, 1, 1), stem_kernel=3, stem_pool=False),
     "resnet10-grey": Shape(width=32, blocks=(1, 1, 1, 1), stem_kernel=3, stem_pool=False, channels=1),
+    "resnet10-small-grey": Shape(
+        width=8, blocks=(1, 1, 1, 1), strides=(1, 2, 2, 1), stem_kernel=3, stem_pool=False, channels=1
+    ),
     "tiny": Shape(width=4, blocks=(1, 1), strides=(1, 2), stem_kernel=3, stem_pool=False),
     "tiny-grey": Shape(width=4, blocks=(1, 1), strides=(1, 2), stem_kernel=3, stem_pool=False, channels=1),
 }
@@ -93,11 +97,15 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def maps(self, x: Tensor) -> Tensor:
+        """The last maps before they are pooled, [n, C, H, W] -> [n, dim, h, w]: they still say what is where."""
         x = (x - self.mean) * self.scale
         x = self.pool(F.relu(self.bn(self.conv(x))))
-        x = self.stages(x)
-        return x.mean(dim=(2, 3))
+        maps: Tensor = self.stages(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x).mean(dim=(2, 3))
 
 
 class ImageExtractor(nn.Module):

@@ -50,6 +50,8 @@ CONFIGS = {
     "import": config.ImportConfig,
     "lake": config.LakeConfig,
     "results": config.ResultsConfig,
+    "compare-objectives": config.CompareObjectivesConfig,
+    "pretext": config.PretextConfig,
 }
 
 

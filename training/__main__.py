@@ -16,6 +16,7 @@ from pydantic import Field
 
 from models.errors import FewshotError
 from training.config import (
+    CompareObjectivesConfig,
     Config,
     ContinualConfig,
     EvaluateConfig,
@@ -23,6 +24,7 @@ from training.config import (
     ImportConfig,
     LakeConfig,
     MetatrainConfig,
+    PretextConfig,
     PretrainConfig,
     ResultsConfig,
     TextDemoConfig,
@@ -60,6 +62,8 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "import": (ImportConfig, "make an artifact of a backbone trained elsewhere"),
     "lake": (LakeConfig, "measure an artifact on Lake's one-shot runs"),
     "results": (ResultsConfig, "make RESULTS.md from raw results"),
+    "compare-objectives": (CompareObjectivesConfig, "weigh self-supervised losses in several ways, at equal time"),
+    "pretext": (PretextConfig, "learn self-supervised tasks that were not trained on, by a head alone"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
     "text-demo": (TextDemoConfig, "all of them on Python's standard library"),
 }
@@ -68,7 +72,7 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         print("python -m training COMMAND [--help]\n", file=sys.stderr)
-        print("\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()), file=sys.stderr)
+        print("\n".join(f"  {name:18} {text}" for name, (_, text) in COMMANDS.items()), file=sys.stderr)
         return 2
     name = arguments[0]
     config = parse(COMMANDS[name][0], arguments[1:], prog=f"python -m training {name}")
@@ -81,6 +85,9 @@ def main(arguments: list[str]) -> int:
             # `import` is no name that a module can be imported by, and no module has a hyphen.
             module = {"import": "imports"}.get(name, name).replace("-", "_")
             importlib.import_module(f"training.{module}").main(config)
+            # `import` is no name that a module can be imported by.
+            importlib.import_module(f"training.{'imports' if name == 'import' else name}").main(config)
+            importlib.import_module(f"training.{name.replace('-', '_')}").main(config)
     except (DataError, FewshotError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

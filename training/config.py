@@ -38,8 +38,14 @@ class PretrainConfig(Config):
     objectives: str = Field(
         "contrastive=1",
         pattern=r"^\w+=\d*\.?\d+(,\w+=\d*\.?\d+)*$",
-        description="name=weight, with commas: contrastive, supervised, projected, rotation; for texts, language",
+        description="name=weight, with commas: contrastive, momentum, clusters, reconstruction, rotation, jigsaw, "
+        "supervised, projected; for texts, language",
     )
+    weighting: Literal["fixed", "learned", "uncertainty"] = Field(
+        "fixed", description="learned: by the query loss of tasks of images held out, from the weights given"
+    )
+    weighting_steps: int = Field(8, ge=1, description="steps between two looks at held-out tasks")
+    weighting_lr: float = Field(0.01, gt=0, description="learning rate of the learned weights")
     start: Path | None = Field(
         None, description="folder of a finished pretraining, or of an artifact, whose weights to start from"
     )
@@ -205,6 +211,57 @@ class ResultsConfig(Config):
 
     raw: Path = Field(Path("training/results"), description="folder of raw results, *.jsonl")
     out: Path = Field(Path("training"), description="folder for RESULTS.md and results/*.svg")
+
+
+class CompareObjectivesConfig(Config):
+    """Each self-supervised loss alone, all alike, by uncertainty and with learned weights, at equal time."""
+
+    data: Path = Field(description="folder or zip with one folder per class")
+    out: Path = Field(description="folder for the extractors")
+    results: Path = Field(
+        Path("training/results/objectives.jsonl"), description="file to add rows to; what is in it is not run again"
+    )
+    objectives: str = Field(
+        "momentum,clusters,reconstruction,rotation", pattern=r"^\w+(,\w+)+$", description="two or more, with commas"
+    )
+    seconds: float = Field(600, gt=0, description="of training for each arm and seed")
+    clock: Literal["wall", "cpu"] = Field(
+        "wall", description="cpu: seconds that this process computed, for a machine that others use as well"
+    )
+    seeds: int = Field(3, ge=1)
+    split: str = Field("test", description="classes to measure on")
+    episodes: int = Field(2000, ge=2)
+    shape: str = Field("resnet10", description="network, a name from models/resnet.py")
+    size: int = Field(32, ge=16, description="pixels of the input, height and width")
+    augment: Literal["photos", "snapshots", "characters"] = "photos"
+    batch: int = Field(64, ge=2)
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = Field(2e-3, gt=0, description="the highest learning rate, after the warm-up")
+    weighting_steps: int = Field(8, ge=1, description="steps between two looks at held-out tasks")
+    weighting_lr: float = Field(0.01, gt=0, description="learning rate of the learned weights")
+    per_class: int = Field(0, ge=0, description="at most so many training images a class; 0 = all")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: timed on the spot")
+
+
+class PretextConfig(Config):
+    """How fast a linear head learns self-supervised tasks that an extractor was not trained on."""
+
+    data: Path = Field(description="folder or zip with one folder per class")
+    extractors: str = Field(
+        pattern=r"^[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*$",
+        description="name=folder of a finished pretraining, with commas; one of random weights is added",
+    )
+    results: Path = Field(Path("training/results/pretext.jsonl"), description="file to add rows to")
+    images: int = Field(10, ge=2, description="images that the quick head learns from")
+    steps: int = Field(10, ge=1, description="its gradient steps")
+    draws: int = Field(50, ge=2, description="times that those images are drawn")
+    full: int = Field(2000, ge=10, description="images that the thorough head learns from, at most")
+    asked: int = Field(500, ge=2, description="images asked about, at most")
+    split: str = Field("test", description="classes to ask about")
+    per_class: int = Field(0, ge=0, description="at most so many images a class to learn from; 0 = all")
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def parse(model: type[C], arguments: list[str], *, prog: str) -> C:

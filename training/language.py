@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.bytenet import BYTES, SHAPES, ByteNet, TextExtractor
-from training import data, inputs, objectives
+from training import data, inputs
 from training.config import PretrainConfig
+from training.objective import Fixed
+from training.objectives import POOLED, View
 from training.pretrain import autocast, choose_device, generator, learning_rate, load_extractor
 
 
@@ -36,7 +38,6 @@ class Language(nn.Module):
 
 
 LANGUAGE = "language"
-POOLED = {name: objectives.OBJECTIVES[name] for name in ("contrastive", "supervised", "projected")}
 OBJECTIVES = (LANGUAGE, *POOLED)
 
 
@@ -55,14 +56,15 @@ class Run:
             self.backbone.load_state_dict(start.backbone.state_dict())
         weights = dict(part.split("=") for part in config.objectives.split(","))
         self.weights = {name: float(weight) for name, weight in weights.items()}
-        dim, classes = self.backbone.shape.dim, len(texts.classes)
+        classes = len(texts.classes)
         made: dict[str, nn.Module] = {
-            name: Language(self.backbone.shape.width) if name == LANGUAGE else POOLED[name](dim, classes)
+            name: Language(self.backbone.shape.width) if name == LANGUAGE else POOLED[name](self.backbone, classes)
             for name in self.weights
         }
         self.heads = nn.ModuleDict(made)
         self.network = nn.ModuleDict({"backbone": self.backbone, "heads": self.heads}).to(self.device)
         self.views = max([1, *(POOLED[name].views for name in self.weights if name in POOLED)])
+        self.weighting = Fixed(self.weights)
         self.optimizer = self._optimizer()
         self.step = 0
         self.precision: str = config.precision
@@ -99,16 +101,14 @@ class Run:
         asked = torch.cat(shown)
         with autocast(self.device, self.precision):
             places = self.backbone.places(asked)
-            pooled = list(torch.split(self.backbone.pool(places, asked), len(texts)))
+            parts = (asked, places[-1], self.backbone.pool(places, asked))
+            views = [View(*part) for part in zip(*(torch.split(part, len(texts)) for part in parts), strict=True)]
             losses = {
-                name: head(places[-1], asked) if name == LANGUAGE else head(pooled, labels)
+                name: head(places[-1], asked) if name == LANGUAGE else head(views, labels)
                 for name, head in self.heads.items()
             }
-        total = sum(
-            (self.weights[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device)
-        )
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        self.weighting.total(losses).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1

@@ -11,9 +11,10 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ from training import checkpoint, data, evaluate, inputs
 from training.augment import AUGMENTATIONS
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
-from training.objectives import OBJECTIVES, Posed, rotated
+from training.heldout import SHARE, HeldOut
+from training.objective import Fixed, Learned, Uncertainty, unchanged
+from training.objectives import OBJECTIVES, Kept, Objective, Posed, View, rotated
 from training.start import from_artifact, is_artifact
 
 if TYPE_CHECKING:
@@ -45,6 +48,11 @@ def choose_device(name: str) -> torch.device:
 def generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step, the same whenever it is run."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
+
+
+def trial(seed: int, step: int) -> torch.Generator:
+    """Those of what a step tries on held-out images: others, so that the step's own stay as they are."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -77,37 +85,51 @@ class Run:
         weights = dict(part.split("=") for part in config.objectives.split(","))
         self.weights = {name: float(weight) for name, weight in weights.items()}
         classes = len(images.classes) * self.turns
-        dim = self.backbone.shape.dim
-        self.heads = nn.ModuleDict({name: OBJECTIVES[name](dim, classes) for name in self.weights})
+        self.heads = nn.ModuleDict({name: OBJECTIVES[name](self.backbone, classes) for name in self.weights})
         self.network = nn.ModuleDict({"backbone": self.backbone, "heads": self.heads})
         # torch's stub of Module.to leaves out memory_format.
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.views = max(1, *(OBJECTIVES[name].views for name in self.weights))
+        self.views = max(OBJECTIVES[name].views for name in self.weights)
         self.optimizer = self._optimizer()
         self.step = 0
         self.precision: str = config.precision
         self.augment = AUGMENTATIONS[config.augment]
-        count = len(self.labels) * self.turns
+        self.trained = torch.arange(len(self.labels))
+        if config.weighting == "learned":
+            dealt = torch.randperm(len(self.labels), generator=trial(config.seed, -1))
+            out, self.trained = dealt.tensor_split([round(SHARE * len(dealt))])
+            self.held_out = self.pixels[out]
+        self.weighting = self._weighting()
+        count = len(self.trained) * self.turns
         self.steps_per_epoch = max(1, count // config.batch)
         self.steps = self.steps_per_epoch * config.epochs
         self._order: tuple[int, Tensor] | None = None
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        decayed = [p for p in self.network.parameters() if p.ndim > 1]
-        plain = [p for p in self.network.parameters() if p.ndim <= 1]
+        learned = [p for p in self.network.parameters() if p.requires_grad]
+        decayed = [p for p in learned if p.ndim > 1]
+        plain = [p for p in learned if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         if self.config.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=self.config.lr)
         return torch.optim.SGD(groups, lr=self.config.lr, momentum=0.9, nesterov=True)
 
+    def _weighting(self) -> Fixed | Uncertainty | Learned:
+        if self.config.weighting == "uncertainty":
+            return Uncertainty(self.weights, self.device)
+        if self.config.weighting == "learned":
+            tasks = HeldOut(self.held_out, self.augment, self.device)
+            return Learned(self.weights, tasks, self.device, rate=self.config.weighting_lr)
+        return Fixed(self.weights)
+
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images float [n, C, H, W] in [0, 1] and their labels [n], both on the device."""
         epoch, at = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            count = len(self.labels) * self.turns
+            count = len(self.trained) * self.turns
             self._order = (epoch, torch.randperm(count, generator=generator(self.config.seed, -1 - epoch)))
         chosen = self._order[1][at * self.config.batch : (at + 1) * self.config.batch]
-        index, turn = chosen // self.turns, chosen % self.turns
+        index, turn = self.trained[chosen // self.turns], chosen % self.turns
         images = self.pixels[index].to(self.device).permute(0, 3, 1, 2).float() / 255
         if self.turns > 1:
             images = rotated(images, turn.to(self.device))
@@ -123,27 +145,52 @@ class Run:
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.config)
-        images, labels = self.batch(self.step)
         rng = generator(self.config.seed, self.step)
+        images, labels = self.batch(self.step)
         size = self.size_at(self.step)
-        views = [self.augment(images, size, rng) for _ in range(self.views)]
-        posed = {name: head.pose(views[0], rng) for name, head in self.heads.items() if isinstance(head, Posed)}
-        inputs = torch.cat([*views, *(altered for altered, _ in posed.values())])
-        sizes = [len(images)] * self.views + [len(answers) for _, answers in posed.values()]
+        views = [self.augment(images, size, rng) for _ in range(max(1, self.views))]
+        posed: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, head in self.heads.items():
+            if isinstance(head, Posed):
+                # Of the whole batch where nothing else is asked of it.
+                some = round(head.share * len(images)) if self.views else len(images)
+                posed[name] = head.pose(views[0][: max(1, some)], rng)
+        plain = views[: self.views]
+        due = (self.step + 1) % self.config.weighting_steps == 0
+        learned = self.weighting if isinstance(self.weighting, Learned) and due else None
+        before = [parameter.detach().clone() for parameter in self.backbone.parameters()] if learned else []
         with autocast(self.device, self.precision):
-            parts = self.backbone(inputs.contiguous(memory_format=torch.channels_last)).split(sizes)
-            own = dict(zip(posed, parts[self.views :], strict=True))
-            plain = list(parts[: self.views])
-            asked = {name: ([own[name]], posed[name][1]) if name in posed else (plain, labels) for name in self.weights}
-            losses = {name: self.heads[name](*question) for name, question in asked.items()}
-        total = sum(
-            (self.weights[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device)
-        )
+            losses = self.losses(plain, labels, posed)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        self.weighting.total(losses).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        self.weighting.step()
+        if learned:
+            # In float32: what is told apart here is smaller than bfloat16 can say.
+            with unchanged(self.network):
+                rng = trial(self.config.seed, self.step)
+                learned.learn(self.backbone, before, lambda: self.losses(plain, labels, posed), size, rng)
+        for head in self.heads.values():
+            if isinstance(head, Kept):
+                head.keep(self.backbone)
         self.step += 1
         return {name: loss.item() for name, loss in losses.items()}
+
+    def losses(
+        self, plain: list[Tensor], labels: Tensor, posed: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The loss of each objective on these views and on the images that each has altered, with its answers."""
+        shown = [*plain, *(altered for altered, _ in posed.values())]
+        maps = self.backbone.maps(torch.cat(shown).contiguous(memory_format=torch.channels_last))
+        sizes = [len(images) for images in shown]
+        parts = zip(shown, torch.split(maps, sizes), torch.split(maps.mean(dim=(2, 3)), sizes), strict=True)
+        seen = [View(*part) for part in parts]
+        own = dict(zip(posed, seen[len(plain) :], strict=True))
+        losses = {}
+        for name in self.weights:
+            head = cast(Objective, self.heads[name])
+            losses[name] = head([own[name]], posed[name][1]) if name in posed else head(seen[: len(plain)], labels)
+        return losses
 
     def state(self) -> dict[str, Any]:
         return {
@@ -152,6 +199,7 @@ class Run:
             "precision": self.precision,
             "network": dict(self.network.state_dict()),
             "optimizer": self.optimizer.state_dict(),
+            "weighting": self.weighting.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -159,6 +207,8 @@ class Run:
         self.precision = state["precision"]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.config.weighting != "fixed":
+            self.weighting.restore(state["weighting"])
 
     def time_precision(self) -> str:
         """Times a few steps in each precision and puts everything back as it was."""
@@ -173,6 +223,7 @@ class Run:
             seconds[precision] = time.perf_counter() - start
         self.network.load_state_dict(before)
         self.optimizer = self._optimizer()
+        self.weighting = self._weighting()
         self.step = 0
         return min(seconds, key=lambda name: seconds[name])
 
@@ -206,8 +257,8 @@ def main(config: PretrainConfig) -> Path:
         sys.exit(
             f"The shape {config.shape} is for {'texts' if text else 'images'}; its objectives: {', '.join(known)}."
         )
-    if text and (config.rotations or config.small):
-        sys.exit("--rotations and --small are for images.")
+    if text and (config.rotations or config.small or config.labels == "clusters" or config.weighting != "fixed"):
+        sys.exit("--rotations, --small, --labels clusters and --weighting are for images.")
     decoder = inputs.decoder(config)
     images = data.load(config.data, config.split, decoder, per_class=config.per_class or None)
     check = data.load(config.data, "val", decoder) if config.check_epochs else None
@@ -261,6 +312,7 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
                 rate = config.batch / (time.perf_counter() - began)
                 write(
                     losses=losses,
+                    weights=run.weighting.weights(),
                     lr=run.optimizer.param_groups[0]["lr"],
                     images_per_s=round(rate, 1),
                     precision=run.precision,

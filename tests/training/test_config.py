@@ -7,6 +7,7 @@ import pytest
 
 from training.__main__ import COMMANDS
 from training.config import (
+    CompareObjectivesConfig,
     Config,
     ContinualConfig,
     EvaluateConfig,
@@ -14,6 +15,7 @@ from training.config import (
     ImportConfig,
     LakeConfig,
     MetatrainConfig,
+    PretextConfig,
     PretrainConfig,
     parse,
 )
@@ -23,6 +25,8 @@ REQUIRED = {
     MetatrainConfig: ["--data", "d", "--out", "o"],
     EvaluateConfig: ["--artifact", "a", "--data", "d"],
     ContinualConfig: ["--artifact", "a", "--data", "d"],
+    CompareObjectivesConfig: ["--data", "d", "--out", "o"],
+    PretextConfig: ["--data", "d", "--extractors", "mine=r"],
     ExportConfig: ["--checkpoint", "c", "--data", "d", "--out", "o", "--name", "n"],
     ImportConfig: ["--backbone", "b", "--data", "d", "--out", "o", "--name", "n"],
     LakeConfig: ["--artifact", "a", "--data", "d"],
@@ -100,6 +104,9 @@ def test_flags_become_values_of_their_type() -> None:
         (EvaluateConfig, "episodes", "1"),
         (EvaluateConfig, "precision", "float64"),
         (ExportConfig, "episodes", "9"),
+        (CompareObjectivesConfig, "objectives", "momentum"),
+        (CompareObjectivesConfig, "clock", "sun"),
+        (PretextConfig, "extractors", "runs/mine"),
     ],
 )
 def test_a_wrong_value_ends_with_a_sentence_that_names_its_flag(

@@ -10,7 +10,21 @@ import pytest
 from tests.training.conftest import ROOT, needs
 from training import __main__ as commands
 
-NAMES = ["pretrain", "metatrain", "evaluate", "continual", "export", "import", "lake", "results", "demo", "text-demo"]
+NAMES = [
+    "pretrain",
+    "metatrain",
+    "evaluate",
+    "continual",
+    "export",
+    "import",
+    "lake",
+    "results",
+    "compare-objectives",
+    "pretext",
+    "demo",
+    "text-demo",
+]
+NAMES += ["compare-objectives", "pretext", "demo"]
 
 
 def test_without_a_command_the_commands_are_printed() -> None:

@@ -30,6 +30,13 @@ KINDS = [
         ("contrastive=1", "supervised=1,rotation=0.5", "contrastive=1,supervised=0.5"), (False, True), ("sgd", "adamw")
     )
 ]
+# Those with state of their own: a queue and a slow copy, decoders, learned weights.
+MIX = "momentum=1,clusters=1,reconstruction=1,rotation=0.5,jigsaw=0.5"
+KINDS += [{"objectives": MIX, "weighting": weighting, "optimizer": "adamw"} for weighting in ("fixed", "uncertainty")]
+KINDS += [
+    {"objectives": MIX, "weighting": "learned", "weighting_steps": 2, "optimizer": "sgd"},
+    {"objectives": "rotation=1,jigsaw=1"},  # no view is read as it is
+]
 # On drawn shapes: 72 images.
 TINY = {"shape": "tiny", "size": 32, "batch": 8, "lr": 0.05, "device": "cpu", "precision": "float32"}
 
@@ -41,7 +48,8 @@ def config(**given: Any) -> PretrainConfig:
 
 def a_run(**given: Any) -> pretrain.Run:
     channels = SHAPES[given.get("shape", "tiny")].channels
-    return pretrain.Run(config(**given), noise(3, 7, channels=channels))
+    images = 110 if given.get("weighting") == "learned" else 7  # a tenth is held out, and makes clusters
+    return pretrain.Run(config(**given), noise(3, images, channels=channels))
 
 
 def tensors(state: Any) -> dict[str, torch.Tensor]:
@@ -134,6 +142,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_unbroken_run(kind: dict[str
     fresh = tensors(a_run(**kind).state())
     moved = differing(tensors(unbroken.state()), fresh)
     assert all(any(name.startswith(f"/network/{part}") for name in moved) for part in ("backbone", "heads"))
+    learns = kind.get("weighting", "fixed") != "fixed"
+    assert any(name.startswith("/weighting") for name in moved) == learns
+    assert unbroken.weighting.weights() == broken.weighting.weights()
 
 
 def test_the_seed_decides_weights_order_and_views() -> None:
@@ -160,12 +171,36 @@ def test_every_step_and_both_views_of_it_draw_numbers_of_their_own(monkeypatch: 
     assert len(drawn) == len(set(drawn)) == 12
 
 
-@pytest.mark.parametrize("name", ["contrastive", "supervised"])
-def test_training_lowers_the_loss(name: str, shapes: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "share"), [("contrastive", 0.9), ("supervised", 0.9), ("reconstruction", 0.9), ("clusters", 0.96)]
+)
+def test_training_lowers_the_loss(name: str, share: float, shapes: Path) -> None:
     images = data.load(shapes, "train", ImageDecoder(32, 32, 3))
     run = pretrain.Run(config(objectives=f"{name}=1", size=32, epochs=10, lr=0.1, batch=24), images)
     losses = [run.advance()[name] for _ in range(run.steps)]
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < share * np.mean(losses[:5])
+
+
+def test_images_held_out_for_the_weights_are_in_no_batch() -> None:
+    run = a_run(weighting="learned", objectives="contrastive=1,rotation=1", batch=9)
+    shown: set[bytes] = set()
+    for step in range(2 * run.steps_per_epoch):
+        images, _ = run.batch(step)
+        shown |= {image.numpy().tobytes() for image in (images * 255).round().to(torch.uint8)}
+    out = {image.numpy().tobytes() for image in run.held_out.permute(0, 3, 1, 2)}
+    assert len(out) == 33
+    assert len(shown) == 297
+    assert not out & shown
+
+
+def test_looking_at_held_out_tasks_moves_nothing_but_the_weights() -> None:
+    """One step with a look and one without end at the same network, bit for bit."""
+    given = {"weighting": "learned", "objectives": "momentum=1,clusters=1,rotation=1"}
+    looked, did_not = a_run(**given, weighting_steps=1), a_run(**given, weighting_steps=9)
+    for run in (looked, did_not):
+        run.advance()
+    assert differing(tensors(looked.state()["network"]), tensors(did_not.state()["network"])) == []
+    assert looked.weighting.weights() != did_not.weighting.weights()
 
 
 def test_weight_decay_spares_offsets_and_normalisation() -> None:
@@ -177,8 +212,11 @@ def test_weight_decay_spares_offsets_and_normalisation() -> None:
     assert len(decayed["params"]) + len(plain["params"]) == len(list(run.network.parameters()))
 
 
-def test_timing_the_precisions_leaves_no_trace() -> None:
-    timed, fresh = a_run(), a_run()
+@pytest.mark.parametrize(
+    "given", [{}, {"weighting": "learned", "weighting_steps": 1, "objectives": "momentum=1,rotation=1"}], ids=str
+)
+def test_timing_the_precisions_leaves_no_trace(given: dict[str, Any]) -> None:
+    timed, fresh = a_run(**given), a_run(**given)
     assert timed.time_precision() in ("float32", "bfloat16")
     timed.precision = "float32"
     assert timed.step == 0
@@ -289,15 +327,16 @@ def test_data_may_have_moved_and_the_clock_may_be_set_anew(shapes: Path, unbroke
     [
         ({"shape": "resnet1000"}, "known shapes: resnet18"),
         ({"objectives": "contrastive=1,magic=2"}, "Known objectives: contrastive, supervised"),
+        ({"weighting": "learned", "objectives": "contrastive=1,rotation=1"}, "need 300 images or more"),
         ({"small": 48}, "--small must not be larger than --size"),
         ({"lr": 1e30, "objectives": "supervised=1"}, "not finite at step .* Lower --lr"),
     ],
-    ids=["shape", "objective", "small", "lr"],
+    ids=["shape", "objective", "images", "small", "lr"],
 )
 def test_what_cannot_be_trained_ends_with_a_sentence(
     shapes: Path, tmp_path: Path, other: dict[str, Any], sentence: str
 ) -> None:
-    with pytest.raises(SystemExit, match=sentence):
+    with pytest.raises((SystemExit, data.DataError), match=sentence):
         pretrain.main(PretrainConfig(**{"data": shapes, "out": tmp_path, **TINY, "epochs": 2, **other}))
     assert not (tmp_path / pretrain.CHECKPOINT).exists()
 
@@ -335,10 +374,11 @@ def test_what_is_written_down_along_the_way(shapes: Path, tmp_path: Path) -> Non
 def test_runs_killed_three_times_end_bit_for_bit_like_unbroken_ones(
     shapes: Path, tmp_path: Path, command: Callable[..., Command]
 ) -> None:
-    """Two at a time, each killed wherever it is when it has come far enough."""
+    """All at a time, each killed wherever it is when it has come far enough."""
     runs = {
         "contrastive": ["--objectives", "contrastive=1", "--rotations", "--epochs", "3"],
         "supervised": ["--objectives", "supervised=1", "--no-rotations", "--epochs", "12"],
+        "mixed": ["--objectives", MIX, "--weighting", "uncertainty", "--epochs", "12"],
     }
 
     def arguments(name: str, out: Path) -> list[str]:
@@ -359,7 +399,7 @@ def test_runs_killed_three_times_end_bit_for_bit_like_unbroken_ones(
             }
         )
         reached.append([step(name) for name in runs])
-    for steps in zip([0, 0], *reached, [108, 108], strict=True):
+    for steps in zip([0] * len(runs), *reached, [108] * len(runs), strict=True):
         assert all(before < after for before, after in itertools.pairwise(steps))
     for name in runs:
         pretrain.main(parse(PretrainConfig, arguments(name, tmp_path / name), prog="x"))

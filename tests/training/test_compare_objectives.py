@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.conftest import needs, noise
+
+pytestmark = pytest.mark.torch
+needs("torch")
+
+from training import compare_objectives, pretrain
+from training.config import CompareObjectivesConfig, PretrainConfig
+from training.synthetic import write
+
+ARMS = ["uniform", "learned", "uncertainty", "clusters", "rotation"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough classes for 5-way tasks of the test classes, enough images to hold some out."""
+    return write(tmp_path_factory.mktemp("many"), classes=25, images=21, size=24)
+
+
+def config(many: Path, out: Path, **given: Any) -> CompareObjectivesConfig:
+    small = {"objectives": "clusters,rotation", "shape": "tiny", "size": 16, "batch": 16, "seconds": 0.01}
+    fixed = {"device": "cpu", "precision": "float32", "episodes": 10, "seeds": 1}
+    return CompareObjectivesConfig(
+        **{"data": many, "out": out / "runs", "results": out / "rows.jsonl", **small, **fixed, **given}
+    )
+
+
+def test_all_together_in_three_ways_and_each_loss_alone() -> None:
+    arms = compare_objectives.arms("a,b")
+    assert [arm.name for arm in arms] == ["uniform", "learned", "uncertainty", "a", "b"]
+    assert {arm.objectives for arm in arms[:3]} == {"a=1,b=1"}
+    assert [arm.weighting for arm in arms] == ["fixed", "learned", "uncertainty", "fixed", "fixed"]
+
+
+def test_every_arm_is_trained_measured_and_not_run_again(
+    many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = config(many, tmp_path)
+    compare_objectives.main(asked)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["shot"]) for row in rows] == [(arm, shot) for arm in ARMS for shot in (1, 5)]
+    assert len({row["episode_list"] for row in rows}) == 2  # the same tasks for all
+    for row in rows:
+        assert row["experiment"] == "objectives"
+        assert row["labels"] == "none"
+        assert 0 <= row["accuracy"] <= 100
+        assert row["interval"] > 0
+        assert row["steps"] >= 2
+        assert row["seconds"] >= 0
+    assert {row["images"] for row in rows if row["method"] != "learned"} == {315}
+    assert {row["images"] for row in rows if row["method"] == "learned"} == {315 - 32}
+    assert rows[0]["command"].startswith(
+        f"python -m training compare-objectives --data DATA/{many.name} --out {tmp_path}/runs"
+    )
+    extractor, settings = pretrain.load_extractor(tmp_path / "runs" / "learned-0")
+    assert settings.weighting == "learned"
+    assert extractor.centre.abs().max() > 0
+    printed = capsys.readouterr().out
+    assert all(f"\n| {arm} | " in printed for arm in ARMS)
+
+    # One arm is missing, as after a kill: it alone is run.
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(line for line in lines if '"uniform"' not in line))
+    compare_objectives.main(asked)
+    again = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in again[8:]] == ["uniform", "uniform"]
+    assert again[:8] == [row for row in rows if row["method"] != "uniform"]
+
+
+def test_the_time_is_kept_and_the_rate_has_fallen_when_it_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pretrain.Run(
+        PretrainConfig(data=Path("d"), out=Path("o"), shape="tiny", size=16, batch=8, precision="float32"), noise(3, 20)
+    )
+    clock, rates = 0.0, []
+    advance = run.advance
+
+    def second() -> dict[str, float]:
+        nonlocal clock
+        clock += 1.0
+        found = advance()
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        return found
+
+    monkeypatch.setattr(run, "advance", second)
+    monkeypatch.setattr(compare_objectives.time, "monotonic", lambda: clock)
+    assert compare_objectives.train(run, 20.0, clock="wall") == 20
+    assert run.step == run.steps == 20
+    assert rates[-1] < 0.05 * max(rates)
+
+
+def test_the_table_has_the_mean_over_seeds() -> None:
+    rows = [
+        {"method": "a", "shot": shot, "accuracy": value + shot, "steps": 10, "seed": seed}
+        for seed, value in enumerate((10.0, 20.0))
+        for shot in (1, 5)
+    ]
+    assert compare_objectives.table(rows).splitlines()[2] == "| a | 16.00 (sd 7.07) | 20.00 (sd 7.07) | 10 | 2 |"
+
+
+def test_gains_are_paired_by_seed() -> None:
+    rows = [
+        {"method": name, "shot": 1, "seed": seed, "accuracy": value}
+        for name, values in {"a": (10.0, 30.0), "learned": (12.0, 31.0, 90.0)}.items()
+        for seed, value in enumerate(values)
+    ]
+    assert compare_objectives.gains(rows) == "learned - a, 5-way 1-shot: +1.50 (sd 0.71)"
+    assert compare_objectives.gains(rows[:2]) == ""
+
+
+def test_unknown_objectives_end_with_a_sentence(many: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="Known objectives: contrastive"):
+        compare_objectives.main(config(many, tmp_path, objectives="clusters,magic"))
+    assert not (tmp_path / "rows.jsonl").exists()
