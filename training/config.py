@@ -29,6 +29,9 @@ class PretrainConfig(Config):
     data: Path = Field(description="folder or zip with one folder per class")
     out: Path = Field(description="folder for the checkpoint and the log")
     split: str = Field("train", description="which classes to learn from: train, or all")
+    hold_out: int = Field(
+        0, ge=0, description="classes of the split to learn nothing from: `metatrain` then practises on them"
+    )
     shape: str = Field("resnet18", description="network, a name from models/resnet.py")
     size: int = Field(84, ge=16, description="pixels of the input, height and width")
     small: int = Field(0, ge=0, description="pixels in the first part of the training; 0 = the same throughout")
@@ -67,6 +70,12 @@ class MetatrainConfig(Config):
     tasks: Literal["labels", "pseudo"] = Field(
         "labels", description="pseudo: every image a class of its own, no label read"
     )
+    practise: str = Field(
+        "", description="more folders, with commas, whose training classes episodes are drawn from as well"
+    )
+    cell: Path | None = Field(
+        None, description="folder of a finished metatrain, on any extractor, whose LSTM cell to start from"
+    )
     rotations: bool = False
     views: int = Field(4, ge=0, description="augmented views of each image whose features are cached")
     learners: str = Field("prototype,ridge,whitened,gradient,lstm", description="which to train")
@@ -96,6 +105,8 @@ class EvaluateConfig(Config):
     queries: int = Field(15, ge=1, description="questions per class")
     episodes: int = Field(2000, ge=2)
     learners: str = Field("", description="with commas; empty = all of the artifact")
+    paired: str = Field("", description="learner that each of the others is compared with, episode by episode")
+    paired_out: Path | None = Field(None, description="also write the differences there, one JSON line per row")
     rotations: bool = False
     foreign: int = Field(
         0, ge=0, description="classes per episode that the task does not know; measures trust as well: see honesty.py"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from models.episode import Support
 from models.extractor import Extractor, load_extractor
 from models.head import Affine
 from models.learners import Learner
-from training import data, honesty
+from training import data, honesty, paired
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, digest, frozen
 
@@ -120,6 +121,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path, rows: Sequence[Row | paired.PairedRow]) -> None:
+    """Adds rows to a file, one JSON line each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -137,21 +145,26 @@ def main(config: EvaluateConfig) -> list[Row]:
         if not set(config.learners.split(",")) <= set(learners):
             sys.exit(f"--learners: {config.artifact} has {', '.join(learners)}.")
         learners = {name: learners[name] for name in config.learners.split(",")}
+    if config.paired and config.paired not in learners:
+        sys.exit(f"--paired: {config.paired} is not among the learners measured: {', '.join(learners)}.")
     if max(_numbers(config.way)) > len(images.classes):
         sys.exit(f"--way: {config.data} has only {len(images.classes)} classes in its split '{config.split}'.")
     print(f"{len(images)} images of {len(images.classes)} classes: {config.data} ({config.split})", file=sys.stderr)
     features = embed(extractor, images.pixels)
     pool = Pool.of(images.labels, images.groups)
-    rows, _ = measure(learners, features, pool, config)
+    rows, single = measure(learners, features, pool, config)
     print(
         f"\n{artifact.manifest.name} on {config.data.name} ({config.split}), {config.precision}, "
         f"{config.episodes} episodes, {config.queries} queries a class, 95 % intervals\n\n{table(rows)}\n"
     )
+    if config.paired:
+        differences = paired.rows(rows, single, config.paired)
+        print(f"difference to {config.paired} on the same episodes, points\n\n{paired.table(differences)}\n")
+        if config.paired_out:
+            write(config.paired_out, differences)
     if config.foreign:
         trust = honesty.measure(artifact, features, pool, config)
         print(f"{config.foreign} foreign classes an episode, per cent\n\n{honesty.table(trust)}\n")
     if config.json_out:
-        config.json_out.parent.mkdir(parents=True, exist_ok=True)
-        with config.json_out.open("a") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        write(config.json_out, rows)
     return rows

@@ -35,7 +35,7 @@ from models.learners import Learner, build
 from models.learners.prototype import Prototype
 from models.report import held_out, without_own
 from models.resnet import ImageExtractor, fold
-from training import checkpoint, data, evaluate, metatrain
+from training import checkpoint, data, evaluate, metatrain, practice
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen
 from training.pretrain import load_extractor
@@ -233,14 +233,14 @@ def _nll(logits: np.ndarray, truth: np.ndarray) -> float:
 
 def _calibration_tasks(
     config: ExportConfig, extractor: ImageExtractor, pretrained: PretrainConfig, decoder: ImageDecoder
-) -> tuple[metatrain.Tasks, data.Images]:
+) -> tuple[practice.Tasks, data.Images]:
     """Held-out tasks: classes with labels, or images with their views."""
     images = data.load(config.data, config.calibration_split, decoder, per_class=config.per_class or None)
     views = max(SHOTS) + 5 if config.tasks == "pseudo" else 0
     made = MetatrainConfig(
         data=config.data, out=config.checkpoint, tasks=config.tasks, views=views, rotations=config.rotations
     )
-    tasks = metatrain.cached(extractor, images, made, pretrained, seed=config.seed)
+    tasks = practice.cached(extractor, images, made, pretrained, seed=config.seed)
     return tasks, images
 
 

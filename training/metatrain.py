@@ -5,7 +5,8 @@
 
 With the gradient learner this loop is MAML, and first- or second-order makes no difference to its closed-form steps.
 Each learner starts at a sensible classifier and is kept at the step that did best on held-out tasks, the start
-included, so training cannot make it worse there. Resumes after a kill to the same values, bit for bit.
+included, so training cannot make it worse there. Resumes after a kill to the same values, bit for bit. Where episodes
+come from is said in training/practice.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,70 +27,25 @@ from tqdm import tqdm
 from models.episode import Support
 from models.images import ImageDecoder
 from models.learners import LEARNERS, Learner, build
-from models.resnet import ImageExtractor
+from models.learners.lstm import EACH, SEEN, SHARED
 from training import checkpoint, data, evaluate, memory
-from training.augment import AUGMENTATIONS
-from training.config import MetatrainConfig, PretrainConfig
-from training.episodes import Indices, Pool, frozen, varied
-from training.pretrain import autocast, choose_device, generator, load_extractor
+from training.config import MetatrainConfig
+from training.episodes import Indices, frozen, varied
+from training.practice import Tasks, cached, practice, slots_of
+from training.pretrain import choose_device, load_extractor
 
 CHECKPOINT = "metatrain.safetensors"
-HIDDEN, SMALL, STEPS = 128, 64, 10
+HIDDEN, STEPS = 32, 10
+LENSES = (0.1, 1.0, 5.0, 30.0)
 # Remembered, not learned by gradient.
 FIXED = {"basis", "spectrum", "slots"}
-
-
-class Tasks:
-    """Cached features with the pools that episodes are drawn from."""
-
-    def __init__(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, *, plain: int):
-        """The first `plain` rows are what the covariance of a class is taken from."""
-        self.plain = plain
-        self.features = features
-        self.labels = labels
-        self.pool = Pool.of(labels, groups)
-
-    def near(self) -> np.ndarray:
-        """Similarity of classes by their means, [classes, classes]."""
-        sums = np.zeros((len(self.pool.classes), self.features.shape[1]), np.float32)
-        np.add.at(sums, self.labels, self.features)
-        means = sums / np.linalg.norm(sums, axis=1, keepdims=True)
-        return np.asarray(means @ means.T)
-
-
-@torch.no_grad()
-def cached(
-    extractor: ImageExtractor, images: data.Images, config: MetatrainConfig, pretrained: PretrainConfig, *, seed: int
-) -> Tasks:
-    """Features of each image and of `views` augmentations of it.
-
-    With labels, a class is a class, and all views of one image are one group; in pseudo-tasks, an image is a class.
-    """
-    if config.rotations:
-        images = evaluate.turned(images)
-    device = next(extractor.parameters()).device
-    augment = AUGMENTATIONS[pretrained.augment]
-    extractor.eval()
-    parts: list[list[Tensor]] = [[] for _ in range(config.views + 1)]
-    for at in tqdm(range(0, len(images), 256), desc="features", mininterval=2):
-        pixels = torch.from_numpy(images.pixels[at : at + 256]).to(device)
-        x = pixels.permute(0, 3, 1, 2).float() / 255
-        for view in range(config.views + 1):
-            shown = augment(x, pretrained.size, generator(seed, at * 64 + view)) if view else x
-            with autocast(device, pretrained.precision):
-                pooled = extractor.backbone(shown.contiguous(memory_format=torch.channels_last))
-            parts[view].append(extractor.normalise(pooled.float()).cpu())
-    features = torch.cat([torch.cat(part) for part in parts]).numpy()
-    number = np.tile(np.arange(len(images)), config.views + 1)
-    if config.tasks == "pseudo":
-        return Tasks(features, number, None, plain=len(features))
-    return Tasks(features, np.tile(images.labels, config.views + 1), number, plain=len(images))
+# What an LSTM knows that is of no extractor: it may go on to another.
+CELL = ("log_lenses", "log_focus", "inputs", "recur", "offset", "shared", "each")
 
 
 def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.ndarray]:
-    """The arrays a learner starts from: all of them make it a plain classifier."""
+    """The arrays a learner starts from: all of them make it a plain classifier. What is remembered is of `tasks`."""
     rng = np.random.default_rng([config.seed, len(method)])
-    dim = tasks.features.shape[1]
 
     def normal(*shape: int) -> np.ndarray:
         return np.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), np.float32)
@@ -113,18 +70,22 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
     }
     if method == "whitened":
         return remembered
-    return {
+    slots, _ = slots_of(tasks, config.slots, seed=config.seed)
+    arrays = {
         **remembered,
-        "slots": memory.centroids(tasks.features, config.slots, seed=config.seed),
-        "project": normal(dim, SMALL) * np.float32(np.sqrt(dim / SMALL)),
-        "ask": normal(HIDDEN, 2 * SMALL) * np.float32(0.1),
-        "log_focus": np.array([1.0, 2.0], np.float32),
-        "inputs": normal(4 * SMALL + 2, 4 * HIDDEN),
+        "slots": slots,
+        "log_lenses": np.log(np.array(LENSES, np.float32)),
+        "log_focus": number(np.log(20.0)),
+        "inputs": normal(2 * SEEN, 4 * HIDDEN),
         "recur": normal(HIDDEN, 4 * HIDDEN),
         "offset": np.concatenate([np.ones(HIDDEN), np.zeros(3 * HIDDEN)]).astype(np.float32),
-        "gates": np.zeros((HIDDEN, 5), np.float32),
-        "free": np.zeros((HIDDEN, dim), np.float32),
+        "shared": np.zeros((HIDDEN, SHARED), np.float32),
+        "each": np.zeros((HIDDEN, EACH), np.float32),
     }
+    if config.cell is None:
+        return arrays
+    learned = load_learners(config.cell)["lstm"]
+    return {**arrays, **{name: learned[name] for name in CELL}}
 
 
 def held_out(tasks: Tasks, config: MetatrainConfig) -> list[Indices]:
@@ -180,17 +141,22 @@ class Training:
         self.best = {name: np.array(value) for name, value in arrays.items()}
         self.best_score = -1.0
 
-    def learner(self) -> Learner:
-        return LEARNERS[self.method](**{**self.fixed, **self.learned})
+    def learner(self, keep: np.ndarray | None = None) -> Learner:
+        """The learner as it is now, remembering all slots or those to `keep`."""
+        arrays = {**self.fixed, **self.learned}
+        if keep is not None and "slots" in arrays:
+            arrays["slots"] = arrays["slots"][torch.from_numpy(keep).to(self.device)]
+        return LEARNERS[self.method](**arrays)
 
-    def advance(self, features: Tensor, episodes: list[Indices]) -> float:
-        """One step on some episodes; returns their mean loss."""
+    def advance(self, features: Tensor, episodes: list[Indices], kept: Sequence[np.ndarray] | None = None) -> float:
+        """One step on some episodes; returns their mean loss. `kept`: for each, which slots of the memory [slots] are
+        there: what the memory holds of the very classes of a task would be the answer."""
         share = 1 - self.step / self.config.steps
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
-        learner = self.learner()
         losses = []
-        for episode in episodes:
+        for number, episode in enumerate(episodes):
+            learner = self.learner(None if kept is None else kept[number])
             support = Support(
                 features[torch.from_numpy(episode.support)],
                 torch.from_numpy(episode.labels).to(self.device),
@@ -245,13 +211,10 @@ def main(config: MetatrainConfig) -> Path:
     extractor, pretrained = load_extractor(config.out)
     extractor.to(device)
     decoder = ImageDecoder(pretrained.size, pretrained.size, extractor.backbone.shape.channels)
-    limit = config.per_class or None
-    tasks = cached(
-        extractor, data.load(config.data, config.split, decoder, per_class=limit), config, pretrained, seed=config.seed
-    )
-    check_tasks = cached(
-        extractor, data.load(config.data, "val", decoder, per_class=limit), config, pretrained, seed=config.seed + 1
-    )
+
+    remembered, sources = practice(extractor, decoder, config, pretrained)
+    check_images = data.load(config.data, "val", decoder, per_class=config.per_class or None)
+    check_tasks = cached(extractor, check_images, config, pretrained, seed=config.seed + 1)
     episodes = held_out(check_tasks, config)
     path = config.out / CHECKPOINT
     state: dict[str, Any] = {"config": config.model_dump(mode="json"), "learners": {}}
@@ -260,12 +223,12 @@ def main(config: MetatrainConfig) -> Path:
         free = {"minutes", "device", "checkpoint_s", "data", "out"}
         if MetatrainConfig(**state["config"]).model_dump(exclude=free) != config.model_dump(exclude=free):
             sys.exit(f"{path} was made with other settings; delete it to start again.")
-    features = torch.from_numpy(tasks.features).to(device)
-    near = tasks.near() if config.tasks == "labels" else None
+    features = [torch.from_numpy(source.tasks.features).to(device) for source in sources]
+    near = [source.tasks.near() if config.tasks == "labels" else None for source in sources]
     began = last = time.monotonic()
     with (config.out / "metatrain.jsonl").open("a") as log:
         for number, method in enumerate(config.learners.split(",")):
-            arrays = start(method, tasks, config)
+            arrays = start(method, remembered, config)
             if "log_shrink" in arrays:
                 arrays = best_shrink(method, arrays, check_tasks, episodes)
             training = Training(method, arrays, config, device)
@@ -282,17 +245,20 @@ def main(config: MetatrainConfig) -> Path:
                     value = training.check(check_tasks, episodes)
                     log.write(json.dumps({"learner": method, "step": training.step, "check": round(value, 5)}) + "\n")
                     log.flush()
-                drawn = varied(
-                    tasks.pool,
-                    config.seed * 100 + number,
-                    training.step,
-                    count=config.episodes,
-                    max_way=config.max_way,
-                    max_shot=config.max_shot,
-                    queries=config.queries,
-                    near=near,
+                turn = training.step % len(sources)
+                drawn = list(
+                    varied(
+                        sources[turn].tasks.pool,
+                        config.seed * 100 + number,
+                        training.step,
+                        count=config.episodes,
+                        max_way=config.max_way,
+                        max_shot=config.max_shot,
+                        queries=config.queries,
+                        near=near[turn],
+                    )
                 )
-                loss = training.advance(features, list(drawn))
+                loss = training.advance(features[turn], drawn, sources[turn].kept(drawn))
                 if training.step % 20 == 0:
                     log.write(json.dumps({"learner": method, "step": training.step, "loss": round(loss, 5)}) + "\n")
                 late = config.minutes > 0 and time.monotonic() - began > 60 * config.minutes

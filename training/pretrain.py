@@ -199,6 +199,8 @@ def main(config: PretrainConfig) -> Path:
     channels = SHAPES[config.shape].channels
     decoder = ImageDecoder(config.size, config.size, channels)
     images = data.load(config.data, config.split, decoder, per_class=config.per_class or None)
+    if config.hold_out:
+        images, _ = data.hold_out(images, config.hold_out)
     check = data.load(config.data, "val", decoder) if config.check_epochs else None
     run = Run(config, images)
     path = config.out / CHECKPOINT
