@@ -24,7 +24,7 @@ from models.extractor import Decoder
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.learners import build
-from training import checkpoint, data, evaluate, inputs, metatrain, raw
+from training import checkpoint, data, evaluate, inputs, metatrain, practice, raw
 from training.calibrate import SHOTS, calibrate
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
@@ -37,14 +37,14 @@ PARITY = 1e-4  # largest difference between torch and onnxruntime, of features o
 
 def _calibration_tasks(
     config: ExportConfig, extractor: inputs.Network, pretrained: PretrainConfig, decoder: Decoder
-) -> tuple[metatrain.Tasks, data.Images]:
+) -> tuple[practice.Tasks, data.Images]:
     """Held-out tasks: classes with labels, or images with their views."""
     images = data.load(config.data, config.calibration_split, decoder, per_class=config.per_class or None)
     views = max(SHOTS) + 5 if config.tasks == "pseudo" else 0
     made = MetatrainConfig(
         data=config.data, out=config.checkpoint, tasks=config.tasks, views=views, rotations=config.rotations
     )
-    tasks = metatrain.cached(extractor, images, made, pretrained, seed=config.seed)
+    tasks = practice.cached(extractor, images, made, pretrained, seed=config.seed)
     return tasks, images
 
 
@@ -54,7 +54,7 @@ def main(config: ExportConfig) -> Path:
         sys.exit(f"{config.out} exists; an artifact is never edited, choose another --out.")
     extractor, pretrained = load_extractor(config.checkpoint)
     arrays = metatrain.load_learners(config.checkpoint)
-    learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]["tasks"]
+    learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]
     extractor = rounded(extractor)
     decoder, given = inputs.decoder(pretrained), inputs.described(pretrained)
     int8 = config.int8 and given["kind"] == "image"  # the trunk for texts is small, and not quantised
@@ -97,7 +97,8 @@ def main(config: ExportConfig) -> Path:
             "split": pretrained.split,
             "shape": pretrained.shape,
             "objectives": pretrained.objectives,
-            "labels_used": labelled(pretrained) or learned_from == "labels",  # calibration: see below
+            # Of a cell from elsewhere nothing is known, so it counts. Calibration: see below.
+            "labels_used": labelled(pretrained) or learned_from["tasks"] == "labels" or bool(learned_from.get("cell")),
             "epochs": pretrained.epochs,
             "seed": pretrained.seed,
             "calibration": f"{config.tasks} of {config.calibration_split}",
