@@ -59,7 +59,7 @@ class PretrainConfig(Config):
     cluster: int = Field(15, ge=2, description="images in a cluster, on average")
     augment: Literal["photos", "snapshots", "characters"] = "photos"
     rotations: bool = Field(False, description="turns by 90, 180, 270 degrees are images (and classes) of their own")
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=0, description="0 = the weights of --start as they are, seeing at this --size")
     batch: int = Field(128, ge=2)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.2, gt=0, description="the highest learning rate, after the warm-up")

@@ -259,6 +259,8 @@ def main(config: PretrainConfig) -> Path:
         )
     if text and (config.rotations or config.small or config.labels == "clusters" or config.weighting != "fixed"):
         sys.exit("--rotations, --small, --labels clusters and --weighting are for images.")
+    if config.epochs == 0 and config.start is None:
+        sys.exit("--epochs 0 takes the weights of --start as they are: which?")
     decoder = inputs.decoder(config)
     images = data.load(config.data, config.split, decoder, per_class=config.per_class or None)
     if config.hold_out:

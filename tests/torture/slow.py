@@ -30,7 +30,7 @@ from tests.torture.world import RAW, Service, support
 BARE = """
 import sys
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from service import connections
+from service.web import connections
 connections.Door.protocol = lambda self: HttpToolsProtocol
 from service.__main__ import main
 sys.exit(main())

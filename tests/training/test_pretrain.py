@@ -270,6 +270,19 @@ def test_a_run_stopped_by_the_clock_goes_on_to_the_same_end(
     assert differing(whole(unbroken), whole(tmp_path)) == []
 
 
+def test_without_epochs_the_weights_are_those_of_the_start_and_see_at_another_size(
+    shapes: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    given = {"data": shapes, "size": 24, "epochs": 0, "out": tmp_path / "larger"}
+    with pytest.raises(SystemExit, match="--start"):
+        pretrain.main(config(**given))
+    pretrain.main(config(**given, start=unbroken))
+    (source, before), (larger, after) = pretrain.load_extractor(unbroken), pretrain.load_extractor(given["out"])
+    assert before.size != after.size == 24
+    assert not differing(tensors(dict(source.backbone.state_dict())), tensors(dict(larger.backbone.state_dict())))
+    assert not torch.equal(source.get_buffer("centre"), larger.get_buffer("centre"))
+
+
 def test_a_run_may_start_from_the_weights_of_another(shapes: Path, unbroken: Path) -> None:
     started = pretrain.Run(config(start=unbroken), noise(3, 7))
     source, _ = pretrain.load_extractor(unbroken)

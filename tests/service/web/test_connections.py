@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from service import connections
+from service.web import connections
 from service.web.connections import Door, room
 from tests.service.test_main import ROOT, command
 
