@@ -343,7 +343,7 @@ def test_a_cell_goes_on_to_another_extractor(shapes: Path, folder: Callable[[str
     first = folder("first")
     metatrain.main(MetatrainConfig(data=shapes, out=first, **{**SHORT, "lr": 0.05}, learners="lstm"))
     other = tmp_path / "other"
-    given = {"shape": "tiny-grey", "size": 16, "batch": 24, "epochs": 1, "precision": "float32", "device": "cpu"}
+    given = {"shape": "tiny-grey", "augment": "characters", "size": 16, "batch": 24, "epochs": 1, "device": "cpu"}
     pretrain.main(PretrainConfig(data=shapes, out=other, **given))
     asked = MetatrainConfig(data=shapes, out=other, **SHORT, learners="lstm", cell=first)
     tasks, _ = practice.practice(
