@@ -59,8 +59,8 @@ def main(config: ExportConfig) -> Path:
     decoder, given = inputs.decoder(pretrained), inputs.described(pretrained)
     int8 = config.int8 and given["kind"] == "image"  # the trunk for texts is small, and not quantised
     tasks, images = _calibration_tasks(config, extractor, pretrained, decoder)
-    stored = {method: {n: stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
-    learners = {method: build(method, fields) for method, fields in stored.items()}
+    kept = {method: {n: stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
+    learners = {method: build(method, fields) for method, fields in kept.items()}
     temperatures, rejections, scores = calibrate(
         learners, tasks.features, tasks.pool, episodes=config.episodes, queries=5, seed=config.seed
     )
@@ -73,7 +73,7 @@ def main(config: ExportConfig) -> Path:
     save_file(weights, work / WEIGHTS)
     proto = graph(extractor, decoder.shape, name=KINDS[given["kind"]])
     onnx.save(share_weights(proto, work / WEIGHTS), work / GRAPH)
-    save_file({f"{m}/{n}": v for m, fields in stored.items() for n, v in fields.items()}, work / ARRAYS)
+    save_file({f"{m}/{n}": v for m, fields in kept.items() for n, v in fields.items()}, work / ARRAYS)
 
     rng = np.random.default_rng(config.seed)
     some = images.pixels[rng.choice(len(images), min(len(images), 384), replace=False)]
@@ -88,9 +88,7 @@ def main(config: ExportConfig) -> Path:
         "dim": extractor.backbone.shape.dim,
         "shape": dataclasses.asdict(extractor.backbone.shape),
         "input": given,
-        "methods": {
-            method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in stored
-        },
+        "methods": {method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in kept},
         "default": default,
         "training": {
             "data": pretrained.data.name,

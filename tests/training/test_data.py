@@ -211,7 +211,10 @@ def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path, kind: 
 
 
 def test_an_unknown_split_is_named_with_those_that_are_known(folder: Path) -> None:
-    with pytest.raises(data.DataError, match="'tset' is no split; known are train, val, test and all"):
+    with pytest.raises(
+        data.DataError,
+        match="'tset' is no split; known are train, val, test, background30, background5, evaluation20 and all",
+    ):
         data.load(folder, "tset", DECODER)
 
 
