@@ -26,7 +26,12 @@ QUERIES = [
 
 def answers(device: str, artifact: str) -> dict[str, np.ndarray]:
     """Probabilities [queries, way] by method."""
-    settings = Settings(device=device, adapt_device=device, artifact=PRETRAINED / artifact)  # type: ignore[arg-type]
+    settings = Settings(
+        device=device,  # type: ignore[arg-type]
+        adapt_device=device,  # type: ignore[arg-type]
+        artifact=PRETRAINED / artifact,
+        precision="float32",  # torch has no other
+    )
     found = {}
     with served(create_app(settings, store=MemoryStore())) as http:
         for method in [method["name"] for method in http.get("/v1/artifact").json()["methods"]]:
