@@ -40,8 +40,9 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "lstm": (
         "LSTM",
         "Points over `whitened`, and over the best learner that remembers nothing, on the same episodes; the memory is "
-        "one mean for each of the 64 training classes. Constants: the same answer whatever the task. Measured by a "
-        "script that answers many episodes at once, equal to the learner to 1e-6; `training/cells/lstm` is the cell. "
+        "one mean for each of the 64 training classes. Constants: the same answer whatever the task. Measured, where "
+        "no note says otherwise, by a script that answers many episodes at once, equal to the learner to 1e-6; "
+        "`training/cells/lstm` is the cell. "
         "Rows of few episodes are looks while choosing, with those that failed.",
         (
             *("data", "split", "design", "method", "step", "shrink", "recall", "task", "accuracy", "over_whitened"),
