@@ -31,6 +31,9 @@ class PretrainConfig(Config):
     split: str = Field(
         "train", description="which classes to learn from: train, all, or (Omniglot) background5 or background30"
     )
+    hold_out: int = Field(
+        0, ge=0, description="classes of the split to learn nothing from: `metatrain` then practises on them"
+    )
     shape: str = Field("resnet18", description="network, a name from models/resnet.py, or from bytenet.py for texts")
     size: int = Field(84, ge=16, description="pixels of the input, height and width; bytes of a text")
     small: int = Field(0, ge=0, description="pixels in the first part of the training; 0 = the same throughout")
@@ -81,6 +84,12 @@ class MetatrainConfig(Config):
         "labels",
         description="with no label read: pseudo, every image a class; clusters of features, fine and coarse; or mixed",
     )
+    practise: str = Field(
+        "", description="more folders, with commas, whose training classes episodes are drawn from as well"
+    )
+    cell: Path | None = Field(
+        None, description="folder of a finished metatrain, on any extractor, whose LSTM cell to start from"
+    )
     rotations: bool = False
     views: int = Field(4, ge=0, description="augmented views of each image whose features are cached")
     learners: str = Field("prototype,ridge,whitened,gradient,lstm", description="which to train")
@@ -110,6 +119,7 @@ class EvaluateConfig(Config):
     queries: int = Field(15, ge=1, description="questions per class")
     episodes: int = Field(2000, ge=2)
     learners: str = Field("", description="with commas; empty = all of the artifact")
+    paired: str = Field("", description="learner that each of the others is compared with, episode by episode")
     rotations: bool = False
     foreign: int = Field(
         0, ge=0, description="classes per episode that the task does not know; measures trust as well: see honesty.py"

@@ -153,6 +153,32 @@ def _examples(source: Path, decoder: Decoder) -> Iterator[tuple[str, str, Callab
         raise DataError(f"{source} has no {kind} in class folders (looked for {', '.join(sorted(suffixes))}).")
 
 
+def hold_out(images: Images, count: int) -> tuple[Images, Images]:
+    """The images without `count` of their classes, and those of these classes alone; labels are 0..way-1 in both.
+
+    Every so manyth name is held out, for names that are neighbours are often kin: neither part lacks a kind. Raises
+    DataError where fewer than two classes would be left on one side.
+    """
+    total = len(images.classes)
+    if not 2 <= count <= total - 2:
+        raise DataError(f"--hold-out {count}: of {total} classes, between 2 and {total - 2} can be held out.")
+    held = {position * total // count for position in range(count)}
+    return _of(images, [k for k in range(total) if k not in held]), _of(images, sorted(held))
+
+
+def _of(images: Images, chosen: list[int]) -> Images:
+    """The images of some classes."""
+    place = np.full(len(images.classes), -1)
+    place[chosen] = np.arange(len(chosen))
+    rows = place[images.labels] >= 0
+    return Images(
+        images.pixels[rows],
+        place[images.labels[rows]],
+        tuple(images.classes[k] for k in chosen),
+        images.groups[rows],
+    )
+
+
 class Grouper:
     """Numbers the physical things that several images show, as far as the names tell."""
 

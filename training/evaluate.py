@@ -18,7 +18,7 @@ from models.episode import Support
 from models.extractor import Extractor, load_extractor
 from models.head import Affine
 from models.learners import Learner
-from training import data, honesty, raw
+from training import data, honesty, paired, raw
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, digest, frozen
 
@@ -135,13 +135,13 @@ def against(
     """What each row measured beyond float32, paired: mean difference over the same episodes, with its interval."""
     lines = []
     for row in rows:
-        paired = single[row.method, row.way, row.shot] - exact[row.method, row.way, row.shot]
+        gain = single[row.method, row.way, row.shot] - exact[row.method, row.way, row.shot]
         lines.append(
             {
                 **asdict(row),
                 "experiment": f"{row.precision} against float32",
-                "difference": round(100 * float(paired.mean()), 3),
-                "difference_interval": round(100 * interval(paired), 3),
+                "difference": round(100 * float(gain.mean()), 3),
+                "difference_interval": round(100 * interval(gain), 3),
             }
         )
     return lines
@@ -161,6 +161,8 @@ def main(config: EvaluateConfig) -> list[Row]:
         if not set(config.learners.split(",")) <= set(learners):
             sys.exit(f"--learners: {config.artifact} has {', '.join(learners)}.")
         learners = {name: learners[name] for name in config.learners.split(",")}
+    if config.paired and config.paired not in learners:
+        sys.exit(f"--paired: {config.paired} is not among the learners measured: {', '.join(learners)}.")
     if max(_numbers(config.way)) > len(images.classes):
         sys.exit(f"--way: {config.data} has only {len(images.classes)} classes in its split '{config.split}'.")
     print(
@@ -183,6 +185,10 @@ def main(config: EvaluateConfig) -> list[Row]:
                 f"{line['method']}, {line['way']}-way {line['shot']}-shot, {config.precision} less float32: "
                 f"{line['difference']:+.2f} ± {line['difference_interval']:.2f}"
             )
+    if config.paired:
+        differences = paired.rows(rows, single, config.paired)
+        print(f"difference to {config.paired} on the same episodes, points\n\n{paired.table(differences)}\n")
+        lines += [{**asdict(row), "experiment": "paired"} for row in differences]
     if config.foreign:
         trust = honesty.measure(artifact, features, pool, config)
         print(f"{config.foreign} foreign classes an episode, per cent\n\n{honesty.table(trust)}\n")

@@ -24,7 +24,7 @@ from models.extractor import Decoder
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.learners import build
-from training import checkpoint, data, evaluate, inputs, metatrain, raw
+from training import checkpoint, data, evaluate, inputs, metatrain, practice, raw
 from training.calibrate import SHOTS, calibrate
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
@@ -37,14 +37,14 @@ PARITY = 1e-4  # largest difference between torch and onnxruntime, of features o
 
 def _calibration_tasks(
     config: ExportConfig, extractor: inputs.Network, pretrained: PretrainConfig, decoder: Decoder
-) -> tuple[metatrain.Tasks, data.Images]:
+) -> tuple[practice.Tasks, data.Images]:
     """Held-out tasks: classes with labels, or images with their views."""
     images = data.load(config.data, config.calibration_split, decoder, per_class=config.per_class or None)
     views = max(SHOTS) + 5 if config.tasks == "pseudo" else 0
     made = MetatrainConfig(
         data=config.data, out=config.checkpoint, tasks=config.tasks, views=views, rotations=config.rotations
     )
-    tasks = metatrain.cached(extractor, images, made, pretrained, seed=config.seed)
+    tasks = practice.cached(extractor, images, made, pretrained, seed=config.seed)
     return tasks, images
 
 
@@ -54,13 +54,13 @@ def main(config: ExportConfig) -> Path:
         sys.exit(f"{config.out} exists; an artifact is never edited, choose another --out.")
     extractor, pretrained = load_extractor(config.checkpoint)
     arrays = metatrain.load_learners(config.checkpoint)
-    learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]["tasks"]
+    learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]
     extractor = rounded(extractor)
     decoder, given = inputs.decoder(pretrained), inputs.described(pretrained)
     int8 = config.int8 and given["kind"] == "image"  # the trunk for texts is small, and not quantised
     tasks, images = _calibration_tasks(config, extractor, pretrained, decoder)
-    stored = {method: {n: stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
-    learners = {method: build(method, fields) for method, fields in stored.items()}
+    kept = {method: {n: stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
+    learners = {method: build(method, fields) for method, fields in kept.items()}
     temperatures, rejections, scores = calibrate(
         learners, tasks.features, tasks.pool, episodes=config.episodes, queries=5, seed=config.seed
     )
@@ -73,7 +73,7 @@ def main(config: ExportConfig) -> Path:
     save_file(weights, work / WEIGHTS)
     proto = graph(extractor, decoder.shape, name=KINDS[given["kind"]])
     onnx.save(share_weights(proto, work / WEIGHTS), work / GRAPH)
-    save_file({f"{m}/{n}": v for m, fields in stored.items() for n, v in fields.items()}, work / ARRAYS)
+    save_file({f"{m}/{n}": v for m, fields in kept.items() for n, v in fields.items()}, work / ARRAYS)
 
     rng = np.random.default_rng(config.seed)
     some = images.pixels[rng.choice(len(images), min(len(images), 384), replace=False)]
@@ -88,16 +88,15 @@ def main(config: ExportConfig) -> Path:
         "dim": extractor.backbone.shape.dim,
         "shape": dataclasses.asdict(extractor.backbone.shape),
         "input": given,
-        "methods": {
-            method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in stored
-        },
+        "methods": {method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in kept},
         "default": default,
         "training": {
             "data": pretrained.data.name,
             "split": pretrained.split,
             "shape": pretrained.shape,
             "objectives": pretrained.objectives,
-            "labels_used": labelled(pretrained) or learned_from == "labels",  # calibration: see below
+            # Of a cell from elsewhere nothing is known, so it counts. Calibration: see below.
+            "labels_used": labelled(pretrained) or learned_from["tasks"] == "labels" or bool(learned_from.get("cell")),
             "epochs": pretrained.epochs,
             "seed": pretrained.seed,
             "calibration": f"{config.tasks} of {config.calibration_split}",

@@ -27,6 +27,7 @@ from training.calibrate import calibrate
 from training.config import ImportConfig, MetatrainConfig
 from training.export import seal, stored
 from training.int8 import int8_loss, quantise
+from training.practice import Tasks, own_source
 from training.pretrain import choose_device
 from training.wrap import PARITY, ROUNDING, Normalisation, in_float, normalised, save, vectors_of
 
@@ -101,10 +102,10 @@ def vectors(work: Path, images: data.Images, dim: int) -> np.ndarray:
     return found
 
 
-def learn(config: ImportConfig, seen: metatrain.Tasks, held_out: metatrain.Tasks, work: Path) -> dict[str, Any]:
+def learn(config: ImportConfig, seen: Tasks, held_out: Tasks, work: Path) -> dict[str, Any]:
     """The arrays of each learner, as they are stored."""
     asked = MetatrainConfig(data=config.data, out=work, learners=config.learners, steps=config.steps, seed=config.seed)
-    metatrain.train(asked, seen, held_out, choose_device(asked.device))
+    metatrain.train(asked, seen, [own_source(seen, asked)], held_out, choose_device(asked.device))
     arrays = metatrain.load_learners(work)
     return {method: {name: stored(value) for name, value in fields.items()} for method, fields in arrays.items()}
 
@@ -158,8 +159,8 @@ def _make(config: ImportConfig, backbone: Backbone, seen: data.Images, held_out:
         raise Refused("The backbone gives the same vector whatever the image.")
     normalisation = Normalisation.of(raw)
     features = normalisation(vectors(work, held_out, dim))
-    tasks = metatrain.Tasks(normalisation(raw), seen.labels, seen.groups, plain=len(seen))
-    check = metatrain.Tasks(features, held_out.labels, held_out.groups, plain=len(held_out))
+    tasks = Tasks(normalisation(raw), seen.labels, seen.groups, plain=len(seen))
+    check = Tasks(features, held_out.labels, held_out.groups, plain=len(held_out))
     arrays = learn(config, tasks, check, work / "learners")
     shutil.rmtree(work / "learners")
     learners = {method: build(method, fields) for method, fields in arrays.items()}

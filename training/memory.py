@@ -1,7 +1,7 @@
 """Filling the external memory: what learners remember of earlier classes.
 
-Slots are centroids of the training features; the covariance is that of examples around their class, and tells which
-directions differ within any class. Knows nothing of learners.
+Slots are centroids of the features of each training class, or of all of them where classes mean little; the covariance
+is that of examples around their class, and tells which directions differ within any class. Knows nothing of learners.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ def centroids(features: np.ndarray, count: int, *, seed: int, rounds: int = 20) 
         sums[empty] = features[rng.choice(len(features), int(empty.sum()))]
         centres = sums / np.linalg.norm(sums, axis=1, keepdims=True)
     return centres.astype(np.float32)
+
+
+def class_slots(features: np.ndarray, labels: np.ndarray, count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [slots, dim] of unit length and the class of each [slots]: as many of every class, at most `count` in all.
+
+    Raises ValueError where there are more classes than slots.
+    """
+    ways = int(labels.max()) + 1
+    if ways > count:
+        raise ValueError(f"{count} slots cannot hold {ways} classes")
+    parts = [centroids(features[labels == label], count // ways, seed=seed) for label in range(ways)]
+    return np.concatenate(parts), np.repeat(np.arange(ways), [len(part) for part in parts])
 
 
 def within_class(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

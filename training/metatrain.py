@@ -5,7 +5,8 @@
 
 With the gradient learner this loop is MAML, and first- or second-order makes no difference to its closed-form steps.
 Each learner starts at a sensible classifier and is kept at the step that did best on held-out tasks, the start
-included, so training cannot make it worse there. Resumes after a kill to the same values, bit for bit.
+included, so training cannot make it worse there. Resumes after a kill to the same values, bit for bit. Where episodes
+come from is said in training/practice.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,90 +26,25 @@ from tqdm import tqdm
 
 from models.episode import Support
 from models.learners import LEARNERS, Learner, build
-from training import checkpoint, data, evaluate, inputs, memory, pseudo
-from training.config import MetatrainConfig, PretrainConfig
-from training.episodes import Indices, Pool, frozen, varied
-from training.pretrain import autocast, choose_device, generator, load_extractor
+from models.learners.lstm import EACH, SEEN, SHARED
+from training import checkpoint, data, evaluate, inputs, memory
+from training.config import MetatrainConfig
+from training.episodes import Indices, frozen, varied
+from training.practice import Source, Tasks, cached, practice, slots_of
+from training.pretrain import choose_device, load_extractor
 
 CHECKPOINT = "metatrain.safetensors"
-HIDDEN, SMALL, STEPS = 128, 64, 10
+HIDDEN, STEPS = 32, 10
+LENSES = (0.1, 1.0, 5.0, 30.0)
 # Remembered, not learned by gradient.
 FIXED = {"basis", "spectrum", "slots"}
-
-
-class Tasks:
-    """Cached features with the pools that episodes are drawn from."""
-
-    def __init__(
-        self,
-        features: np.ndarray,
-        labels: np.ndarray,
-        groups: np.ndarray | None,
-        *,
-        plain: int,
-        others: tuple[Pool, ...] = (),
-    ):
-        """The first `plain` rows are what the covariance of a class is taken from; a negative label is none.
-
-        `others` are pools beside that of the labels, where an image has more than one class.
-        """
-        self.plain = plain
-        self.features = features
-        self.labels = labels
-        self.pool = Pool.of(labels, groups)
-        self.pools = (self.pool, *others)
-
-    def near(self) -> np.ndarray:
-        """Similarity of classes by their means, [classes, classes]."""
-        sums = np.zeros((len(self.pool.classes), self.features.shape[1]), np.float32)
-        named = self.labels >= 0
-        np.add.at(sums, self.labels[named], self.features[named])
-        means = sums / np.linalg.norm(sums, axis=1, keepdims=True)
-        return np.asarray(means @ means.T)
-
-
-@torch.no_grad()
-def cached(
-    extractor: inputs.Network, images: data.Images, config: MetatrainConfig, pretrained: PretrainConfig, *, seed: int
-) -> Tasks:
-    """Features of each image and of `views` augmentations of it.
-
-    With labels, a class is a class, and all views of one image are one group; in pseudo-tasks, an image is a class. A
-    cluster of images is a class as well, one of similar images as of less similar ones: fine and coarse.
-    """
-    if config.rotations:
-        images = evaluate.turned(images)
-    device = next(extractor.parameters()).device
-    augment = inputs.augmentation(pretrained)
-    extractor.eval()
-    parts: list[list[Tensor]] = [[] for _ in range(config.views + 1)]
-    for at in tqdm(range(0, len(images), 256), desc="features", mininterval=2):
-        x = inputs.prepared(torch.from_numpy(images.pixels[at : at + 256]).to(device))
-        for view in range(config.views + 1):
-            shown = augment(x, pretrained.size, generator(seed, at * 64 + view)) if view else x
-            with autocast(device, pretrained.precision):
-                pooled = extractor.backbone(inputs.laid_out(shown))
-            parts[view].append(extractor.normalise(pooled.float()).cpu())
-    features = torch.cat([torch.cat(part) for part in parts]).numpy()
-    number = np.tile(np.arange(len(images)), config.views + 1)
-    if config.tasks == "pseudo":
-        return Tasks(features, number, None, plain=len(features))
-    count, views = len(images), config.views + 1
-    if config.tasks == "labels":
-        return Tasks(features, np.tile(images.labels, views), number, plain=count)
-    fine, coarse = (
-        np.tile(pseudo.clusters(features[:count], size, seed=seed), views) for size in (pseudo.FINE, pseudo.COARSE)
-    )
-    others = [Pool.of(coarse, number)]
-    if config.tasks == "mixed":
-        others.append(Pool.of(number))
-    return Tasks(features, fine, number, plain=count, others=tuple(others))
+# What an LSTM knows that is of no extractor: it may go on to another.
+CELL = ("log_lenses", "log_focus", "inputs", "recur", "offset", "shared", "each")
 
 
 def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.ndarray]:
-    """The arrays a learner starts from: all of them make it a plain classifier."""
+    """The arrays a learner starts from: all of them make it a plain classifier. What is remembered is of `tasks`."""
     rng = np.random.default_rng([config.seed, len(method)])
-    dim = tasks.features.shape[1]
 
     def normal(*shape: int) -> np.ndarray:
         return np.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), np.float32)
@@ -133,18 +70,24 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
     }
     if method == "whitened":
         return remembered
-    return {
+    slots, _ = slots_of(tasks, config.slots, seed=config.seed)
+    arrays = {
         **remembered,
-        "slots": memory.centroids(tasks.features, config.slots, seed=config.seed),
-        "project": normal(dim, SMALL) * np.float32(np.sqrt(dim / SMALL)),
-        "ask": normal(HIDDEN, 2 * SMALL) * np.float32(0.1),
-        "log_focus": np.array([1.0, 2.0], np.float32),
-        "inputs": normal(4 * SMALL + 2, 4 * HIDDEN),
+        "slots": slots,
+        "log_lenses": np.log(np.array(LENSES, np.float32)),
+        "log_focus": number(np.log(20.0)),
+        "inputs": normal(2 * SEEN, 4 * HIDDEN),
         "recur": normal(HIDDEN, 4 * HIDDEN),
         "offset": np.concatenate([np.ones(HIDDEN), np.zeros(3 * HIDDEN)]).astype(np.float32),
-        "gates": np.zeros((HIDDEN, 5), np.float32),
-        "free": np.zeros((HIDDEN, dim), np.float32),
+        "shared": np.zeros((HIDDEN, SHARED), np.float32),
+        "each": np.zeros((HIDDEN, EACH), np.float32),
     }
+    if config.cell is None:
+        return arrays
+    learned = load_learners(config.cell).get("lstm", {})
+    if not set(CELL) <= set(learned):
+        raise data.DataError(f"--cell: {config.cell} holds no cell of an LSTM such as this version has.")
+    return {**arrays, **{name: learned[name] for name in CELL}}
 
 
 def held_out(tasks: Tasks, config: MetatrainConfig) -> list[Indices]:
@@ -206,17 +149,22 @@ class Training:
         self.best = {name: np.array(value) for name, value in arrays.items()}
         self.best_score = -1.0
 
-    def learner(self) -> Learner:
-        return LEARNERS[self.method](**{**self.fixed, **self.learned})
+    def learner(self, keep: np.ndarray | None = None) -> Learner:
+        """The learner as it is now, remembering all slots or those to `keep`."""
+        arrays = {**self.fixed, **self.learned}
+        if keep is not None and "slots" in arrays:
+            arrays["slots"] = arrays["slots"][torch.from_numpy(keep).to(self.device)]
+        return LEARNERS[self.method](**arrays)
 
-    def advance(self, features: Tensor, episodes: list[Indices]) -> float:
-        """One step on some episodes; returns their mean loss."""
+    def advance(self, features: Tensor, episodes: list[Indices], kept: Sequence[np.ndarray] | None = None) -> float:
+        """One step on some episodes; returns their mean loss. `kept`: for each, which slots of the memory [slots] are
+        there: what the memory holds of the very classes of a task would be the answer."""
         share = 1 - self.step / self.config.steps
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
-        learner = self.learner()
         losses = []
-        for episode in episodes:
+        for number, episode in enumerate(episodes):
+            learner = self.learner(None if kept is None else kept[number])
             support = Support(
                 features[torch.from_numpy(episode.support)],
                 torch.from_numpy(episode.labels).to(self.device),
@@ -271,17 +219,15 @@ def main(config: MetatrainConfig) -> Path:
     extractor, pretrained = load_extractor(config.out)
     extractor.to(device)
     decoder = inputs.decoder(pretrained)
-    limit = config.per_class or None
-    tasks = cached(
-        extractor, data.load(config.data, config.split, decoder, per_class=limit), config, pretrained, seed=config.seed
-    )
-    check_tasks = cached(
-        extractor, data.load(config.data, "val", decoder, per_class=limit), config, pretrained, seed=config.seed + 1
-    )
-    return train(config, tasks, check_tasks, device)
+    remembered, sources = practice(extractor, decoder, config, pretrained)
+    check_images = data.load(config.data, "val", decoder, per_class=config.per_class or None)
+    check_tasks = cached(extractor, check_images, config, pretrained, seed=config.seed + 1)
+    return train(config, remembered, sources, check_tasks, device)
 
 
-def train(config: MetatrainConfig, tasks: Tasks, check_tasks: Tasks, device: torch.device) -> Path:
+def train(
+    config: MetatrainConfig, remembered: Tasks, sources: Sequence[Source], check_tasks: Tasks, device: torch.device
+) -> Path:
     """The same on features that are there already, by whatever extractor."""
     episodes = held_out(check_tasks, config)
     path = config.out / CHECKPOINT
@@ -291,12 +237,16 @@ def train(config: MetatrainConfig, tasks: Tasks, check_tasks: Tasks, device: tor
         free = {"minutes", "device", "checkpoint_s", "data", "out"}
         if MetatrainConfig(**state["config"]).model_dump(exclude=free) != config.model_dump(exclude=free):
             sys.exit(f"{path} was made with other settings; delete it to start again.")
-    features = torch.from_numpy(tasks.features).to(device)
-    near = None if config.tasks == "pseudo" else tasks.near()
+    turns = []
+    for source in sources:
+        features = torch.from_numpy(source.tasks.features).to(device)
+        near = None if config.tasks == "pseudo" else source.tasks.near()
+        for pool in source.tasks.pools:
+            turns.append((source, features, pool, near if pool is source.tasks.pool else None))
     began = last = time.monotonic()
     with (config.out / "metatrain.jsonl").open("a") as log:
         for number, method in enumerate(config.learners.split(",")):
-            arrays = start(method, tasks, config)
+            arrays = start(method, remembered, config)
             if "log_shrink" in arrays:
                 arrays = best_shrink(method, arrays, check_tasks, episodes)
             training = Training(method, arrays, config, device)
@@ -313,18 +263,20 @@ def train(config: MetatrainConfig, tasks: Tasks, check_tasks: Tasks, device: tor
                     value = training.check(check_tasks, episodes)
                     log.write(json.dumps({"learner": method, "step": training.step, "check": round(value, 5)}) + "\n")
                     log.flush()
-                pool = tasks.pools[training.step % len(tasks.pools)]
-                drawn = varied(
-                    pool,
-                    config.seed * 100 + number,
-                    training.step,
-                    count=config.episodes,
-                    max_way=config.max_way,
-                    max_shot=config.max_shot,
-                    queries=config.queries,
-                    near=near if pool is tasks.pool else None,
+                source, features, pool, near = turns[training.step % len(turns)]
+                drawn = list(
+                    varied(
+                        pool,
+                        config.seed * 100 + number,
+                        training.step,
+                        count=config.episodes,
+                        max_way=config.max_way,
+                        max_shot=config.max_shot,
+                        queries=config.queries,
+                        near=near,
+                    )
                 )
-                loss = training.advance(features, list(drawn))
+                loss = training.advance(features, drawn, source.kept(drawn))
                 if training.step % 20 == 0:
                     log.write(json.dumps({"learner": method, "step": training.step, "loss": round(loss, 5)}) + "\n")
                 late = config.minutes > 0 and time.monotonic() - began > 60 * config.minutes

@@ -37,6 +37,18 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "The int8 graph and the float32 graph on the same episodes. Difference: int8 less float32, paired.",
         ("data", "split", "method", "task", "accuracy", "difference", "episodes", "training_seed"),
     ),
+    "lstm": (
+        "LSTM",
+        "Points over `whitened`, and over the best learner that remembers nothing, on the same episodes; the memory is "
+        "one mean for each of the 64 training classes. Constants: the same answer whatever the task. Measured, where "
+        "no note says otherwise, by a script that answers many episodes at once, equal to the learner to 1e-6; "
+        "`training/cells/lstm` is the cell. "
+        "Rows of few episodes are looks while choosing, with those that failed.",
+        (
+            *("data", "split", "design", "method", "step", "shrink", "recall", "task", "accuracy", "over_whitened"),
+            *("best_without_memory", "over_best_without_memory", "episodes", "seed", "note"),
+        ),
+    ),
     "trust": (
         'Probabilities and "none of these"',
         "Expected calibration error (ECE, 15 bins, pooled), the share of genuine images turned away where 5 % were "

@@ -1,11 +1,16 @@
-"""LSTM meta-learner with an external memory: one cell, shared by all classes, that corrects the prototypes.
+"""LSTM meta-learner with an external memory: one small cell, the same for every class and every extractor.
 
-Ravi and Larochelle, "Optimization as a Model for Few-Shot Learning", 2017, let an LSTM learn the update of a
-classifier; Santoro et al., 2016, https://arxiv.org/abs/1605.06065, give a network a memory of earlier experience. Here
-one LSTM state per class looks several times at the class's own examples, at the other classes and at the memory, and
-then moves the whitened prototype towards or away from what it read. All outputs start at zero, so before training this
-*is* the whitened prototype classifier. Reads are attention-weighted sums: the order of examples does not matter. The
-cell is shared: no learned array has a `way` axis, and classes may be permuted.
+Ravi and Larochelle, "Optimization as a Model for Few-Shot Learning", 2017, let an LSTM learn how a classifier is made
+from a few examples; Santoro et al., 2016, https://arxiv.org/abs/1605.06065, give a network a memory of earlier
+experience. The memory here is what earlier classes were like: how examples of one class differ, and where classes lie.
+The cell looks at the task several times, each time through another lens: the space whitened by the remembered
+covariance, from strongly to hardly at all. What it sees are plain numbers (how far the classes lie apart, whether
+examples would be told apart without being known, how near the remembered classes are), never a coordinate; so a cell
+that was trained on one extractor serves any other, with the memory of that one.
+
+It answers how strongly to whiten this task, and for each class how far to move its mean towards what was remembered.
+All answers start at zero: before training this *is* the whitened prototype classifier. Reads are sums over examples
+and over slots: no order matters. No learned array has a `way` axis, and classes may be permuted.
 """
 
 from __future__ import annotations
@@ -15,14 +20,17 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace, device
 
-from models.arrays import Array, normalise, one_hot, sigmoid
+from models.arrays import Array, normalise, one_hot, sigmoid, softmax, square_sum
 from models.episode import Support
 from models.head import Affine
 from models.learners.memory import attend
 from models.learners.prototype import prototypes
 from models.learners.whitened import offset, whitening
 
-READS = 4
+SEEN = 11  # numbers seen of one class through one lens
+SHARED, EACH = 4, 2  # answers for the whole task, and for each class
+FAR = 4.0  # the strength of the whitening moves by less than e to this
+POWER = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,70 +43,45 @@ class LSTM:
     # The base classifier.
     log_scale: Array  # []
     log_noise: Array  # []
-    # The cell. `hidden` is the length of its state, `small` that of projected features.
-    project: Array  # [dim, small]
-    ask: Array  # [hidden, 2 * small]: the state's part in the questions to the support and to the memory
-    log_focus: Array  # [2]: how sharply the two are attended to
-    inputs: Array  # [4 * small + 2, 4 * hidden]
+    # The cell; no array of it knows the length of a feature. `hidden` is the length of its state.
+    log_lenses: Array  # [reads]: how little each look whitens
+    log_focus: Array  # []: how sharply the memory is attended to
+    inputs: Array  # [2 * SEEN, 4 * hidden]
     recur: Array  # [hidden, 4 * hidden]
     offset: Array  # [4 * hidden]
-    # What is written; zero at the start.
-    gates: Array  # [hidden, 5]
-    free: Array  # [hidden, dim]
+    # What is answered; zero at the start.
+    shared: Array  # [hidden, SHARED]: strength and power of the whitening, trust in lengths, scale
+    each: Array  # [hidden, EACH]: the way towards the memory, bias
 
     def adapt(self, support: Support) -> Affine:
-        features = support.features
-        xp = array_namespace(features)
-        way, hidden, small = support.way, self.recur.shape[0], self.project.shape[1]
+        xp = array_namespace(support.features)
+        way, hidden = support.way, self.recur.shape[0]
         scale = xp.exp(self.log_scale)
-        transform = whitening(self.basis, self.spectrum, self.log_shrink)
-        examples = features @ transform  # [n, dim]
-        slots = self.slots @ transform  # [slots, dim]
-        means, counts = prototypes(support, transform)
-        means = means @ transform  # [way, dim]
+        examples = support.features @ self.basis  # [n, dim]
+        slots = self.slots @ self.basis  # [slots, dim]
+        # Unlabelled examples move the means, and are looked at no further.
+        means, counts = prototypes(support, whitening(self.basis, self.spectrum, self.log_shrink))
+        means = means @ self.basis  # [way, dim]
+        labels = one_hot(support.labels, way, examples)
 
-        labels = one_hot(support.labels, way, features)
-        own_mask = labels.T  # [way, n]
-        other_mask = 1 - xp.eye(way, dtype=features.dtype, device=device(features))
-
-        example_keys = normalise(examples) @ self.project  # [n, small]
-        slot_keys = normalise(slots) @ self.project
-        mean_keys = normalise(means) @ self.project
-        focus = xp.exp(self.log_focus)
-        size = xp.stack([xp.log(counts), xp.full_like(counts, math.log(way))], axis=1)  # [way, 2]
-
-        state = xp.zeros((way, hidden), dtype=features.dtype, device=device(features))
+        state = xp.zeros((way, hidden), dtype=examples.dtype, device=device(examples))
         cell = state
-        own = others = recalled = means
-        for _ in range(READS):
-            questions = state @ self.ask  # [way, 2 * small]
-            own = attend((mean_keys + questions[:, :small]) * focus[0], example_keys, examples, mask=own_mask)
-            # The other classes are met through the nearest: the ones that may be confused with this one.
-            others = attend(mean_keys * focus[0], mean_keys, means, mask=other_mask)
-            recalled = attend((mean_keys + questions[:, small:]) * focus[1], slot_keys, slots)
-            seen = xp.concat(
-                [
-                    mean_keys,
-                    (own - means) @ self.project,
-                    (others - means) @ self.project,
-                    (recalled - means) @ self.project,
-                    size,
-                ],
-                axis=1,
-            )
-            state, cell = self._step(seen, state, cell)
+        for read in range(self.log_lenses.shape[0]):
+            lens = 1 / xp.sqrt(spread(self.spectrum, self.log_lenses[read]))
+            seen = look(examples * lens, means * lens, slots * lens, labels, xp.exp(self.log_focus))
+            together = xp.broadcast_to(xp.mean(seen, axis=0)[None, :], seen.shape)
+            state, cell = self._step(xp.concat([seen, together], axis=1), state, cell)
 
-        gates = state @ self.gates  # [way, 5]
-        corrected = (
-            means
-            + gates[:, 0:1] * (own - means)
-            + gates[:, 1:2] * (recalled - means)
-            + gates[:, 2:3] * (others - means)
-            + state @ self.free
-        )
-        corrected = corrected * xp.exp(gates[:, 3:4])
-        weight = scale * (corrected @ transform.T)
-        bias = scale * (offset(corrected, counts, self.log_noise) + gates[:, 4])
+        shared = xp.mean(state, axis=0) @ self.shared  # [SHARED]
+        each = state @ self.each  # [way, EACH]
+        strength = spread(self.spectrum, self.log_shrink + FAR * xp.tanh(shared[0]))
+        transform = strength ** (-0.5 * (1 + POWER * xp.tanh(shared[1])))
+        means = means * transform
+        recalled = attend(normalise(means) * xp.exp(self.log_focus), normalise(slots * transform), slots * transform)
+        corrected = means + xp.tanh(each[:, 0:1]) * (recalled - means)
+        scale = scale * xp.exp(shared[3])
+        weight = scale * ((corrected * transform) @ self.basis.T)
+        bias = scale * (offset(corrected, counts, self.log_noise + shared[2]) + each[:, 1])
         return Affine(weight, bias)
 
     def _step(self, seen: Array, state: Array, cell: Array) -> tuple[Array, Array]:
@@ -111,3 +94,58 @@ class LSTM:
         show = sigmoid(total[:, 2 * hidden : 3 * hidden])
         cell = keep * cell + write * xp.tanh(total[:, 3 * hidden :])
         return show * xp.tanh(cell), cell
+
+
+def spread(spectrum: Array, log_shrink: Array) -> Array:
+    """Remembered variances [dim], shrunk towards their mean; see `whitening`."""
+    xp = array_namespace(spectrum)
+    shrink = xp.exp(log_shrink)
+    return (spectrum + shrink) / (1 + shrink)
+
+
+def look(examples: Array, means: Array, slots: Array, labels: Array, focus: Array) -> Array:
+    """What is seen of each class through one lens, [way, SEEN]; numbers of about one.
+
+    examples [n, dim] with labels one-hot [n, way], means [way, dim] and slots [slots, dim], all seen through the lens.
+    """
+    xp = array_namespace(examples)
+    way = means.shape[0]
+    counts = xp.sum(labels, axis=0)
+    several = xp.astype(counts > 1, means.dtype)
+    names = normalise(means)
+
+    # The other classes.
+    alike = names @ names.T
+    self_mask = xp.eye(way, dtype=means.dtype, device=device(means))
+    nearest = xp.max(alike - 3 * self_mask, axis=1)
+    others = (xp.sum(alike, axis=1) - 1) / (way - 1)
+
+    # Its own examples, each met as if it were a question: its mean is taken without it.
+    without = labels @ (labels.T @ examples) - examples
+    mine = xp.sum(normalise(examples) * normalise(without), axis=-1)
+    rival = xp.max(normalise(examples) @ names.T - 3 * labels, axis=1)
+    margin = several * (labels.T @ (mine - rival)) / counts
+    told = several * ((labels.T @ sigmoid(20 * (mine - rival))) / counts - 0.5)
+    length = square_sum(means)
+    scatter = (labels.T @ square_sum(examples)) / counts / (length + 1e-6)
+
+    # The memory.
+    known = names @ normalise(slots).T
+    share = softmax(focus * known)
+    doubt = -xp.sum(share * xp.log(share + 1e-9), axis=1) / math.log(slots.shape[0] + 1)
+    return xp.stack(
+        [
+            xp.log(length + 1e-6),
+            nearest,
+            others,
+            5 * margin,
+            2 * told,
+            xp.log(scatter + 1e-6),
+            2 * xp.max(known, axis=1),
+            2 * xp.sum(share * known, axis=1),
+            doubt,
+            0.5 * xp.log(counts),
+            xp.full_like(counts, 0.5 * math.log(way)),
+        ],
+        axis=1,
+    )

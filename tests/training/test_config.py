@@ -83,7 +83,7 @@ def test_flags_become_values_of_their_type() -> None:
     ("model", "name", "value"),
     [
         (PretrainConfig, "epochs", "many"),
-        (PretrainConfig, "epochs", "0"),
+        (PretrainConfig, "epochs", "-1"),
         (PretrainConfig, "epochs", "1.5"),
         (PretrainConfig, "lr", "0"),
         (PretrainConfig, "size", "8"),

@@ -168,6 +168,32 @@ def test_an_expression_groups_files_of_one_class_by_its_match(tmp_path: Path) ->
     assert len({first, third, elsewhere, -1}) == 4
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_classes_held_out_and_the_rest_are_all_of_them(folder: Path, count: int) -> None:
+    images = data.load(folder, "all", DECODER)
+    rest, held = data.hold_out(images, count)
+    assert len(held.classes) == count
+    assert sorted(rest.classes + held.classes) == list(images.classes)
+    for part in (rest, held):
+        assert sorted(set(part.labels.tolist())) == list(range(len(part.classes)))
+        values = [10 * int(part.classes[label][-1]) + k % 3 for k, label in enumerate(part.labels)]
+        assert greys(part) == values
+    again = data.hold_out(images, count)
+    assert same(rest, again[0])
+    assert same(held, again[1])
+
+
+def test_neighbours_by_name_are_not_held_out_together(folder: Path) -> None:
+    _, held = data.hold_out(data.load(folder, "all", DECODER), 5)
+    assert held.classes == ("class0", "class2", "class4", "class6", "class8")
+
+
+@pytest.mark.parametrize("count", [1, 9, 10])
+def test_no_fewer_than_two_classes_may_be_on_one_side(folder: Path, count: int) -> None:
+    with pytest.raises(data.DataError, match=f"--hold-out {count}: of 10 classes, between 2 and 8"):
+        data.hold_out(data.load(folder, "all", DECODER), count)
+
+
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match="nowhere does not exist"):
         data.load(tmp_path / "nowhere", "all", DECODER)
@@ -185,7 +211,10 @@ def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path, kind: 
 
 
 def test_an_unknown_split_is_named_with_those_that_are_known(folder: Path) -> None:
-    with pytest.raises(data.DataError, match="'tset' is no split; known are train, val, test and all"):
+    with pytest.raises(
+        data.DataError,
+        match="'tset' is no split; known are train, val, test, background30, background5, evaluation20 and all",
+    ):
         data.load(folder, "tset", DECODER)
 
 

@@ -13,7 +13,7 @@ from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from tests.fakes import MeanColour, tiny_artifact
 from tests.training.conftest import noise
-from training import data, evaluate
+from training import data, evaluate, paired
 from training.config import EvaluateConfig
 from training.episodes import Pool, digest, frozen
 
@@ -222,6 +222,25 @@ def test_learners_can_be_picked_and_unknown_ones_are_named(shapes: Path, fake: M
     assert {row.method for row in rows} == {"ridge"}
     with pytest.raises(SystemExit, match=r"--learners: .* has prototype, ridge"):
         evaluate.main(config(data=shapes, split="train", way="3", shot="1", learners="ridge,magic"))
+
+
+def test_learners_are_compared_episode_by_episode(
+    shapes: Path, fake: MeanColour, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made" / "paired.jsonl"
+    asked = {"data": shapes, "split": "train", "way": "3", "shot": "1,2", "queries": 3}
+    rows = evaluate.main(config(**asked, paired="prototype", json_out=out))
+    value = {(row.method, row.shot): row.accuracy for row in rows}
+    names = [field.name for field in dataclasses.fields(paired.PairedRow)]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    found = [paired.PairedRow(**{k: line[k] for k in names}) for line in lines if line["experiment"] == "paired"]
+    assert paired.table(found) in capsys.readouterr().out
+    assert len(found) == len(rows) - 2
+    for row in found:
+        assert row.against == "prototype"
+        assert row.difference == pytest.approx(value[row.method, row.shot] - value["prototype", row.shot], abs=0.011)
+    with pytest.raises(SystemExit, match="--paired: magic is not among the learners measured"):
+        evaluate.main(config(**asked, paired="magic"))
 
 
 def test_turned_classes_are_counted_as_classes(shapes: Path, fake: MeanColour) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.memory import centroids, within_class
+from training.memory import centroids, class_slots, within_class
 
 
 def unit(n: int, dim: int = 6, *, seed: int = 0) -> np.ndarray:
@@ -104,3 +104,17 @@ def test_a_direction_in_which_no_class_varies_has_nothing_and_never_less() -> No
     assert spectrum[0] == pytest.approx(0, abs=1e-6)
     assert spectrum[0] >= 0
     assert spectrum[1] > 0.1
+
+
+@pytest.mark.parametrize(("count", "each"), [(5, 1), (9, 1), (10, 2), (24, 4)])
+def test_every_class_has_as_many_slots_near_its_own_features(count: int, each: int) -> None:
+    features, labels = corners(), np.repeat(np.arange(5), 40)
+    slots, owners = class_slots(features, labels, count, seed=0)
+    assert np.bincount(owners).tolist() == [each] * 5
+    assert np.array_equal(slots[:, :5].argmax(axis=1), owners)  # the axes are the classes
+    np.testing.assert_allclose(np.linalg.norm(slots, axis=1), 1, atol=1e-5)
+
+
+def test_fewer_slots_than_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 slots cannot hold 5 classes"):
+        class_slots(corners(), np.repeat(np.arange(5), 40), 4, seed=0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.training.conftest import Command, killed, needs, noise, tree
+from tests.training.conftest import Command, killed, needs, tree
 
 pytestmark = pytest.mark.torch
 needs("torch")
@@ -17,13 +17,12 @@ needs("torch")
 import torch
 from safetensors.torch import load_file
 
+from models.images import ImageDecoder
 from models.learners import LEARNERS, build
-from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import checkpoint, data, evaluate, metatrain, pretrain
+from training import checkpoint, data, evaluate, metatrain, practice, pretrain
 from training.config import MetatrainConfig, PretrainConfig, parse
 from training.episodes import Indices, Pool, varied
 
-PRETRAINED = PretrainConfig(data=Path("d"), out=Path("o"), shape="tiny", size=16, precision="float32")
 ALL = pytest.mark.parametrize("method", list(LEARNERS))
 CPU = torch.device("cpu")
 
@@ -33,40 +32,34 @@ def config(**given: Any) -> MetatrainConfig:
     return MetatrainConfig(**{**defaults, **given})
 
 
-def clouds(seed: int = 0) -> metatrain.Tasks:
+def clouds(seed: int = 0) -> practice.Tasks:
     """Twelve classes as clouds on a sphere, wide in directions that tell classes apart badly; two rows a thing."""
     rng = np.random.default_rng([5, seed])
     labels = np.repeat(np.arange(12), 16)
     spread = np.where(np.arange(10) < 4, 0.9, 0.25)
     features = rng.normal(size=(12, 10))[labels] * 0.5 + rng.normal(size=(len(labels), 10)) * spread
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    return metatrain.Tasks(features.astype(np.float32), labels, np.arange(len(labels)) // 2, plain=len(labels))
+    return practice.Tasks(features.astype(np.float32), labels, np.arange(len(labels)) // 2, plain=len(labels))
 
 
-@pytest.fixture
-def extractor() -> ImageExtractor:
-    torch.manual_seed(0)
-    return ImageExtractor(ResNet(SHAPES["tiny"])).eval()
-
-
-def few(tasks: metatrain.Tasks, asked: MetatrainConfig) -> list[Indices]:
+def few(tasks: practice.Tasks, asked: MetatrainConfig) -> list[Indices]:
     return metatrain.held_out(tasks, asked)[::25]
 
 
-def training(method: str, tasks: metatrain.Tasks, asked: MetatrainConfig) -> metatrain.Training:
+def training(method: str, tasks: practice.Tasks, asked: MetatrainConfig) -> metatrain.Training:
     return metatrain.Training(method, metatrain.start(method, tasks, asked), asked, CPU)
 
 
-def drawn(tasks: metatrain.Tasks, step: int) -> list[Indices]:
+def drawn(tasks: practice.Tasks, step: int) -> list[Indices]:
     """The training episodes of a step."""
     return list(varied(tasks.pool, 0, step, count=4, max_way=4, max_shot=3, queries=3, near=tasks.near()))
 
 
-def steps(one: metatrain.Training, tasks: metatrain.Tasks, count: int) -> list[float]:
+def steps(one: metatrain.Training, tasks: practice.Tasks, count: int) -> list[float]:
     return [one.advance(torch.from_numpy(tasks.features), drawn(tasks, one.step)) for _ in range(count)]
 
 
-def loss(arrays: dict[str, np.ndarray], method: str, tasks: metatrain.Tasks, episodes: list[Indices]) -> float:
+def loss(arrays: dict[str, np.ndarray], method: str, tasks: practice.Tasks, episodes: list[Indices]) -> float:
     """Mean cross-entropy on the questions."""
     total = []
     for episode in episodes:
@@ -77,81 +70,12 @@ def loss(arrays: dict[str, np.ndarray], method: str, tasks: metatrain.Tasks, epi
     return float(np.mean(total))
 
 
-@pytest.mark.parametrize("rotations", [False, True])
-def test_features_are_those_of_the_images_and_then_of_views_of_them(extractor: ImageExtractor, rotations: bool) -> None:
-    images = noise(3, 4)
-    tasks = metatrain.cached(extractor, images, config(views=2, rotations=rotations), PRETRAINED, seed=1)
-    images = evaluate.turned(images) if rotations else images
-    n = len(images)
-    assert tasks.features.shape == (3 * n, 8)
-    np.testing.assert_allclose(tasks.features[:n], pretrain.embed(extractor, images.pixels, CPU), atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(tasks.features, axis=1), 1, atol=1e-3)
-    assert np.array_equal(tasks.labels, np.tile(images.labels, 3))
-    plain, first, second = tasks.features.reshape(3, n, 8)
-    for views, others in ((first, plain), (second, plain), (first, second)):
-        assert np.abs(views - others).max(axis=1).min() > 1e-4
-
-
-def test_views_are_those_of_their_seed(extractor: ImageExtractor) -> None:
-    def features(seed: int) -> np.ndarray:
-        return metatrain.cached(extractor, noise(2, 3), config(views=2), PRETRAINED, seed=seed).features
-
-    assert np.array_equal(features(1), features(1))
-    assert np.array_equal(features(1)[:6], features(2)[:6])
-    assert np.abs(features(1)[6:] - features(2)[6:]).max(axis=1).min() > 1e-4
-
-
-def test_with_labels_the_views_of_one_image_are_one_thing(extractor: ImageExtractor) -> None:
-    tasks = metatrain.cached(extractor, noise(3, 4), config(views=2), PRETRAINED, seed=0)
-    assert len(tasks.pool.classes) == 3
-    for label, things in enumerate(tasks.pool.classes):
-        assert [set((rows % 12).tolist()) for rows in things] == [{4 * label + k} for k in range(4)]
-        assert {len(rows) for rows in things} == {3}
-
-
-def test_in_pseudo_tasks_an_image_is_a_class_and_its_views_are_its_examples(extractor: ImageExtractor) -> None:
-    tasks = metatrain.cached(extractor, noise(3, 4), config(views=2, tasks="pseudo"), PRETRAINED, seed=0)
-    assert len(tasks.pool.classes) == 12
-    for number, things in enumerate(tasks.pool.classes):
-        assert [rows.tolist() for rows in things] == [[number], [number + 12], [number + 24]]
-
-
-@pytest.mark.parametrize(("kind", "pools"), [("clusters", 2), ("mixed", 3)])
-def test_clusters_fine_and_coarse_are_pools_of_their_own(
-    extractor: ImageExtractor, kind: str, pools: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metatrain.pseudo, "FINE", 6)
-    monkeypatch.setattr(metatrain.pseudo, "COARSE", 20)
-    images = noise(6, 10)
-    tasks = metatrain.cached(extractor, images, config(views=2, tasks=kind), PRETRAINED, seed=0)
-    assert len(tasks.pools) == pools
-    fine, coarse, *rest = tasks.pools
-    assert fine is tasks.pool
-    assert len(fine.classes) > 2 * len(coarse.classes)
-    for pool in (fine, coarse):
-        things = [rows % 60 for things in pool.classes for rows in things]
-        assert all(len(set(rows.tolist())) == 1 and len(rows) == 3 for rows in things)  # an image with its views
-        shown = {int(rows[0]) for rows in things}
-        assert len(shown) == len(things) <= 54  # no image in two classes, and a tenth in none
-    assert [len(pool.classes) for pool in rest] == [60] * (pools - 2)
-    assert tasks.near().shape == (len(fine.classes),) * 2
-    build("lstm", metatrain.start("lstm", tasks, config()))
-
-
 def test_held_out_tasks_are_of_every_pool_alike() -> None:
     tasks = clouds()
-    both = metatrain.Tasks(tasks.features, tasks.labels, None, plain=tasks.plain, others=(Pool.of(tasks.labels % 4),))
+    both = practice.Tasks(tasks.features, tasks.labels, None, plain=tasks.plain, others=(Pool.of(tasks.labels % 4),))
     episodes = metatrain.held_out(both, config())
     assert len(episodes) == len(metatrain.held_out(tasks, config()))
     assert [episode.way for episode in episodes].count(4) == len(episodes) // 2  # the other pool has four classes
-
-
-def test_classes_are_near_by_the_angle_between_their_means() -> None:
-    tasks = clouds()
-    near = tasks.near()
-    means = np.stack([tasks.features[tasks.labels == label].mean(axis=0) for label in range(12)])
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    np.testing.assert_allclose(near, means @ means.T, atol=1e-5)
 
 
 @ALL
@@ -241,6 +165,18 @@ def test_what_is_remembered_stays_and_what_is_learned_moves(method: str) -> None
     steps(one, tasks, 3)
     moved = {name for name, value in one.arrays().items() if not np.array_equal(value, before[name])}
     assert moved == set(before) - {"basis", "spectrum", "slots", "log_shrink"}
+
+
+def test_a_step_reads_only_the_slots_that_are_kept() -> None:
+    tasks = clouds()
+    features, episodes = torch.from_numpy(tasks.features), drawn(tasks, 0)
+    losses = []
+    for keep in (None, [True] * 12, [True] * 6 + [False] * 6):
+        one = training("lstm", tasks, config(slots=12))
+        with torch.no_grad():
+            one.learned["each"].fill_(0.3)  # as if it had learned to go by the memory
+        losses.append(one.advance(features, episodes, None if keep is None else [np.array(keep)] * len(episodes)))
+    assert losses[0] == losses[1] != losses[2]
 
 
 @ALL
@@ -399,6 +335,47 @@ def test_what_must_come_first_is_named(shapes: Path, tmp_path: Path) -> None:
         metatrain.main(MetatrainConfig(data=shapes, out=tmp_path))
     with pytest.raises(data.DataError, match=f"run `python -m training metatrain --out {tmp_path}` first"):
         metatrain.load_learners(tmp_path)
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_cell_goes_on_to_another_extractor(shapes: Path, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of other data and another network: the cell comes along, the memory does not."""
+    first = folder("first")
+    metatrain.main(MetatrainConfig(data=shapes, out=first, **{**SHORT, "lr": 0.05}, learners="lstm"))
+    other = tmp_path / "other"
+    given = {"shape": "tiny-grey", "augment": "characters", "size": 16, "batch": 24, "epochs": 1, "device": "cpu"}
+    pretrain.main(PretrainConfig(data=shapes, out=other, **given))
+    asked = MetatrainConfig(data=shapes, out=other, **SHORT, learners="lstm", cell=first)
+    tasks, _ = practice.practice(
+        *pretrain.load_extractor(other)[:1],
+        ImageDecoder(16, 16, 1),
+        asked,
+        PretrainConfig(data=shapes, out=other, **given),
+    )
+    learned = metatrain.load_learners(first)["lstm"]
+    begun = metatrain.start("lstm", tasks, asked)
+    assert all(np.array_equal(begun[name], learned[name]) for name in metatrain.CELL)
+    assert not np.array_equal(begun["basis"], learned["basis"])
+    metatrain.main(asked)
+    assert set(metatrain.load_learners(other)["lstm"]) == set(begun)
+
+
+def test_the_cell_that_comes_along_serves_an_extractor_of_any_size() -> None:
+    tasks = clouds()
+    asked = config(cell=Path(metatrain.__file__).parent / "cells/lstm")
+    given, new = (metatrain.start("lstm", tasks, one) for one in (asked, config()))
+    assert {name for name in new if not np.array_equal(given[name], new[name])} == set(metatrain.CELL)
+    (episode, *_) = few(tasks, asked)
+    support = evaluate.support_of(tasks.features, episode)
+    answers = [build("lstm", arrays).adapt(support).weight for arrays in (given, new)]
+    assert np.isfinite(answers[0]).all()
+    assert not np.allclose(*answers)
+
+
+def test_a_folder_without_a_cell_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / metatrain.CHECKPOINT, {"done": True, "learners": {}})
+    with pytest.raises(data.DataError, match=r"--cell: .* holds no cell"):
+        metatrain.start("lstm", clouds(), config(cell=tmp_path))
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import numpy as np
 
 from models.episode import Support
 from models.learners import LEARNERS, Learner, build
+from models.learners.lstm import EACH, SEEN, SHARED
 
-DIM, HIDDEN, SMALL, SLOTS = 16, 6, 5, 12
+DIM, HIDDEN, SLOTS = 16, 6, 12
 METHODS = sorted(LEARNERS)
 
 
@@ -43,14 +44,13 @@ def arrays(method: str, *, seed: int = 0) -> dict[str, np.ndarray]:
     learned["lstm"] = {
         **learned["whitened"],
         "slots": unit(normal(SLOTS, DIM)),
-        "project": normal(DIM, SMALL, by=0.5),
-        "ask": normal(HIDDEN, 2 * SMALL, by=0.5),
-        "log_focus": np.log([3.0, 2.0]),
-        "inputs": normal(4 * SMALL + 2, 4 * HIDDEN, by=0.3),
+        "log_lenses": np.log([0.1, 1.0, 10.0]),
+        "log_focus": np.log(8.0),
+        "inputs": normal(2 * SEEN, 4 * HIDDEN, by=0.3),
         "recur": normal(HIDDEN, 4 * HIDDEN, by=0.3),
         "offset": normal(4 * HIDDEN, by=0.3),
-        "gates": normal(HIDDEN, 5, by=0.2),
-        "free": normal(HIDDEN, DIM, by=0.05),
+        "shared": normal(HIDDEN, SHARED, by=0.2),
+        "each": normal(HIDDEN, EACH, by=0.2),
     }
     return {name: np.asarray(value, np.float32) for name, value in learned[method].items()}
 

@@ -1,61 +1,131 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
+from models.arrays import one_hot
 from models.head import Affine
-from models.learners.lstm import LSTM
-from tests.models.learners.given import HIDDEN, SLOTS, arrays, clusters, learner, unit
+from models.learners.lstm import EACH, LSTM, SEEN, SHARED, look
+from models.learners.whitened import whitening
+from tests.models.learners.given import DIM, HIDDEN, SLOTS, arrays, clusters, learner, unit
 
-SILENT = {"gates": np.zeros((HIDDEN, 5), np.float32), "free": np.zeros((HIDDEN, 16), np.float32)}
+SILENT = {"shared": np.zeros((HIDDEN, SHARED), np.float32), "each": np.zeros((HIDDEN, EACH), np.float32)}
+UNEVEN = (1, 5, 2, 3)
 
 
 def far(a: Affine, b: Affine) -> float:
     return max(float(np.abs(one - other).max() / np.abs(one).max()) for one, other in zip(a, b, strict=True))
 
 
-def gate(column: int) -> dict[str, np.ndarray]:
-    """The learned arrays with one gate left open and all else silent."""
-    gates = SILENT["gates"].copy()
-    gates[:, column] = arrays("lstm")["gates"][:, column]
-    return {**SILENT, "gates": gates}
+def answer(name: str, column: int) -> dict[str, np.ndarray]:
+    """The learned arrays with one answer left and all else silent."""
+    kept = SILENT[name].copy()
+    kept[:, column] = arrays("lstm")[name][:, column]
+    return {**SILENT, name: kept}
+
+
+def seen(shots: tuple[int, ...], **replaced: Any) -> np.ndarray:
+    """What is seen of the classes of a task with these shots through no lens at all."""
+    support, _, _ = clusters(shots)
+    labels = one_hot(support.labels, support.way, support.features)
+    means = labels.T @ support.features / labels.sum(axis=0)[:, None]
+    given = {"examples": support.features, "means": means, "slots": arrays("lstm")["slots"], "labels": labels}
+    return np.asarray(look(**{**given, "focus": np.float32(8), **replaced}))
 
 
 def test_before_training_it_is_the_whitened_prototypes() -> None:
-    """With the gates and the free term at zero, whatever the cell does."""
-    support, _, _ = clusters((1, 5, 2, 3), unlabelled=5)
+    """With its answers at zero, whatever the cell does."""
+    support, _, _ = clusters(UNEVEN, unlabelled=5)
     plain = learner("whitened").adapt(support)
     silent = learner("lstm", **SILENT).adapt(support)
     np.testing.assert_allclose(silent.weight, plain.weight, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(silent.bias, plain.bias, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("column", range(5))
-def test_each_gate_by_itself_changes_the_map(column: int) -> None:
-    support, _, _ = clusters((1, 5, 2, 3))
-    assert far(learner("whitened").adapt(support), learner("lstm", **gate(column)).adapt(support)) > 1e-3
+@pytest.mark.parametrize(
+    ("name", "column"), [("shared", k) for k in range(SHARED)] + [("each", k) for k in range(EACH)]
+)
+def test_each_answer_by_itself_changes_the_map(name: str, column: int) -> None:
+    support, _, _ = clusters(UNEVEN)
+    assert far(learner("whitened").adapt(support), learner("lstm", **answer(name, column)).adapt(support)) > 1e-3
 
 
-def test_the_free_correction_changes_the_map() -> None:
-    support, _, _ = clusters((1, 5, 2, 3))
-    free = learner("lstm", gates=SILENT["gates"]).adapt(support)
-    assert far(learner("whitened").adapt(support), free) > 1e-3
+def test_what_is_learned_knows_no_feature() -> None:
+    """The same task in another basis, with its memory in that basis: the same logits. So a cell fits any extractor."""
+    support, query, _ = clusters(UNEVEN, queries=3)
+    turn = np.linalg.qr(np.random.default_rng(4).standard_normal((DIM, DIM)))[0].astype(np.float32)
+    turned = type(support)(support.features @ turn, support.labels, support.way)
+    remembered = arrays("lstm")
+    other = learner("lstm", basis=turn.T @ remembered["basis"], slots=remembered["slots"] @ turn).adapt(turned)
+    one = learner("lstm").adapt(support)
+    np.testing.assert_allclose(query @ one.weight.T, query @ turn @ other.weight.T, atol=1e-4)
+    np.testing.assert_allclose(one.bias, other.bias, atol=1e-4)
 
 
-def test_a_class_reads_no_examples_but_its_own() -> None:
-    """With one example, what it reads is its prototype, and there is nothing to correct by."""
+def test_no_array_of_the_cell_has_the_length_of_a_feature() -> None:
+    remembered = {"basis", "spectrum", "slots"}
+    shapes = [value.shape for name, value in arrays("lstm").items() if name not in remembered]
+    assert DIM not in {length for shape in shapes for length in shape}
+
+
+def test_whether_examples_would_be_told_apart_is_seen_where_there_are_several() -> None:
+    shown = seen((1, 5, 5, 5))
+    margin, told = shown[:, 3], shown[:, 4]
+    assert margin[0] == told[0] == 0  # of an only example nothing is known
+    assert (margin[1:] > 0).all()
+    assert (told[1:] > 0.5).all()
+
+
+def test_shuffled_labels_look_like_classes_that_cannot_be_told_apart() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 5))
+    shown = seen((5, 5, 5, 5), labels=np.eye(4, dtype=np.float32)[labels])
+    assert shown[:, 3].mean() < 0
+    assert seen((5, 5, 5, 5))[:, 3].mean() > 0
+
+
+def test_classes_that_are_remembered_look_known() -> None:
     support, _, _ = clusters((1, 1, 1, 1))
-    own = learner("lstm", **gate(0)).adapt(support)
-    assert far(learner("whitened").adapt(support), own) < 1e-5
+    means = support.features[np.argsort(support.labels)]
+    shown = seen((1, 1, 1, 1), slots=np.concatenate([means[:2], arrays("lstm")["slots"]]))
+    assert np.allclose(shown[:2, 6], 2, atol=1e-4)  # twice the cosine with the nearest slot
+    assert (shown[2:, 6] < 1.9).all()
 
 
-def test_a_class_does_not_meet_itself_among_the_others() -> None:
-    """However sharply it looks for what is like it; else nothing would be left of the difference to the others."""
-    support, _, _ = clusters((1, 5, 2, 3))
-    sharp = learner("lstm", log_focus=np.log(np.array([1e4, 1])), **gate(2)).adapt(support)
-    assert far(learner("whitened").adapt(support), sharp) > 1e-3
+def test_the_number_of_numbers_seen_is_the_one_the_cell_expects() -> None:
+    assert seen(UNEVEN).shape == (4, SEEN)
+    assert np.isfinite(seen(UNEVEN)).all()
+
+
+def test_an_open_way_to_the_memory_ends_at_what_was_recalled() -> None:
+    """With a sharp look at a memory that holds a class's place, its row is the one that place would have."""
+    support, _, _ = clusters((1, 1, 1, 1))
+    slots = unit(support.features + 0.05 * np.random.default_rng(2).standard_normal(support.features.shape))
+    wide_open = SILENT["each"].copy()
+    wide_open[:, 0] = 1e4
+    given = {**SILENT, "each": wide_open, "log_focus": np.log(np.float32(1e4)), "offset": np.ones(4 * HIDDEN)}
+    given |= {"inputs": np.zeros((2 * SEEN, 4 * HIDDEN)), "recur": np.zeros((HIDDEN, 4 * HIDDEN)), "slots": slots}
+    found = learner("lstm", **given).adapt(support)
+    recalled = learner("whitened").adapt(type(support)(slots.astype(np.float32), support.labels, support.way))
+    assert far(recalled, found) < 1e-3
+    assert far(learner("whitened").adapt(support), found) > 1e-2
+
+
+def test_the_strength_of_the_whitening_stays_within_its_bounds() -> None:
+    """However wildly the cell answers: an odd task cannot throw the memory away."""
+    support, _, _ = clusters((3, 3, 3))
+    wild = SILENT["shared"].copy()
+    wild[:, 0] = 1e6
+    found = learner("lstm", **{**SILENT, "shared": wild}).adapt(support)
+    remembered = arrays("lstm")
+    flattest = whitening(remembered["basis"], remembered["spectrum"], remembered["log_shrink"] + 4)
+    steepest = whitening(remembered["basis"], remembered["spectrum"], remembered["log_shrink"] - 4)
+    means = np.stack([support.features[support.labels == k].mean(axis=0) for k in range(3)])
+    scale = np.exp(remembered["log_scale"])
+    ends = [scale * (means @ transform @ transform.T) for transform in (flattest, steepest)]
+    assert min(np.abs(found.weight - end).max() / np.abs(end).max() for end in ends) < 1e-3
 
 
 @pytest.mark.torch
@@ -69,26 +139,26 @@ def test_the_cell_is_the_one_of_the_textbook(torch: ModuleType) -> None:
         cell.weight_hh.copy_(learned["recur"][:, write_keep_new_show].T)
         cell.bias_ih.copy_(learned["offset"][write_keep_new_show])
         cell.bias_hh.zero_()
-        seen, state, memory = torch.randn(3, len(learned["inputs"])), torch.randn(3, HIDDEN), torch.randn(3, HIDDEN)
-        found = LSTM(**learned)._step(seen, state, memory)
-        for one, other in zip(found, cell(seen, (state, memory)), strict=True):
+        given, state, memory = torch.randn(3, len(learned["inputs"])), torch.randn(3, HIDDEN), torch.randn(3, HIDDEN)
+        found = LSTM(**learned)._step(given, state, memory)
+        for one, other in zip(found, cell(given, (state, memory)), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_what_it_remembers_matters() -> None:
-    support, _, _ = clusters((1, 5, 2, 3))
+    support, _, _ = clusters(UNEVEN)
     other = unit(np.random.default_rng(9).standard_normal((SLOTS, 16)))
     assert far(learner("lstm").adapt(support), learner("lstm", slots=other).adapt(support)) > 1e-3
 
 
 def test_the_order_of_the_memory_does_not_matter() -> None:
-    support, _, _ = clusters((1, 5, 2, 3))
+    support, _, _ = clusters(UNEVEN)
     slots = arrays("lstm")["slots"]
     assert far(learner("lstm").adapt(support), learner("lstm", slots=slots[::-1].copy()).adapt(support)) < 1e-5
 
 
 def test_a_sudden_state_overflows_nowhere() -> None:
     """exp would, in float32, from 89 on; and a warning is an error here."""
-    support, _, _ = clusters((1, 5, 2, 3))
+    support, _, _ = clusters(UNEVEN)
     offset = np.where(np.arange(4 * HIDDEN) % 2, 500, -500)
     assert np.isfinite(learner("lstm", offset=offset).adapt(support).weight).all()
