@@ -4,6 +4,7 @@
     loss = cross_entropy(query @ affine, answers)       on questions the inner loop never saw
 
 With the gradient learner this loop is MAML, and first- or second-order makes no difference to its closed-form steps.
+The other outer loop is Reptile: some steps on one episode, then a part of the way from the start to where they ended.
 Each learner starts at a sensible classifier and is kept at the step that did best on held-out tasks, the start
 included, so training cannot make it worse there. Resumes after a kill to the same values, bit for bit.
 """
@@ -28,9 +29,11 @@ from training import checkpoint, data, evaluate, inputs, memory, pseudo
 from training.config import MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool, frozen, varied
 from training.pretrain import autocast, choose_device, generator, load_extractor
+from training.reptile import interpolate
 
 CHECKPOINT = "metatrain.safetensors"
 HIDDEN, SMALL, STEPS = 128, 64, 10
+INNER = 3  # steps on one episode when Reptile is the outer loop
 # Remembered, not learned by gradient.
 FIXED = {"basis", "spectrum", "slots"}
 
@@ -199,7 +202,9 @@ class Training:
             [
                 {"params": scalars, "lr": 10 * config.lr, "weight_decay": 0.0},
                 {"params": matrices, "lr": config.lr, "weight_decay": 0.05},
-            ]
+            ],
+            # What one task did to the optimizer should not push the next, so Reptile goes without momentum.
+            betas=(0.0 if config.outer == "reptile" else 0.9, 0.999),
         )
         self.rates = [10 * config.lr, config.lr]
         self.step = 0
@@ -209,29 +214,38 @@ class Training:
     def learner(self) -> Learner:
         return LEARNERS[self.method](**{**self.fixed, **self.learned})
 
-    def advance(self, features: Tensor, episodes: list[Indices]) -> float:
-        """One step on some episodes; returns their mean loss."""
-        share = 1 - self.step / self.config.steps
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
-        learner = self.learner()
-        losses = []
-        for episode in episodes:
-            support = Support(
-                features[torch.from_numpy(episode.support)],
-                torch.from_numpy(episode.labels).to(self.device),
-                episode.way,
-            )
-            affine = learner.adapt(support)
-            logits = features[torch.from_numpy(episode.query)] @ affine.weight.T + affine.bias
-            losses.append(F.cross_entropy(logits, torch.from_numpy(episode.answers).to(self.device)))
-        loss = torch.stack(losses).mean()
+    def loss(self, features: Tensor, episode: Indices) -> Tensor:
+        """Of the questions of one episode, to be differentiated through the adaptation."""
+        support = Support(
+            features[torch.from_numpy(episode.support)],
+            torch.from_numpy(episode.labels).to(self.device),
+            episode.way,
+        )
+        affine = self.learner().adapt(support)
+        logits = features[torch.from_numpy(episode.query)] @ affine.weight.T + affine.bias
+        return F.cross_entropy(logits, torch.from_numpy(episode.answers).to(self.device))
+
+    def descend(self, loss: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.learned.values(), 1.0)
         self.optimizer.step()
-        self.step += 1
         return loss.item()
+
+    def advance(self, features: Tensor, episodes: list[Indices]) -> float:
+        """One step on some episodes; returns their mean loss."""
+        share = 1 - self.step / self.config.steps
+        self.step += 1
+        if self.config.outer == "reptile":
+
+            def train(episode: Indices) -> float:
+                losses = [self.descend(self.loss(features, episode)) for _ in range(INNER)]
+                return losses[0]
+
+            return interpolate(list(self.learned.values()), episodes, train, share)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        return self.descend(torch.stack([self.loss(features, episode) for episode in episodes]).mean())
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {name: value.detach().cpu().numpy().copy() for name, value in {**self.fixed, **self.learned}.items()}
