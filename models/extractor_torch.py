@@ -23,16 +23,8 @@ def has_cuda() -> bool:
 
 class TorchExtractor:
     def __init__(self, artifact: Artifact, *, device: str = "cuda"):
-        if not artifact.manifest.portable:
-            raise ArtifactInvalid(
-                f"The artifact {artifact.manifest.name!r} was imported: it is a graph that only onnxruntime runs, on "
-                "a CPU (FEWSHOT_DEVICE=cpu)."
-            )
-        module = _network(artifact)
-        weights = load_file(artifact.path / WEIGHTS)  # stored in half precision
-        module.load_state_dict({name: value.float() for name, value in weights.items()})
         # torch's stub of Module.to leaves out memory_format.
-        self._module = module.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._module = network_of(artifact).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device = device
         self._lock = threading.Lock()
         self.dim = artifact.manifest.dim
@@ -45,10 +37,23 @@ class TorchExtractor:
             return np.asarray(features.float().cpu().numpy())
 
 
-def _network(artifact: Artifact) -> resnet.ImageExtractor | bytenet.TextExtractor:
-    """The network that the manifest describes, as its weights were exported."""
+def network_of(artifact: Artifact) -> resnet.ImageExtractor | bytenet.TextExtractor:
+    """The network that the manifest describes, in float32, as its weights were exported.
+
+    Raises ArtifactInvalid where there is a graph only.
+    """
+    if not artifact.manifest.portable:
+        raise ArtifactInvalid(
+            f"The artifact {artifact.manifest.name!r} was imported: it is a graph that only onnxruntime runs, on "
+            "a CPU (FEWSHOT_DEVICE=cpu)."
+        )
     given = artifact.manifest.shape
     shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    module: resnet.ImageExtractor | bytenet.TextExtractor
     if artifact.kind == "text":
-        return bytenet.TextExtractor(bytenet.ByteNet(bytenet.Shape(**shape)))
-    return resnet.ImageExtractor(resnet.fold(resnet.ResNet(resnet.Shape(**shape))))
+        module = bytenet.TextExtractor(bytenet.ByteNet(bytenet.Shape(**shape)))
+    else:
+        module = resnet.ImageExtractor(resnet.fold(resnet.ResNet(resnet.Shape(**shape))))
+    weights = load_file(artifact.path / WEIGHTS)  # stored in half precision
+    module.load_state_dict({name: value.float() for name, value in weights.items()})
+    return module.eval()

@@ -52,6 +52,7 @@ CONFIGS = {
     "results": config.ResultsConfig,
     "compare-objectives": config.CompareObjectivesConfig,
     "pretext": config.PretextConfig,
+    "baseline": config.BaselineConfig,
 }
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from models.errors import FewshotError
 from training.config import (
+    BaselineConfig,
     CompareObjectivesConfig,
     Config,
     ContinualConfig,
@@ -64,6 +65,7 @@ COMMANDS: dict[str, tuple[type[Config], str]] = {
     "results": (ResultsConfig, "make RESULTS.md from raw results"),
     "compare-objectives": (CompareObjectivesConfig, "weigh self-supervised losses in several ways, at equal time"),
     "pretext": (PretextConfig, "learn self-supervised tasks that were not trained on, by a head alone"),
+    "baseline": (BaselineConfig, "measure another method on the same episodes"),
     "demo": (DemoConfig, "all of them on drawn shapes"),
     "text-demo": (TextDemoConfig, "all of them on Python's standard library"),
 }

@@ -100,6 +100,9 @@ class MetatrainConfig(Config):
     queries: int = Field(5, ge=1, description="questions per class")
     slots: int = Field(256, ge=1, description="slots of the external memory")
     lr: float = Field(1e-3, gt=0)
+    outer: Literal["episodic", "reptile"] = Field(
+        "episodic", description="outer loop; episodic with the gradient learner is MAML"
+    )
     check_steps: int = Field(200, ge=1, description="steps between looks at held-out tasks; the best is kept")
     per_class: int = Field(0, ge=0)
     seed: int = 0
@@ -272,6 +275,32 @@ class PretextConfig(Config):
     per_class: int = Field(0, ge=0, description="at most so many images a class to learn from; 0 = all")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class BaselineConfig(Config):
+    """Measure a baseline, trained first where it is one that is, on frozen episodes."""
+
+    method: Literal["maml", "reptile", "mann", "scratch", "finetune", "scale-shift", "head", "pixels"] = Field(
+        description="a module of training/baselines/"
+    )
+    data: Path = Field(description="folder or zip with one folder per class")
+    out: Path = Field(description="folder for the checkpoint and the log")
+    artifact: Path | None = Field(None, description="artifact folder: the network to adapt, its input; none for most")
+    settings: str = Field("", description="name=value, with commas, over those of the method's file")
+    train_split: str = Field("train", description="classes to train on, of one split or several with commas")
+    split: str = "test"
+    size: int = Field(28, ge=8, description="pixels of the input; that of the artifact where there is one")
+    channels: int = Field(1, ge=1, le=3, description="1, or 3 for colour; those of the artifact where there is one")
+    way: int = Field(5, ge=2)
+    shot: int = Field(1, ge=1)
+    queries: int = Field(15, ge=1, description="questions per class")
+    episodes: int = Field(2000, ge=2)
+    rotations: bool = False
+    per_class: int = Field(0, ge=0)
+    seed: int = 7
+    json_out: Path | None = Field(None, description="also append the rows there, one JSON line each")
+    checkpoint_s: float = 60
+    minutes: float = 0
 
 
 def parse(model: type[C], arguments: list[str], *, prog: str) -> C:

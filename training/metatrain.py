@@ -4,6 +4,7 @@
     loss = cross_entropy(query @ affine, answers)       on questions the inner loop never saw
 
 With the gradient learner this loop is MAML, and first- or second-order makes no difference to its closed-form steps.
+The other outer loop is Reptile: some steps on one episode, then a part of the way from the start to where they ended.
 Each learner starts at a sensible classifier and is kept at the step that did best on held-out tasks, the start
 included, so training cannot make it worse there. Resumes after a kill to the same values, bit for bit. Where episodes
 come from is said in training/practice.py.
@@ -32,9 +33,11 @@ from training.config import MetatrainConfig
 from training.episodes import Indices, frozen, varied
 from training.practice import Source, Tasks, cached, practice, slots_of
 from training.pretrain import choose_device, load_extractor
+from training.reptile import interpolate
 
 CHECKPOINT = "metatrain.safetensors"
 HIDDEN, STEPS = 32, 10
+INNER = 3  # steps on one episode when Reptile is the outer loop
 LENSES = (0.1, 1.0, 5.0, 30.0)
 # Remembered, not learned by gradient.
 FIXED = {"basis", "spectrum", "slots"}
@@ -142,7 +145,9 @@ class Training:
             [
                 {"params": scalars, "lr": 10 * config.lr, "weight_decay": 0.0},
                 {"params": matrices, "lr": config.lr, "weight_decay": 0.05},
-            ]
+            ],
+            # What one task did to the optimizer should not push the next, so Reptile goes without momentum.
+            betas=(0.0 if config.outer == "reptile" else 0.9, 0.999),
         )
         self.rates = [10 * config.lr, config.lr]
         self.step = 0
@@ -156,30 +161,42 @@ class Training:
             arrays["slots"] = arrays["slots"][torch.from_numpy(keep).to(self.device)]
         return LEARNERS[self.method](**arrays)
 
-    def advance(self, features: Tensor, episodes: list[Indices], kept: Sequence[np.ndarray] | None = None) -> float:
-        """One step on some episodes; returns their mean loss. `kept`: for each, which slots of the memory [slots] are
-        there: what the memory holds of the very classes of a task would be the answer."""
-        share = 1 - self.step / self.config.steps
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
-        losses = []
-        for number, episode in enumerate(episodes):
-            learner = self.learner(None if kept is None else kept[number])
-            support = Support(
-                features[torch.from_numpy(episode.support)],
-                torch.from_numpy(episode.labels).to(self.device),
-                episode.way,
-            )
-            affine = learner.adapt(support)
-            logits = features[torch.from_numpy(episode.query)] @ affine.weight.T + affine.bias
-            losses.append(F.cross_entropy(logits, torch.from_numpy(episode.answers).to(self.device)))
-        loss = torch.stack(losses).mean()
+    def loss(self, features: Tensor, episode: Indices, kept: np.ndarray | None = None) -> Tensor:
+        """Of the questions of one episode, to be differentiated through the adaptation. `kept`: which slots of the
+        memory [slots] are there: what it holds of the very classes of a task would be the answer."""
+        support = Support(
+            features[torch.from_numpy(episode.support)],
+            torch.from_numpy(episode.labels).to(self.device),
+            episode.way,
+        )
+        affine = self.learner(kept).adapt(support)
+        logits = features[torch.from_numpy(episode.query)] @ affine.weight.T + affine.bias
+        return F.cross_entropy(logits, torch.from_numpy(episode.answers).to(self.device))
+
+    def descend(self, loss: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.learned.values(), 1.0)
         self.optimizer.step()
-        self.step += 1
         return loss.item()
+
+    def advance(self, features: Tensor, episodes: list[Indices], kept: Sequence[np.ndarray] | None = None) -> float:
+        """One step on some episodes, each with the slots in `kept` (see `loss`); returns their mean loss."""
+        share = 1 - self.step / self.config.steps
+        self.step += 1
+        if self.config.outer == "reptile":
+
+            def train(number: int) -> float:
+                slots = None if kept is None else kept[number]
+                losses = [self.descend(self.loss(features, episodes[number], slots)) for _ in range(INNER)]
+                return losses[0]
+
+            return interpolate(list(self.learned.values()), range(len(episodes)), train, share)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        slots: Sequence[np.ndarray | None] = kept or [None] * len(episodes)
+        losses = [self.loss(features, episode, some) for episode, some in zip(episodes, slots, strict=True)]
+        return self.descend(torch.stack(losses).mean())
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {name: value.detach().cpu().numpy().copy() for name, value in {**self.fixed, **self.learned}.items()}

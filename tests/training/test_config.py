@@ -7,6 +7,7 @@ import pytest
 
 from training.__main__ import COMMANDS
 from training.config import (
+    BaselineConfig,
     CompareObjectivesConfig,
     Config,
     ContinualConfig,
@@ -30,6 +31,7 @@ REQUIRED = {
     ExportConfig: ["--checkpoint", "c", "--data", "d", "--out", "o", "--name", "n"],
     ImportConfig: ["--backbone", "b", "--data", "d", "--out", "o", "--name", "n"],
     LakeConfig: ["--artifact", "a", "--data", "d"],
+    BaselineConfig: ["--method", "maml", "--data", "d", "--out", "o"],
 }
 CONFIGS = pytest.mark.parametrize("model", REQUIRED, ids=lambda model: model.__name__)
 

@@ -21,10 +21,10 @@ NAMES = [
     "results",
     "compare-objectives",
     "pretext",
+    "baseline",
     "demo",
     "text-demo",
 ]
-NAMES += ["compare-objectives", "pretext", "demo"]
 
 
 def test_without_a_command_the_commands_are_printed() -> None:

@@ -208,6 +208,46 @@ def test_a_training_that_goes_on_from_a_checkpoint_is_the_unbroken_one(method: s
     assert (tmp_path / "unbroken").read_bytes() == (tmp_path / "broken").read_bytes()
 
 
+def test_reptile_moves_from_the_start_towards_where_each_episode_ends() -> None:
+    """By hand: each episode trained from the same start, and the mean of the ends taken in by a share that falls."""
+    tasks, asked = clouds(), config(outer="reptile", steps=4)
+    one, by_hand = (training("gradient", tasks, asked) for _ in range(2))
+    features = torch.from_numpy(tasks.features)
+    for step, share in enumerate((1.0, 0.75)):
+        episodes = drawn(tasks, step)
+        start = by_hand.arrays()
+        ends = []
+        for episode in episodes:
+            with torch.no_grad():
+                for name, value in by_hand.learned.items():
+                    value.copy_(torch.from_numpy(start[name]))
+            for _ in range(metatrain.INNER):
+                by_hand.descend(by_hand.loss(features, episode))
+            ends.append(by_hand.arrays())
+        with torch.no_grad():
+            for name, value in by_hand.learned.items():
+                mean = np.mean([end[name] for end in ends], axis=0)
+                value.copy_(torch.as_tensor(start[name] + share * (mean - start[name])))
+        one.advance(features, episodes)
+        for name, value in one.arrays().items():
+            np.testing.assert_allclose(value, by_hand.arrays()[name], rtol=1e-4, atol=1e-4)
+    assert np.abs(one.arrays()["log_steps"] - metatrain.start("gradient", tasks, asked)["log_steps"]).max() > 1e-3
+
+
+def test_reptile_lowers_the_loss_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    tasks, asked = clouds(), config(outer="reptile", steps=20)
+    unbroken, broken = (training("gradient", tasks, asked) for _ in range(2))
+    before = unbroken.arrays()
+    steps(unbroken, tasks, 10)
+    steps(broken, tasks, 10)
+    checkpoint.save(tmp_path / "state", broken.state())
+    broken = training("gradient", tasks, asked)
+    broken.restore(checkpoint.load(tmp_path / "state"))
+    assert steps(unbroken, tasks, 10) == steps(broken, tasks, 10)
+    own = [episode for step in range(20) for episode in drawn(tasks, step)]
+    assert loss(unbroken.arrays(), "gradient", tasks, own) < loss(before, "gradient", tasks, own)
+
+
 # The command
 
 
