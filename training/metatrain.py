@@ -194,7 +194,7 @@ class Training:
             return interpolate(list(self.learned.values()), range(len(episodes)), train, share)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
-        slots: Sequence[np.ndarray | None] = kept or [None] * len(episodes)
+        slots: list[np.ndarray | None] = list(kept) if kept else [None] * len(episodes)
         losses = [self.loss(features, episode, some) for episode, some in zip(episodes, slots, strict=True)]
         return self.descend(torch.stack(losses).mean())
 
