@@ -87,9 +87,6 @@ def main(arguments: list[str]) -> int:
             # `import` is no name that a module can be imported by, and no module has a hyphen.
             module = {"import": "imports"}.get(name, name).replace("-", "_")
             importlib.import_module(f"training.{module}").main(config)
-            # `import` is no name that a module can be imported by.
-            importlib.import_module(f"training.{'imports' if name == 'import' else name}").main(config)
-            importlib.import_module(f"training.{name.replace('-', '_')}").main(config)
     except (DataError, FewshotError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
