@@ -64,7 +64,7 @@ class Manifest:
     @property
     def portable(self) -> bool:
         """Whether torch can run it as well: it has to know the network, and knows its own alone."""
-        return "blocks" in self.shape
+        return "network" not in self.shape
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:

@@ -3,7 +3,7 @@
 Kinds: photos (crops, flips, colour, as in Chen et al., "SimCLR", 2020, https://arxiv.org/abs/2002.05709), snapshots
 (photos as people take them: also small in the picture, dim and blurred) and
 characters (small affine and elastic distortion and stroke width, which keep a character what it is; flips and hard
-crops would make it another). All randomness comes from the generator given, on the CPU, so that a resumed run sees
+crops would make it another); and of texts, stretches. All randomness comes from the generator given, on the CPU, so that a resumed run sees
 what an unbroken one sees. Knows nothing of losses.
 """
 
@@ -107,6 +107,24 @@ class Characters:
         amount = uniform(n, -self.stroke, self.stroke)[:, None, None, None]
         views = torch.where(amount > 0, views + amount * (thick - views), views - amount * (thin - views))
         return 1 - views.clamp(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretches:
+    """What augmentation is to texts: of each a stretch of its own, `share` of its bytes, from anywhere in it."""
+
+    share: float = 0.5
+
+    def __call__(self, texts: Tensor, size: int, rng: torch.Generator) -> Tensor:
+        """uint8 [n, size] -> uint8 [n, share x size], zeros behind the ends."""
+        n, device = len(texts), texts.device
+        many = (texts != 0).sum(dim=1)
+        kept = torch.ceil(many * self.share).long()
+        chance = torch.rand(n, generator=rng).to(device)
+        start = (chance * (many - kept + 1)).long()
+        at = torch.arange(math.ceil(size * self.share), device=device)
+        found = texts.gather(1, (start[:, None] + at).clamp(max=texts.shape[1] - 1))
+        return torch.where(at < kept[:, None], found, torch.zeros_like(found))
 
 
 Augmentation = Photos | Characters

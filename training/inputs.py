@@ -18,9 +18,8 @@ from models.extractor import Decoder
 from models.images import ImageDecoder
 from models.resnet import ImageExtractor, ResNet
 from models.text import TextDecoder
-from training.augment import AUGMENTATIONS
+from training.augment import AUGMENTATIONS, Stretches
 from training.config import PretrainConfig
-from training.texts import Stretches
 
 Network = ImageExtractor | TextExtractor
 Shown = Callable[[Tensor, int, torch.Generator], Tensor]  # a batch, its size, random numbers -> other views of it

@@ -1,4 +1,4 @@
-"""Texts from files, and the stretches of them that training sees.
+"""Texts from files.
 
 A text is a file: `<root>/<class>/<name>.txt`, in a folder or in zips as images are. Or a line: of a .jsonl file with
 objects {"text": ..., "label": ...}, where the label may be missing. Or a piece: of one .txt file, which is cut at line
@@ -8,13 +8,8 @@ ends, as for a book that is only read to learn the language. Knows nothing of ne
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 SUFFIXES = {".txt"}
 UNNAMED = "texts"  # the class of what has none
@@ -70,21 +65,3 @@ def cut(data: bytes, length: int) -> Iterator[bytes]:
 def _filled(piece: bytes) -> Iterator[bytes]:
     if piece.strip():
         yield piece
-
-
-@dataclass(frozen=True, slots=True)
-class Stretches:
-    """What augmentation is to texts: of each a stretch of its own, `share` of its bytes, from anywhere in it."""
-
-    share: float = 0.5
-
-    def __call__(self, texts: Tensor, size: int, rng: torch.Generator) -> Tensor:
-        """uint8 [n, size] -> uint8 [n, share x size], zeros behind the ends."""
-        n, device = len(texts), texts.device
-        many = (texts != 0).sum(dim=1)
-        kept = torch.ceil(many * self.share).long()
-        chance = torch.rand(n, generator=rng).to(device)
-        start = (chance * (many - kept + 1)).long()
-        at = torch.arange(math.ceil(size * self.share), device=device)
-        found = texts.gather(1, (start[:, None] + at).clamp(max=texts.shape[1] - 1))
-        return torch.where(at < kept[:, None], found, torch.zeros_like(found))

@@ -13,7 +13,7 @@ needs("torch")
 import torch
 
 from models.text import TextDecoder
-from training import data, synthetic, texts
+from training import augment, data, synthetic, texts
 
 
 def test_a_folder_of_text_files_is_read_by_class_and_split(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_stretch_is_a_part_of_its_text_and_comes_from_anywhere_in_it() -> None
         given[row, :length] = torch.arange(1, length + 1)
     begins = set()
     for seed in range(30):
-        found = texts.Stretches(0.5)(given, 24, torch.Generator().manual_seed(seed))
+        found = augment.Stretches(0.5)(given, 24, torch.Generator().manual_seed(seed))
         assert found.shape == (5, 12)
         for row, length in enumerate(lengths):
             many = -(-length // 2)
@@ -97,5 +97,5 @@ def test_a_stretch_is_a_part_of_its_text_and_comes_from_anywhere_in_it() -> None
         begins.add(int(found[4, 0]))
     assert min(begins) == 1
     assert max(begins) == 13
-    again = texts.Stretches(0.5)(given, 24, torch.Generator().manual_seed(0))
-    assert torch.equal(again, texts.Stretches(0.5)(given, 24, torch.Generator().manual_seed(0)))
+    again = augment.Stretches(0.5)(given, 24, torch.Generator().manual_seed(0))
+    assert torch.equal(again, augment.Stretches(0.5)(given, 24, torch.Generator().manual_seed(0)))
