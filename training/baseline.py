@@ -186,7 +186,7 @@ def rows(
                 "seed": config.seed,
                 "episode_list": digest(list(episodes)),
                 "labels": method.labels,
-                "seconds": round(state["seconds"], 1),
+                "seconds": round(state["seconds"], 3),
                 **{
                     f"adapt_{clock}_s": round(float(np.median(times[: len(episodes)])), 5)
                     for clock, times in state["adapting"].items()
