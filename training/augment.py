@@ -1,10 +1,10 @@
 """Batched augmentation as tensor operations, on whatever device the batch is.
 
 Kinds: photos (crops, flips, colour, as in Chen et al., "SimCLR", 2020, https://arxiv.org/abs/2002.05709), snapshots
-(photos as people take them: also small in the picture, dim and blurred) and
-characters (small affine and elastic distortion and stroke width, which keep a character what it is; flips and hard
-crops would make it another); and of texts, stretches. All randomness comes from the generator given, on the CPU, so that a resumed run sees
-what an unbroken one sees. Knows nothing of losses.
+(photos as people take them: also small in the picture, dim and blurred) and characters (small affine and elastic
+distortion and stroke width, which keep a character what it is; flips and hard crops would make it another); and of
+texts, stretches. All randomness comes from the generator given, on the CPU, so that a resumed run sees what an unbroken
+one sees. Knows nothing of losses.
 """
 
 from __future__ import annotations
