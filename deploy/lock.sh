@@ -27,6 +27,7 @@ extras = project["optional-dependencies"]
 lines = project["dependencies"] + extras["serve"]
 if sys.argv[1] == "gpu":
     lines = [line for line in lines if not line.startswith("onnx")] + extras["gpu"]
+lines.append("async-timeout>=4.0.3,<6")  # of redis below Python 3.11.3: which patch version an image has is not locked
 print("\n".join(lines))
 PYTHON
   out=deploy/requirements-$image.txt

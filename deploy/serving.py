@@ -45,8 +45,8 @@ class Service:
     ):
         keys = folder / "keys"
         if not keys.exists():
-            _, token = create(keys, tenant=TENANT, scopes=("adapt", "classify", "admin"))
-            (folder / "key").write_text(token)
+            _, made = create(keys, tenant=TENANT, scopes=("adapt", "classify", "admin"))
+            (folder / "key").write_text(made)
         self.key = (folder / "key").read_text()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FEWSHOT_")}
         given = {
