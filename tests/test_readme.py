@@ -80,7 +80,7 @@ NAMES = {
 
 
 CROSS = """Photographs from domains that the `photos` artifact never saw, 5-way, 2,000 episodes, default learner. Chance
-is 20: they are hard for a small extractor that saw 64 kinds of things at 84 pixels. Over HTTP, and by every learner:
+is 20: they are hard for a small extractor that saw 64 kinds of things, in 84 pixels. Over HTTP, and by every learner:
 [training/RESULTS.md](training/RESULTS.md).
 """
 TRUST = """How far probabilities and "none of these" can be trusted on classes never seen, with five in each episode
