@@ -74,7 +74,7 @@ def real(case: Any, known: dict[str, Any]) -> None:
     for name in list(case.path_parameters or {}):
         if name in known and chance.random() < 0.8:
             case.path_parameters[name] = known[name]
-    for name, value in {"version": 1, "method": "", "format": "onnx"}.items():
+    for name, value in {"version": 1, "method": "ridge", "format": "onnx"}.items():
         if name in (case.query or {}) and chance.random() < 0.8:
             case.query[name] = value
     if case.media_type and chance.random() < 0.8:
