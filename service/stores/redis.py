@@ -173,7 +173,7 @@ class RedisScope:
         return await self._store.link.call(operation, answers=2)
 
     async def versions(self, task: str) -> list[Pointer]:
-        pointer, history = await self._store.link.call(lambda client: self._place(client, task), answers=2)
+        pointer, history = await self._store.link.call(lambda client: self._place(client, task), answers=3)
         return [] if pointer is None else self._sealed.versions(task, pointer=pointer, history=history)
 
     async def _place(self, client: Redis, task: str) -> tuple[bytes | None, bytes | None]:
@@ -183,6 +183,8 @@ class RedisScope:
         self._store.recognise(mark)
         if pointer is None:  # or of another type, which counts as damage
             pointer = await fetch(client, self._key("p", task))
+        if history is None and pointer is not None:  # likewise
+            history = await fetch(client, self._key("v", task))
         return pointer, history
 
     async def head(self, head_id: str) -> Head | None:

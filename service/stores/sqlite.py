@@ -60,11 +60,19 @@ DROP TABLE old;
 PRAGMA user_version = 2;
 COMMIT;
 """  # noqa: S608
-POINTER = "SELECT pointer, expires FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
-PLACE = "SELECT version, pointer, history FROM tasks WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
-RECORD = "SELECT record FROM records WHERE tenant = ? AND task = ? AND version = ?"
+# Sealed values are read as bytes whatever they are: text that is none would be an error of the whole statement.
+POINTER = (
+    "SELECT CAST(pointer AS BLOB), expires FROM tasks"
+    " WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
+)
+PLACE = (
+    "SELECT version, CAST(pointer AS BLOB), CAST(history AS BLOB) FROM tasks"
+    " WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
+)
+RECORD = "SELECT CAST(record AS BLOB) FROM records WHERE tenant = ? AND task = ? AND version = ?"
 TASKS = (
-    "SELECT task, pointer FROM tasks WHERE tenant = ? AND task > ? AND (expires IS NULL OR expires > ?) ORDER BY task"
+    "SELECT task, CAST(pointer AS BLOB) FROM tasks"
+    " WHERE tenant = ? AND task > ? AND (expires IS NULL OR expires > ?) ORDER BY task"
 )
 PUT_TASK = "REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)"
 # An expired task leaves with its records; the statements go together, in this order.
@@ -72,8 +80,8 @@ EXPIRED = (
     "DELETE FROM records WHERE (tenant, task) IN (SELECT tenant, task FROM tasks WHERE expires <= ?)",
     "DELETE FROM tasks WHERE expires <= ?",
 )
-HEAD = "SELECT value FROM heads WHERE tenant = ? AND head = ? AND expires > ?"
-REMEMBERED = "SELECT value FROM remembered WHERE tenant = ? AND task = ? AND key = ? AND expires > ?"
+HEAD = "SELECT CAST(value AS BLOB) FROM heads WHERE tenant = ? AND head = ? AND expires > ?"
+REMEMBERED = "SELECT CAST(value AS BLOB) FROM remembered WHERE tenant = ? AND task = ? AND key = ? AND expires > ?"
 # A row that is written anew gets a new rowid, so these go by age.
 TOO_MANY = (
     "DELETE FROM remembered WHERE rowid IN"
