@@ -282,5 +282,5 @@ def test_without_the_log_the_same_kill_loses_the_task(stack: Stack, tmp_path: Pa
     stack.kill("service")  # the same again
     service = smoke.Service(stack.url)
     smoke.wait(service, 60)
-    with pytest.raises(smoke.Failed, match="404|503"):
+    with pytest.raises(smoke.Failed, match=r"404|503"):
         smoke.classify(service, "control")
