@@ -338,8 +338,8 @@ def test_data_may_have_moved_and_the_clock_may_be_set_anew(shapes: Path, unbroke
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        ({"shape": "resnet1000"}, "known shapes: resnet18"),
-        ({"objectives": "contrastive=1,magic=2"}, "Known objectives: contrastive, supervised"),
+        ({"shape": "resnet1000"}, "Known shapes: resnet18"),
+        ({"objectives": "contrastive=1,magic=2"}, "its objectives: contrastive, supervised"),
         ({"weighting": "learned", "objectives": "contrastive=1,rotation=1"}, "need 300 images or more"),
         ({"small": 48}, "--small must not be larger than --size"),
         ({"lr": 1e30, "objectives": "supervised=1"}, "not finite at step .* Lower --lr"),

@@ -15,6 +15,7 @@ needs("torch")
 import torch
 from safetensors.torch import load_file
 
+from models.images import ImageDecoder
 from training import checkpoint, data, pretrain, progressive
 from training.config import PretrainConfig
 
@@ -118,7 +119,7 @@ def test_what_is_left_out_is_said(
     shapes: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = PretrainConfig(data=shapes, out=tmp_path, start=start, **ROUNDS)
-    images = data.load(shapes, "train", progressive.pretrain.ImageDecoder(32, 32, 3))
+    images = data.load(shapes, "train", ImageDecoder(32, 32, 3))
     found = progressive.clustered(config, images)
     assert len(found) <= 65  # of 72 a tenth is without a class
     assert set(found.labels.tolist()) == set(range(len(found.classes)))

@@ -17,7 +17,7 @@ from training import synthetic, text_demo
 from training.config import TextDemoConfig
 
 
-def library(folder: Path, *, modules: int, lines: int = 120) -> Path:
+def library(folder: Path, *, modules: int, lines: int = 400) -> Path:
     """Sources of some modules, each in a made-up language, and what is none of them."""
     rng = random.Random(0)
     for label in range(modules):
