@@ -498,7 +498,11 @@ def expiring_tasks(n: int, seed: int, folder: Path) -> Outcome:
             database = folder / "sqlite" / "data" / "fewshot.sqlite3"
             one = run(fading(ports[0], n // 2, seed, lambda: wipe_sqlite(database)))
             two = run(fading(ports[1], n - n // 2, seed, lambda: wipe_redis(client)))
-            control = run(fading(ports[2], max(n // 5, 1000), seed, lambda: wipe_redis(client)))
+            control: Counter[str] = Counter()
+            for again in range(10):  # it ends in between by chance
+                control += run(fading(ports[2], max(n // 5, 1000), seed + again, lambda: wipe_redis(client)))
+                if control["500"]:
+                    break
     counts = one + two
     bad = {status: count for status, count in counts.items() if status not in ("200", "404", "taught")}
     wrong = [f"{count} x {status}" for status, count in bad.items()]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,20 @@ def test_no_label_is_read(
 
 
 def test_rounds_stopped_by_the_clock_go_on_to_the_same_end(
-    shapes: Path, start: Path, unbroken: Path, tmp_path: Path
+    shapes: Path, start: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"data": shapes, "out": tmp_path, "start": start, **ROUNDS}
-    for steps in range(1, 4):
-        pretrain.main(PretrainConfig(**given, minutes=1e-9 if steps == 3 else 1e-3))
-        assert not (tmp_path / pretrain.CHECKPOINT).exists()
+    advance = pretrain.Run.advance
+
+    def slowly(run: pretrain.Run) -> dict[str, float]:
+        time.sleep(0.03)  # so that of its 16 steps the clock lets no run make more than three
+        return advance(run)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(pretrain.Run, "advance", slowly)
+        for _ in range(4):
+            pretrain.main(PretrainConfig(**given, minutes=1e-3))
+            assert not (tmp_path / pretrain.CHECKPOINT).exists()
     pretrain.main(PretrainConfig(**given))
     assert same(unbroken, tmp_path)
     before = (tmp_path / "round1" / "pretrain.jsonl").stat().st_size
