@@ -5,6 +5,8 @@ Knows nothing of batching or requests.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -13,6 +15,10 @@ from models.errors import ArtifactInvalid
 
 if TYPE_CHECKING:
     from models.artifact import Artifact
+
+
+# Of NVIDIA's driver, its small boards, its Windows subsystem, and AMD's.
+DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 class Decoder(Protocol):
@@ -35,9 +41,17 @@ class Extractor(Protocol):
         ...
 
 
+def may_have_gpu() -> bool:
+    """Whether there is a driver that torch could find a device by.
+
+    Asked first, for to import torch only to hear that there is none takes a second and a hundred megabytes.
+    """
+    return sys.platform != "linux" or any(os.path.exists(driver) for driver in DRIVERS)
+
+
 def best_device(artifact: Artifact | None = None) -> str:
     """ "cuda" where torch is installed and finds a device, and can run the artifact if one is given; else "cpu"."""
-    if artifact is not None and not artifact.manifest.portable:
+    if not may_have_gpu() or (artifact is not None and not artifact.manifest.portable):
         return "cpu"
     try:
         from models.extractor_torch import has_cuda

@@ -59,6 +59,7 @@ from service.support import (
 from service.support import head_id as head_id_of
 
 T = TypeVar("T")
+U = TypeVar("U")
 CHANGES = 16  # how often a change is tried again when others are faster
 STALE_ADVICE = "Learned with another artifact; it is learned again when it is used, if its images were kept."
 
@@ -218,7 +219,10 @@ class Engine:
         explain: bool = False,
         on_bad_image: OnBadImage = "skip",
     ) -> Predictions:
-        """Classifies encoded images with a task. The head is looked up first: an unknown task costs nothing."""
+        """Classifies encoded images with a task. The task is looked up first: an unknown one costs nothing.
+
+        A head that is gone is made again while the images are looked at.
+        """
         self._check_queries(payloads)
         try:
             pointer = await scope.pointer(task_name(task))
@@ -228,14 +232,14 @@ class Engine:
             raise TaskNotFound(f"There is no task {task!r}.")
         cached = await scope.head(pointer.head)
         (self.metrics.head_found if cached else self.metrics.head_made_again).inc()
+        spend(len(payloads))
         if cached is None or cached.artifact != self.artifact.digest:
             flight = (scope.tenant, task, pointer.head)
-            at, head = await self._once(flight, lambda: self._rebuild(scope, task))
+            again = self._once(flight, lambda: self._rebuild(scope, task))
+            (at, head), embedded = await both(again, self.batcher.embed(payloads))
         else:
-            at, head = pointer, cached
+            at, head, embedded = pointer, cached, await self.batcher.embed(payloads)
         record = (await self._found(scope, task, version=at.version))[1] if explain else None
-        spend(len(payloads))
-        embedded = await self.batcher.embed(payloads)
         rows, timings = self._rows(head, embedded, on_bad_image, record)
         return Predictions(task, at, head, at.head, rows, timings)
 
@@ -479,6 +483,16 @@ class Engine:
         for stage, value in timings_ms.items():
             self.metrics.observe_stage(op, stage, value / 1e3)
         self.metrics.observe_images(op, good=good, bad=bad)
+
+
+async def both(first: Awaitable[T], second: Awaitable[U]) -> tuple[T, U]:
+    """Awaits two at once. When one fails, the other is cancelled and its own failure, if any, is nobody's concern."""
+    tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _damaged(task: str) -> TaskStale:

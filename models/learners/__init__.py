@@ -42,4 +42,5 @@ def build(method: str, arrays: Mapping[str, np.ndarray], *, device: str = "cpu")
     if names != set(arrays):
         raise TypeError(f"The learner {method!r} needs {sorted(names)}, got {sorted(arrays)}.")
     values: dict[str, Any] = {name: place(value.astype(np.float32), device) for name, value in arrays.items()}
-    return kind(**values)
+    made = kind(**values)
+    return made.ready() if isinstance(made, LSTM) else made

@@ -16,7 +16,8 @@ and over slots: no order matters. No learned array has a `way` axis, and classes
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
 
@@ -31,6 +32,11 @@ SEEN = 11  # numbers seen of one class through one lens
 SHARED, EACH = 4, 2  # answers for the whole task, and for each class
 FAR = 4.0  # the strength of the whitening moves by less than e to this
 POWER = 0.5
+
+
+class Memory(NamedTuple):
+    slots: Array  # [slots, dim]
+    directions: tuple[Array, ...]  # [slots, dim] for each read, of unit length
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +64,7 @@ class LSTM:
         way, hidden = support.way, self.recur.shape[0]
         scale = xp.exp(self.log_scale)
         examples = support.features @ self.basis  # [n, dim]
-        slots = self.slots @ self.basis  # [slots, dim]
+        slots, directions = self.memory()
         # Unlabelled examples move the means, and are looked at no further.
         means, counts = prototypes(support, whitening(self.basis, self.spectrum, self.log_shrink))
         means = means @ self.basis  # [way, dim]
@@ -67,8 +73,8 @@ class LSTM:
         state = xp.zeros((way, hidden), dtype=examples.dtype, device=device(examples))
         cell = state
         for read in range(self.log_lenses.shape[0]):
-            lens = 1 / xp.sqrt(spread(self.spectrum, self.log_lenses[read]))
-            seen = look(examples * lens, means * lens, slots * lens, labels, xp.exp(self.log_focus))
+            lens = self._lens(read)
+            seen = look(examples * lens, means * lens, directions[read], labels, xp.exp(self.log_focus))
             together = xp.broadcast_to(xp.mean(seen, axis=0)[None, :], seen.shape)
             state, cell = self._step(xp.concat([seen, together], axis=1), state, cell)
 
@@ -84,6 +90,21 @@ class LSTM:
         bias = scale * (offset(corrected, counts, self.log_noise + shared[2]) + each[:, 1])
         return Affine(weight, bias)
 
+    def memory(self) -> Memory:
+        """The slots in the remembered basis, and their directions through each lens."""
+        slots = self.slots @ self.basis
+        reads = range(self.log_lenses.shape[0])
+        return Memory(slots, tuple(normalise(slots * self._lens(read)) for read in reads))
+
+    def ready(self) -> Ready:
+        """The same learner for many tasks: what does not depend on the task is worked out once."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Ready(**given, worked_out=self.memory())
+
+    def _lens(self, read: int) -> Array:
+        xp = array_namespace(self.spectrum)
+        return 1 / xp.sqrt(spread(self.spectrum, self.log_lenses[read]))
+
     def _step(self, seen: Array, state: Array, cell: Array) -> tuple[Array, Array]:
         """One step of the cell (Hochreiter and Schmidhuber, 1997), class by class: [way, ...] -> [way, hidden]."""
         xp = array_namespace(seen)
@@ -96,6 +117,14 @@ class LSTM:
         return show * xp.tanh(cell), cell
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready(LSTM):
+    worked_out: Memory
+
+    def memory(self) -> Memory:
+        return self.worked_out
+
+
 def spread(spectrum: Array, log_shrink: Array) -> Array:
     """Remembered variances [dim], shrunk towards their mean; see `whitening`."""
     xp = array_namespace(spectrum)
@@ -103,10 +132,11 @@ def spread(spectrum: Array, log_shrink: Array) -> Array:
     return (spectrum + shrink) / (1 + shrink)
 
 
-def look(examples: Array, means: Array, slots: Array, labels: Array, focus: Array) -> Array:
+def look(examples: Array, means: Array, directions: Array, labels: Array, focus: Array) -> Array:
     """What is seen of each class through one lens, [way, SEEN]; numbers of about one.
 
-    examples [n, dim] with labels one-hot [n, way], means [way, dim] and slots [slots, dim], all seen through the lens.
+    examples [n, dim] with labels one-hot [n, way], means [way, dim] and directions of slots [slots, dim], all seen
+    through the lens.
     """
     xp = array_namespace(examples)
     way = means.shape[0]
@@ -130,9 +160,9 @@ def look(examples: Array, means: Array, slots: Array, labels: Array, focus: Arra
     scatter = (labels.T @ square_sum(examples)) / counts / (length + 1e-6)
 
     # The memory.
-    known = names @ normalise(slots).T
+    known = names @ directions.T
     share = softmax(focus * known)
-    doubt = -xp.sum(share * xp.log(share + 1e-9), axis=1) / math.log(slots.shape[0] + 1)
+    doubt = -xp.sum(share * xp.log(share + 1e-9), axis=1) / math.log(directions.shape[0] + 1)
     return xp.stack(
         [
             xp.log(length + 1e-6),

@@ -1,8 +1,8 @@
 """Ridge regression onto the labels, in closed form.
 
 Bertinetto et al., "Meta-learning with differentiable closed-form solvers", 2019, https://arxiv.org/abs/1805.08136: the
-inner loop is least squares, solved exactly in the space of the examples, so a few examples of many features cost
-little; what is learned is how strongly to regularise. Classes weigh the same, however many examples each has.
+inner loop is least squares, solved exactly in the space of the examples or of the features, whichever is the smaller;
+what is learned is how strongly to regularise. Classes weigh the same, however many examples each has.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ class Ridge:
         root = xp.sqrt(labels @ (n / (support.way * counts)))[:, None]  # [n, 1], square root of the weights
         weighted = features * root
         targets = (labels - 1 / support.way) * root
-        eye = xp.eye(n, dtype=features.dtype, device=device(features))
-        gram = weighted @ weighted.T + xp.exp(self.log_penalty) * eye
-        solution = weighted.T @ xp.linalg.solve(gram, targets)  # [dim, way]
+        dim = features.shape[1]
+        penalty = xp.exp(self.log_penalty) * xp.eye(min(n, dim), dtype=features.dtype, device=device(features))
+        # The same solution either way; the smaller system of equations is the faster one.
+        if n <= dim:
+            solution = weighted.T @ xp.linalg.solve(weighted @ weighted.T + penalty, targets)  # [dim, way]
+        else:
+            solution = xp.linalg.solve(weighted.T @ weighted + penalty, weighted.T @ targets)
         weight = xp.exp(self.log_scale) * solution.T
         return Affine(weight, xp.zeros_like(weight[:, 0]))

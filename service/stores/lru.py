@@ -70,11 +70,15 @@ class Recent:
 
     async def whole(self, write: Coroutine[Any, Any, T]) -> T:
         """Lets a write end and be noted here even when its caller leaves."""
+        # Its caller may leave: the shield then takes note of an error that nobody is told.
+        return await asyncio.shield(self.behind(write))
+
+    def behind(self, write: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begins a write, which `close` waits for."""
         task = asyncio.create_task(write)
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
-        # Its caller may leave: the shield then takes note of an error that nobody is told.
-        return await asyncio.shield(task)
+        return task
 
 
 class RecentScope:
@@ -111,7 +115,11 @@ class RecentScope:
         return None if head is None else recent.put(recent.heads, key, value=head)
 
     async def keep_head(self, head_id: str, head: Head) -> None:
+        """Into memory now, into the store behind: nobody waits for a write that keeps no promise."""
         self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
+        self._recent.behind(self._keep_beneath(head_id, head))
+
+    async def _keep_beneath(self, head_id: str, head: Head) -> None:
         try:
             await self._beneath.keep_head(head_id, head)
         except StoreUnavailable:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from models import extractor
 from models.extractor import best_device
 from service.settings import PRETRAINED, Settings
 from service.stores.memory import MemoryStore
@@ -41,6 +43,16 @@ def answers(device: str, artifact: str) -> dict[str, np.ndarray]:
             rows = http.post(f"/v1/tasks/{method}/classify", files=QUERIES).json()["predictions"]
             found[method] = np.array([list(row["probabilities"].values()) for row in rows])
     return found
+
+
+def test_where_no_driver_is_torch_is_not_even_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extractor, "DRIVERS", ("/no/such/driver",))
+    monkeypatch.setitem(sys.modules, "models.extractor_torch", None)  # to import it would fail
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert not extractor.may_have_gpu()
+    assert best_device() == "cpu"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert extractor.may_have_gpu()  # there is no file to look for
 
 
 @pytest.mark.parametrize("artifact", ["photos", "characters"])

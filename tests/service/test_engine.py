@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from unittest.mock import AsyncMock, patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from models.errors import (
     ExampleNotFound,
     ExtractorFailed,
     InvalidSupport,
+    StoreUnavailable,
     TaskNotFound,
     TaskStale,
     TooLarge,
@@ -204,6 +206,40 @@ def test_a_head_that_many_wait_for_is_made_once(tmp_path: Path, monkeypatch: pyt
         assert len(made) == 1
 
     run(tmp_path, work)
+
+
+def test_a_head_is_made_again_while_the_images_are_looked_at(tmp_path: Path) -> None:
+    extractor = Gated()
+
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        extractor.gate.set()
+        adapted = await engine.adapt(scope, "t", SUPPORT)
+        without_heads(store)
+        extractor.gate.clear()
+        asked = asyncio.create_task(engine.classify(scope, "t", [RED]))
+        while await scope.head(adapted.pointer.head) is None:
+            await asyncio.sleep(0.001)
+        assert not asked.done()
+        extractor.gate.set()
+        assert labels_of((await asked).rows) == [1]
+
+    run(tmp_path, work, extractor=extractor)
+
+
+def test_a_head_that_cannot_be_made_again_is_told_at_once(tmp_path: Path) -> None:
+    extractor = Gated()
+
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        extractor.gate.set()
+        await engine.adapt(scope, "t", SUPPORT)
+        without_heads(store)
+        extractor.gate.clear()
+        away = AsyncMock(side_effect=StoreUnavailable("It is away."))
+        with patch.object(type(scope), "record", away), pytest.raises(StoreUnavailable):
+            await engine.classify(scope, "t", [RED])  # while the gate is shut
+        extractor.gate.set()
+
+    run(tmp_path, work, extractor=extractor)
 
 
 def test_a_task_that_moves_while_its_head_is_made_again_answers_as_the_version_it_names(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.training.conftest import needs
 pytestmark = pytest.mark.torch
 needs("torch", "onnx", "onnxruntime", "onnxscript")
 
-from models import extractor_torch
+from models import extractor, extractor_torch
 from models.artifact import ARRAYS, GRAPH, INT8_GRAPH, MANIFEST, PROBE, WEIGHTS, Artifact
 from models.errors import ArtifactInvalid
 from models.extractor import best_device, load_extractor
@@ -87,6 +87,7 @@ def test_it_is_measured_as_any_other(artifact: Artifact, shapes: Path) -> None:
 def test_only_onnxruntime_runs_it_and_auto_knows(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArtifactInvalid, match="'theirs' was imported: it is a graph that only onnxruntime runs"):
         load_extractor(artifact, device="torch-cpu")
+    monkeypatch.setattr(extractor, "DRIVERS", ("/",))
     monkeypatch.setattr(extractor_torch, "has_cuda", lambda: True)
     assert best_device() == "cuda"
     assert best_device(artifact) == "cpu"

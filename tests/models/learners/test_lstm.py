@@ -32,7 +32,7 @@ def seen(shots: tuple[int, ...], **replaced: Any) -> np.ndarray:
     support, _, _ = clusters(shots)
     labels = one_hot(support.labels, support.way, support.features)
     means = labels.T @ support.features / labels.sum(axis=0)[:, None]
-    given = {"examples": support.features, "means": means, "slots": arrays("lstm")["slots"], "labels": labels}
+    given = {"examples": support.features, "means": means, "directions": arrays("lstm")["slots"], "labels": labels}
     return np.asarray(look(**{**given, "focus": np.float32(8), **replaced}))
 
 
@@ -43,6 +43,13 @@ def test_before_training_it_is_the_whitened_prototypes() -> None:
     silent = learner("lstm", **SILENT).adapt(support)
     np.testing.assert_allclose(silent.weight, plain.weight, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(silent.bias, plain.bias, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_worked_out_before_the_task_changes_no_bit() -> None:
+    support, _, _ = clusters(UNEVEN, unlabelled=5)
+    plain = LSTM(**arrays("lstm"))
+    for ours, theirs in zip(plain.adapt(support), plain.ready().adapt(support), strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,7 @@ def test_shuffled_labels_look_like_classes_that_cannot_be_told_apart() -> None:
 def test_classes_that_are_remembered_look_known() -> None:
     support, _, _ = clusters((1, 1, 1, 1))
     means = support.features[np.argsort(support.labels)]
-    shown = seen((1, 1, 1, 1), slots=np.concatenate([means[:2], arrays("lstm")["slots"]]))
+    shown = seen((1, 1, 1, 1), directions=np.concatenate([means[:2], arrays("lstm")["slots"]]))
     assert np.allclose(shown[:2, 6], 2, atol=1e-4)  # twice the cosine with the nearest slot
     assert (shown[2:, 6] < 1.9).all()
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.models.learners.given import DIM, clusters, learner
 
 
-def test_it_is_the_weighted_least_squares_solution_in_the_space_of_features() -> None:
-    """Solved there directly, as a textbook would; the learner solves it in the space of examples."""
-    support, _, _ = clusters((1, 5, 2), noise=0.4)
+@pytest.mark.parametrize("shots", [(1, 5, 2), (4, 20, 8)])
+def test_it_is_the_weighted_least_squares_solution_for_few_examples_and_for_many(shots: tuple[int, ...]) -> None:
+    """Solved as a textbook would, in the space of features; with few examples the learner solves it in theirs."""
+    support, _, _ = clusters(shots, noise=0.4)
+    assert (len(support.labels) > DIM) == (sum(shots) == 32)
     counts = np.bincount(support.labels)
     weights = len(support.labels) / (3 * counts[support.labels])
     targets = np.eye(3)[support.labels] - 1 / 3

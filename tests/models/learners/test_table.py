@@ -15,7 +15,7 @@ from tests.models.learners.given import METHODS, arrays
 def test_a_learner_is_built_from_its_arrays_in_single_precision(method: str) -> None:
     halves = {name: value.astype(np.float16) for name, value in arrays(method).items()}
     found = build(method, halves)
-    assert type(found) is LEARNERS[method]
+    assert isinstance(found, LEARNERS[method])
     for name, value in halves.items():
         kept = getattr(found, name)
         assert kept.dtype == np.float32

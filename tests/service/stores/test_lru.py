@@ -56,6 +56,7 @@ class FaultyScope(MemoryScope):
 
     async def keep_head(self, head_id: str, head: Head) -> None:
         await self._faulty.reached("keep_head")
+        await self._faulty.answered("keep_head")
         await super().keep_head(head_id, head)
 
     async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
@@ -279,6 +280,19 @@ async def test_a_head_that_the_store_does_not_take_is_kept_in_memory() -> None:
     beneath.away = True
     await store.scope("t").keep_head("hd_1", make_head(1))
     assert same(await store.scope("t").head("hd_1"), make_head(1))
+
+
+async def test_nobody_waits_until_a_head_is_in_the_store_but_the_end_does() -> None:
+    store, beneath, _ = recent()
+    beneath.held["keep_head"] = asyncio.Event()
+    await store.scope("t").keep_head("hd_1", make_head(1))
+    assert same(await store.scope("t").head("hd_1"), make_head(1))
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    beneath.held["keep_head"].set()
+    await closing
+    assert same(await beneath.scope("t").head("hd_1"), make_head(1))
 
 
 async def test_records_come_from_the_store() -> None:
