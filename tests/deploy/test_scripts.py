@@ -122,6 +122,14 @@ def test_a_head_at_rest_is_measured_in_each_form(tmp_path: Path) -> None:
     assert found["whole_bytes"] > each["bytes"]
 
 
+def test_ways_to_decode_are_compared_with_the_exact_one() -> None:
+    found = json.loads(script("decoders.py", "--edge", "32", "--width", "320", "--height", "240").splitlines()[-1])
+    exact, twice, once, ours = found["rows"][:4]
+    assert exact["difference"] == 0 < twice["difference"] < once["difference"]
+    assert ours["difference"] < twice["difference"] + 1
+    assert once["ms"] < exact["ms"]
+
+
 def test_each_step_of_an_answer_is_timed() -> None:
     found = json.loads(script("parts.py").splitlines()[-1])
     assert len(found) == 10
