@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -34,6 +33,7 @@ from models.learners import Learner
 from models.report import Report
 from service.answering import Answer, Predictions, answered
 from service.batcher import Batcher, Embedded, Payload
+from service.flights import Flights, both
 from service.metrics import Metrics
 from service.quota import spend
 from service.stores import Pointer, Record, Scope, SealBroken
@@ -58,8 +58,6 @@ from service.support import (
 )
 from service.support import head_id as head_id_of
 
-T = TypeVar("T")
-U = TypeVar("U")
 CHANGES = 16  # how often a change is tried again when others are faster
 STALE_ADVICE = "Learned with another artifact; it is learned again when it is used, if its images were kept."
 
@@ -99,7 +97,7 @@ class Engine:
         self.default_method = default_method or artifact.manifest.default
         self._device = adapt_device
         self._learner(self.default_method)
-        self._flights: dict[tuple[str, ...], asyncio.Task[Any]] = {}
+        self._flights = Flights()
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def adapt(
@@ -160,7 +158,7 @@ class Engine:
             return there
         spend(len(examples) + len(unlabelled))
         flight = (scope.tenant, name, head_id, str(expect), str(ttl_s), str(retain), on_bad_image)
-        return await self._once(flight, work)
+        return await self._flights.once(flight, work)
 
     async def add(
         self,
@@ -235,7 +233,7 @@ class Engine:
         spend(len(payloads))
         if cached is None or cached.artifact != self.artifact.digest:
             flight = (scope.tenant, task, pointer.head)
-            again = self._once(flight, lambda: self._rebuild(scope, task))
+            again = self._flights.once(flight, lambda: self._rebuild(scope, task))
             (at, head), embedded = await both(again, self.batcher.embed(payloads))
         else:
             at, head, embedded = pointer, cached, await self.batcher.embed(payloads)
@@ -286,7 +284,7 @@ class Engine:
         pointer, record = await self._found(scope, task, version=version)
         if version is None and record.images and record.artifact != self.artifact.digest:
             with suppress(TaskStale):  # it cannot be: then it is told as it was
-                await self._once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
+                await self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
             pointer, record = await self._found(scope, task)
         return await self._told(task, pointer, record)
 
@@ -419,25 +417,6 @@ class Engine:
         method = record.method if record.method in self.learners else self.default_method
         return like(self._record(rows, method), record)
 
-    async def _once(self, key: tuple[str, ...], work: Callable[[], Awaitable[T]]) -> T:
-        """Twins share one piece of work, and a caller who leaves does not end it for the others."""
-        flight = self._flights.get(key)
-        if flight is None:
-
-            async def fly() -> T:
-                return await work()
-
-            flight = self._flights[key] = asyncio.create_task(fly())
-
-            def landed(done: asyncio.Task[Any]) -> None:
-                self._flights.pop(key, None)
-                if not done.cancelled():
-                    done.exception()  # seen, even if every caller has left
-
-            flight.add_done_callback(landed)
-        result: T = await asyncio.shield(flight)
-        return result
-
     # Support sets and heads.
 
     def _learner(self, method: str) -> Learner:
@@ -483,16 +462,6 @@ class Engine:
         for stage, value in timings_ms.items():
             self.metrics.observe_stage(op, stage, value / 1e3)
         self.metrics.observe_images(op, good=good, bad=bad)
-
-
-async def both(first: Awaitable[T], second: Awaitable[U]) -> tuple[T, U]:
-    """Awaits two at once. When one fails, the other is cancelled and its own failure, if any, is nobody's concern."""
-    tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _damaged(task: str) -> TaskStale:

@@ -111,7 +111,8 @@ class RecentScope:
 
     async def head(self, head_id: str) -> Head | None:
         recent, key = self._recent, (self.tenant, head_id)
-        head = recent.heads.get(key) or await self._beneath.head(head_id)
+        # Looked for once more in memory: it may have been made again while the store was asked.
+        head = recent.heads.get(key) or await self._beneath.head(head_id) or recent.heads.get(key)
         return None if head is None else recent.put(recent.heads, key, value=head)
 
     async def keep_head(self, head_id: str, head: Head) -> None:

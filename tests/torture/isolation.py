@@ -44,7 +44,7 @@ def without(patch: str) -> list[str]:
     return [sys.executable, "-c", f"{patch}\nfrom service.__main__ import main\nraise SystemExit(main())"]
 
 
-UNSHARED = without("from service.engine import Engine\nEngine._once = lambda self, key, work: work()")
+UNSHARED = without("from service.flights import Flights\nFlights.once = lambda self, key, work: work()")
 
 
 class Wire(asyncio.Protocol):

@@ -52,7 +52,9 @@ class FaultyScope(MemoryScope):
 
     async def head(self, head_id: str) -> Head | None:
         await self._faulty.reached("head")
-        return await super().head(head_id)
+        answer = await super().head(head_id)
+        await self._faulty.answered("head")
+        return answer
 
     async def keep_head(self, head_id: str, head: Head) -> None:
         await self._faulty.reached("keep_head")
@@ -280,6 +282,16 @@ async def test_a_head_that_the_store_does_not_take_is_kept_in_memory() -> None:
     beneath.away = True
     await store.scope("t").keep_head("hd_1", make_head(1))
     assert same(await store.scope("t").head("hd_1"), make_head(1))
+
+
+async def test_a_head_that_is_made_again_while_the_store_is_asked_is_found() -> None:
+    store, beneath, _ = recent()
+    beneath.held["head"] = asyncio.Event()
+    asking = asyncio.create_task(store.scope("t").head("hd_1"))
+    await asyncio.sleep(0.001)
+    await store.scope("t").keep_head("hd_1", make_head(1))
+    beneath.held["head"].set()
+    assert same(await asking, make_head(1))
 
 
 async def test_nobody_waits_until_a_head_is_in_the_store_but_the_end_does() -> None:

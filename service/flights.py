@@ -1,0 +1,49 @@
+"""Work of coroutines that is shared, or done side by side. Knows nothing of what the work is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Flights:
+    """Pieces of work that are under way, by key. Use on one event loop."""
+
+    def __init__(self) -> None:
+        self._flights: dict[tuple[str, ...], asyncio.Task[Any]] = {}
+
+    def once(self, key: tuple[str, ...], work: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
+        """Twins share one piece of work, and a caller who leaves does not end it for the others.
+
+        It is found or begun in the call itself: what the caller knew of its result just before still holds.
+        """
+        flight = self._flights.get(key)
+        if flight is None:
+
+            async def fly() -> T:
+                return await work()
+
+            flight = self._flights[key] = asyncio.create_task(fly())
+
+            def landed(done: asyncio.Task[Any]) -> None:
+                self._flights.pop(key, None)
+                if not done.cancelled():
+                    done.exception()  # seen, even if every caller has left
+
+            flight.add_done_callback(landed)
+        return asyncio.shield(flight)
+
+
+async def both(first: Awaitable[T], second: Awaitable[U]) -> tuple[T, U]:
+    """Awaits two at once. When one fails, the other is cancelled and its own failure, if any, is nobody's concern."""
+    tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        one, other = await asyncio.gather(*tasks)
+        return one, other
+    finally:
+        for task in tasks:
+            task.cancel()
