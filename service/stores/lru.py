@@ -81,6 +81,11 @@ class Recent:
         return task
 
 
+def follows(pointer: Pointer, seen: Pointer) -> bool:
+    """Whether `seen`, which somebody found while a change to `pointer` was made, is that or where it began."""
+    return pointer == seen or pointer.version == seen.version + 1
+
+
 class RecentScope:
     def __init__(self, recent: Recent, tenant: str):
         self._recent = recent
@@ -149,7 +154,7 @@ class RecentScope:
         await self._beneath.forget_remembered(task, key)
 
     async def _write(self, task: str, change: Coroutine[Any, Any, T], after: Callable[[T], Pointer | None]) -> T:
-        """Does a change and notes where the task is `after` it; of writes that overlap, nobody knows which was last.
+        """Does a change and notes where the task is `after` it, unless another change may have come later.
 
         A change that fails leaves what was known: it was not acknowledged, and while the store is away that is what
         the task is classified with.
@@ -158,7 +163,9 @@ class RecentScope:
         known = recent.known.get(key)
         mine = recent.put(recent.known, key, value=replace(known) if known else Known(None, recent.clock()))
         result = await change
-        pointer = after(result) if recent.known.get(key) is mine else None
+        pointer, seen = after(result), recent.known.get(key)
+        if seen is not mine and not (pointer and seen and seen.pointer and follows(pointer, seen.pointer)):
+            pointer = None  # of writes that overlap nobody knows which was last
         if pointer is None and mine.pointer is not None:
             recent.heads.pop((self.tenant, mine.pointer.head), None)
         recent.put(recent.known, key, value=Known(pointer, recent.clock()))

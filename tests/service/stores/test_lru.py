@@ -63,6 +63,7 @@ class FaultyScope(MemoryScope):
 
     async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
         await self._faulty.reached("commit")
+        await self._faulty.answered("before the commit")
         answer = await super().commit(task, record, head_id, head, expect=expect)
         await self._faulty.answered("commit")
         return answer
@@ -260,6 +261,41 @@ async def test_of_changes_that_overlap_none_is_taken_for_the_last() -> None:
         await scope.pointer("cats")
     beneath.away = False
     assert await scope.pointer("cats") == Pointer(2, "hd_2")
+
+
+@pytest.mark.parametrize("held", ["before the commit", "commit"])
+async def test_who_looks_while_a_change_is_made_does_not_hide_it(held: str) -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    beneath.held[held] = asyncio.Event()
+    changing = asyncio.create_task(commit(scope, "cats", 2))
+    await asyncio.sleep(0.001)
+    found = await scope.pointer("cats")
+    assert found == (Pointer(2, "hd_2") if held == "commit" else Pointer(1, "hd_1"))
+    beneath.held[held].set()
+    await changing
+    beneath.away = True
+    assert await scope.pointer("cats") == Pointer(2, "hd_2", stale=True)
+    assert await scope.head("hd_2") is not None
+
+
+async def test_a_look_at_a_task_that_was_made_anew_meanwhile_is_not_overruled() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    for seed in (1, 2, 3):
+        await commit(scope, "cats", seed)
+    beneath.held["commit"] = asyncio.Event()
+    changing = asyncio.create_task(commit(scope, "cats", 4))
+    await asyncio.sleep(0.001)
+    await beneath.scope("t").delete("cats")  # another replica
+    beneath.held.pop("commit").set()
+    await commit(beneath.scope("t"), "cats", 5)
+    assert await scope.pointer("cats") == Pointer(1, "hd_5")
+    await changing
+    beneath.away = True
+    with pytest.raises(StoreUnavailable):
+        await scope.pointer("cats")
 
 
 async def test_a_cancelled_reader_leaves_what_was_known() -> None:
