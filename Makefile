@@ -55,8 +55,14 @@ faults:
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends nginx-light strace faketime && break; \
 	  echo "$$tool is missing and cannot be installed here: faults that need it are skipped."; done
 
+# The short forms of the faults wait more than they work, so they run beside all other tests.
 test: $(VENV)/dev redis-server chromium faults lint
-	FEWSHOT_TEST_REQUIRE=$${FEWSHOT_TEST_REQUIRE:-torch,redis,browser} $(BIN)/python -m pytest -m '' -q --durations=10
+	@export FEWSHOT_TEST_REQUIRE=$${FEWSHOT_TEST_REQUIRE:-torch,redis,browser}; \
+	log=$$(mktemp); $(BIN)/python -m pytest -m torture -q --durations=10 >$$log 2>&1 & faults=$$!; \
+	trap 'kill $$faults' INT TERM; \
+	$(BIN)/python -m pytest -m 'not torture' -q --durations=30; others=$$?; \
+	wait $$faults; faults=$$?; cat $$log; rm -f $$log; \
+	test $$others = 0 -a $$faults = 0
 
 bench: $(VENV)/dev
 	$(BIN)/python deploy/bench.py
