@@ -106,6 +106,8 @@ class Proxy:
             self.connections -= 1
             for end in ends:
                 end.transport.abort()
+                with contextlib.suppress(OSError):
+                    await end.wait_closed()
 
     async def _pump(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, choose: Callable[[], Toxic]

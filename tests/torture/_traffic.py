@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,18 @@ class Load(threading.Thread):
             else:
                 self.answers.append((now, now - sent))
             if close and writer is not None:
-                writer.close()
+                await _closed(writer)
                 reader = writer = None
             if wrong:
                 await asyncio.sleep(0.01)  # a peer that is away is asked again, but not at every turn of the loop
         if writer is not None:
-            writer.close()
+            await _closed(writer)
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(OSError):  # the other side may have cut it off
+        await writer.wait_closed()
 
 
 async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:

@@ -776,6 +776,8 @@ async def careless(n: int, seed: int, redis: RedisServer) -> dict[str, Any]:
         connection = free.get_nowait()
         if connection:
             connection[1].close()
+            with contextlib.suppress(OSError):
+                await connection[1].wait_closed()
     await proxy.__aexit__()
     return {"without": "dropping connections after a timeout or a cancel", **counts}
 

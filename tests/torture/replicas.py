@@ -198,8 +198,8 @@ def kill_a_replica(n: int, seed: int, folder: Path) -> Outcome:
         nginx = stack.enter_context(Nginx(folder / "nginx", [one.port, other.port]))
         with nginx.client() as http:
             warm = Warm(http)
-            pair = (one.client(), other.client())
-            careless = trusting.client()
+            pair = [stack.enter_context(service.client()) for service in (one, other)]
+            careless = stack.enter_context(trusting.client())
             now: dict[str, tuple[str, int, str]] = {}
             restart = threading.Thread(target=one.start)
             with Load([nginx.port], warm.question, connections=8, rate=100) as load:
@@ -258,8 +258,8 @@ def mixed_artifacts(n: int, seed: int, folder: Path) -> Outcome:
     wrong, foreign, moved = [], Counter[str](), 0
     second = one_bit_off(folder / "second")  # so near that only the digest tells
     careless = {"artifact": second, "wrapper": patched(NO_DIGEST)}
-    with replicas(folder, {}, {"artifact": second}, careless) as (_, services):
-        ours, theirs, control = (service.client() for service in services)
+    with replicas(folder, {}, {"artifact": second}, careless) as (_, services), ExitStack() as clients:
+        ours, theirs, control = (clients.enter_context(service.client()) for service in services)
         for k in range(n):
             bare, kept = f"bare{k}", f"kept{k}"
             head, version = taught_with(ours, bare, seed=k, swapped=False)
@@ -394,8 +394,10 @@ def artifact_faults(n: int, seed: int, folder: Path) -> Outcome:
     """
     rng, wrong, refused = random.Random(seed), [], Counter[str]()
     exact = {"precision": "float32"}  # the graph that uses the weights which the control changes
-    with Service(folder / "running", artifact=shutil.copytree(CHARACTERS, folder / "served"), **exact) as running:
-        http = running.client()
+    with (
+        Service(folder / "running", artifact=shutil.copytree(CHARACTERS, folder / "served"), **exact) as running,
+        running.client() as http,
+    ):
         assert http.put("/v1/tasks/known", files=support(1)).status_code == 201
 
         def features(client: httpx.Client) -> Any:
