@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Of NVIDIA's driver, its small boards, its Windows subsystem, and AMD's.
-DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/nvhost-ctrl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 class Decoder(Protocol):
@@ -53,11 +53,16 @@ def best_device(artifact: Artifact | None = None) -> str:
     """ "cuda" where torch is installed and finds a device, and can run the artifact if one is given; else "cpu"."""
     if not may_have_gpu() or (artifact is not None and not artifact.manifest.portable):
         return "cpu"
+    return "cuda" if cuda_works() else "cpu"
+
+
+def cuda_works() -> bool:
+    """Whether torch is installed and finds a device."""
     try:
         from models.extractor_torch import has_cuda
     except ImportError:
-        return "cpu"
-    return "cuda" if has_cuda() else "cpu"
+        return False
+    return has_cuda()
 
 
 def load_extractor(artifact: Artifact, *, device: str = "cpu", precision: str = "float32") -> Extractor:

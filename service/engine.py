@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
@@ -20,6 +20,8 @@ from models.errors import (
     ExtractorFailed,
     FewshotError,
     InvalidRequest,
+    Overloaded,
+    StoreUnavailable,
     TaskNotFound,
     TaskStale,
     TooLarge,
@@ -35,8 +37,8 @@ from service.answering import Answer, Predictions, answered
 from service.batcher import Batcher, Embedded, Payload
 from service.flights import Flights, both
 from service.metrics import Metrics
-from service.quota import spend
-from service.stores import Pointer, Record, Scope, SealBroken
+from service.quota import spending
+from service.stores import Expected, Pointer, Record, Scope, SealBroken
 from service.support import (
     Example,
     Learned,
@@ -110,7 +112,7 @@ class Engine:
         method: str = "",
         ttl_s: float | None = None,
         retain: bool = False,
-        expect: int | None = None,
+        expect: Expected = None,
         on_bad_image: OnBadImage = "skip",
     ) -> Adapted:
         """Learns a task and stores it; without a name it is named after its head.
@@ -156,9 +158,11 @@ class Engine:
         there = await known(head_id)
         if there:
             return there
-        spend(len(examples) + len(unlabelled))
-        flight = (scope.tenant, name, head_id, str(expect), str(ttl_s), str(retain), on_bad_image)
-        return await self._flights.once(flight, work)
+        # What is left out is told by its place, so another order is another request.
+        order = hash((*((example.label, example.payload) for example in examples), *unlabelled))
+        flight = (scope.tenant, name, head_id, str(order), str(expect), str(ttl_s), str(retain), on_bad_image)
+        with spending(len(examples) + len(unlabelled), Overloaded):
+            return await self._flights.once(flight, work)
 
     async def add(
         self,
@@ -167,14 +171,13 @@ class Engine:
         examples: Sequence[Example],
         *,
         unlabelled: Sequence[bytes] = (),
-        expect: int | None = None,
+        expect: Expected = None,
         on_bad_image: OnBadImage = "skip",
     ) -> Adapted:
         """Adds examples, perhaps of new classes. The task is then what it would be had all been sent at once."""
         examples = checked(examples, unlabelled, self.limits, whole=False)
         await self._found(scope, task)  # an unknown task costs no work
-        spend(len(examples) + len(unlabelled))
-        embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled])
+        embedded = await self._embed([*(example.payload for example in examples), *unlabelled])
         errors = [item for item in embedded.items if isinstance(item, FewshotError)]
         if len(errors) == len(embedded.items):
             raise errors[0]
@@ -182,31 +185,31 @@ class Engine:
         def change(rows: Rows, retain: bool) -> tuple[Rows, tuple[Rejected, ...]]:
             return usable(examples, unlabelled, embedded.items, on_bad_image=on_bad_image, retain=retain, have=rows)
 
-        return await self._change(scope, task, change, expect=expect, embedded=embedded)
+        return await self._change_rows(scope, task, change, expect=expect, embedded=embedded)
 
-    async def remove_example(self, scope: Scope, task: str, example: str, *, expect: int | None = None) -> Adapted:
+    async def remove_example(self, scope: Scope, task: str, example: str, *, expect: Expected = None) -> Adapted:
         """Takes an example back: the task is then equal to one that never saw it."""
-        return await self._change(scope, task, lambda rows, _: (without_example(rows, example), ()), expect=expect)
+        return await self._change_rows(scope, task, lambda rows, _: (without_example(rows, example), ()), expect=expect)
 
-    async def remove_class(self, scope: Scope, task: str, label: str, *, expect: int | None = None) -> Adapted:
+    async def remove_class(self, scope: Scope, task: str, label: str, *, expect: Expected = None) -> Adapted:
         label = normal_label(label, index=None, limits=self.limits)
-        return await self._change(scope, task, lambda rows, _: (without_class(rows, label), ()), expect=expect)
+        return await self._change_rows(scope, task, lambda rows, _: (without_class(rows, label), ()), expect=expect)
 
-    async def learn_with(self, scope: Scope, task: str, method: str, *, expect: int | None = None) -> Adapted:
+    async def learn_with(self, scope: Scope, task: str, method: str, *, expect: Expected = None) -> Adapted:
         """Learns the task's examples with another method; no image is sent or read again."""
         self._learner(method)
-        return await self._change(scope, task, lambda rows, _: (rows, ()), expect=expect, method=method)
+        return await self._change_rows(scope, task, lambda rows, _: (rows, ()), expect=expect, method=method)
 
-    async def rollback(self, scope: Scope, task: str, version: int, *, expect: int | None = None) -> Adapted:
+    async def rollback(self, scope: Scope, task: str, version: int, *, expect: Expected = None) -> Adapted:
         """Makes an earlier version the newest. Raises VersionNotFound when it is not kept any more."""
-        pointer, current = await self._found(scope, task)
-        _, record = await self._found(scope, task, version=version)
-        record = like(record, current)  # it takes back examples, not when the task ends
-        if record.artifact != self.artifact.digest:
-            record = await self._renewed(task, record)
-        if expect is None and pointer.head == record_id(record):
-            return await self._told(task, pointer, record, known=True)
-        return await self._store(scope, task, record, expect)
+
+        async def earlier(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
+            _, record = await self._found(scope, task, version=version)
+            if record.artifact != self.artifact.digest:
+                record = await self._renewed(task, record)
+            return record, ()
+
+        return await self._change(scope, task, earlier, expect=expect)
 
     async def classify(
         self,
@@ -230,16 +233,22 @@ class Engine:
             raise TaskNotFound(f"There is no task {task!r}.")
         cached = await scope.head(pointer.head)
         (self.metrics.head_found if cached else self.metrics.head_made_again).inc()
-        spend(len(payloads))
         if cached is None or cached.artifact != self.artifact.digest:
-            flight = (scope.tenant, task, pointer.head)
-            again = self._flights.once(flight, lambda: self._rebuild(scope, task))
-            (at, head), embedded = await both(again, self.batcher.embed(payloads))
-        else:
-            at, head, embedded = pointer, cached, await self.batcher.embed(payloads)
-        record = (await self._found(scope, task, version=at.version))[1] if explain else None
-        rows, timings = self._rows(head, embedded, on_bad_image, record)
-        return Predictions(task, at, head, at.head, rows, timings)
+            again = self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
+            if not explain:
+                with spending(len(payloads), Overloaded, StoreUnavailable, TaskNotFound, TaskStale):
+                    (pointer, head), embedded = await both(again, self.batcher.embed(payloads))
+                rows, timings = self._rows(head, embedded, on_bad_image, None)
+                return Predictions(task, pointer, head, pointer.head, rows, timings)
+            pointer, cached = await again
+        record = None
+        if explain:
+            at, record = await self._found(scope, task, version=pointer.version)
+            if at.head != pointer.head:  # the task was deleted and made anew since
+                return await self.classify(scope, task, payloads, explain=True, on_bad_image=on_bad_image)
+        embedded = await self._embed(payloads)
+        rows, timings = self._rows(cached, embedded, on_bad_image, record)
+        return Predictions(task, pointer, cached, pointer.head, rows, timings)
 
     async def classify_once(
         self,
@@ -256,8 +265,7 @@ class Engine:
         self._learner(method)
         examples = checked(examples, unlabelled, self.limits)
         self._check_queries(payloads)
-        spend(len(examples) + len(unlabelled) + len(payloads))
-        embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled, *payloads])
+        embedded = await self._embed([*(example.payload for example in examples), *unlabelled, *payloads])
         split = len(examples) + len(unlabelled)
         support = _part(embedded, 0, split)
         given, rejected = usable(examples, unlabelled, support.items, on_bad_image=on_bad_image)
@@ -270,8 +278,7 @@ class Engine:
     async def embed(self, payloads: Sequence[Payload], *, on_bad_image: OnBadImage = "skip") -> Embedded:
         """Features of images, for other systems; when none is good, the first error is raised."""
         self._check_queries(payloads)
-        spend(len(payloads))
-        embedded = await self.batcher.embed(payloads)
+        embedded = await self._embed(payloads)
         errors = [item for item in embedded.items if isinstance(item, FewshotError)]
         good = len(embedded.items) - len(errors)
         self._observe("embed", _stages(embedded), good=good, bad=len(errors))
@@ -290,7 +297,11 @@ class Engine:
 
     async def head(self, scope: Scope, task: str) -> tuple[Pointer, Head]:
         """The head that a task is classified with now."""
-        return await self._rebuild(scope, task)
+        pointer, record = await self._found(scope, task)
+        head = await scope.head(pointer.head)
+        if head is not None and record.artifact == head.artifact == self.artifact.digest:
+            return pointer, head
+        return await self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
 
     async def record(self, scope: Scope, task: str) -> tuple[Pointer, Record]:
         return await self._found(scope, task)
@@ -313,6 +324,11 @@ class Engine:
         if not await scope.delete(task_name(task)):
             raise TaskNotFound(f"There is no task {task!r}.")
 
+    async def _embed(self, payloads: Sequence[Payload]) -> Embedded:
+        """Features of images, which count for the caller's quota unless there was no room for them."""
+        with spending(len(payloads), Overloaded):
+            return await self.batcher.embed(payloads)
+
     async def _found(self, scope: Scope, task: str, *, version: int | None = None) -> tuple[Pointer, Record]:
         try:
             found = await scope.record(task_name(task), version=version)
@@ -324,17 +340,35 @@ class Engine:
             raise TaskNotFound(f"There is no task {task!r}.")
         return found
 
-    async def _change(
+    async def _change_rows(
         self,
         scope: Scope,
         task: str,
         change: Callable[[Rows, bool], tuple[Rows, tuple[Rejected, ...]]],
         *,
-        expect: int | None,
+        expect: Expected,
         embedded: Embedded | None = None,
         method: str = "",
     ) -> Adapted:
-        """Applies a change to the examples of a task, or learns them with another `method`.
+        """Applies a change to the examples of a task, or learns them with another `method`."""
+
+        async def made(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
+            renewed = before if before.artifact == self.artifact.digest else await self._renewed(task, before)
+            rows, rejected = change(rows_of(renewed), bool(renewed.images))
+            return self._record(rows, method or renewed.method), rejected
+
+        return await self._change(scope, task, made, expect=expect, embedded=embedded)
+
+    async def _change(
+        self,
+        scope: Scope,
+        task: str,
+        make: Callable[[Record], Awaitable[tuple[Record, tuple[Rejected, ...]]]],
+        *,
+        expect: Expected,
+        embedded: Embedded | None = None,
+    ) -> Adapted:
+        """Makes of the record of a task another one and commits it; a task that is gone by then stays so.
 
         Again, when another was faster, unless `expect` forbids it. Changes of one task take turns, so that only those
         of other processes can be faster.
@@ -342,16 +376,16 @@ class Engine:
         async with self._turns.setdefault((scope.tenant, task), asyncio.Lock()):
             for _ in range(CHANGES):
                 pointer, before = await self._found(scope, task)
-                if expect is not None and pointer.version != expect:
+                if isinstance(expect, Pointer) and pointer != expect:
+                    raise VersionConflict(f"The task is at version {pointer.version} now, and not what it was.")
+                if isinstance(expect, int) and pointer.version != expect:
                     raise VersionConflict(f"The task is at version {pointer.version}, not {expect}.")
-                renewed = before if before.artifact == self.artifact.digest else await self._renewed(task, before)
-                rows, rejected = change(rows_of(renewed), bool(renewed.images))
-                record = like(self._record(rows, method or renewed.method), before)
+                made, rejected = await make(before)
+                record = like(made, before)  # it ends when it was to end
                 if record_id(record) == pointer.head:
                     return replace(await self._told(task, pointer, record, known=True), rejected=rejected)
                 try:
-                    at = pointer.version
-                    return await self._store(scope, task, record, at, rejected=rejected, embedded=embedded)
+                    return await self._store(scope, task, record, pointer, rejected=rejected, embedded=embedded)
                 except VersionConflict:
                     if expect is not None:
                         raise
@@ -362,7 +396,7 @@ class Engine:
         scope: Scope,
         task: str,
         record: Record,
-        expect: int | None,
+        expect: Expected,
         *,
         rejected: tuple[Rejected, ...] = (),
         embedded: Embedded | None = None,
@@ -396,11 +430,11 @@ class Engine:
             record = await self._renewed(task, record)
             head = (await self._learned(record)).head
             try:
-                return await scope.commit(task, record, record_id(record), head, expect=pointer.version), head
+                return await scope.commit(task, record, record_id(record), head, expect=pointer), head
             except VersionConflict:
                 return await self._rebuild(scope, task)
         head = (await self._learned(record)).head
-        await scope.keep_head(pointer.head, head)
+        await scope.keep_head(task, pointer, head)
         return pointer, head
 
     async def _renewed(self, task: str, record: Record) -> Record:

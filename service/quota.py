@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
-from models.errors import OverQuota
+from models.errors import FewshotError, OverQuota
 
 WINDOW_S = 60
 
@@ -51,6 +52,10 @@ class Allowance:
             self._ends, self._spent = self._clock() + WINDOW_S, 0
         self._spent += images
 
+    def give_back(self, images: int) -> None:
+        """What was spent on a request that was refused for something else."""
+        self._spent = max(0, self._spent - images)
+
 
 current: ContextVar[Allowance | None] = ContextVar("allowance", default=None)
 
@@ -60,3 +65,16 @@ def spend(images: int) -> None:
     allowance = current.get()
     if allowance is not None:
         allowance.spend(images)
+
+
+@contextmanager
+def spending(images: int, *free: type[FewshotError]) -> Iterator[None]:
+    """Takes images, and gives them back when the block is refused for what costs nothing. Raises OverQuota."""
+    spend(images)
+    try:
+        yield
+    except free:
+        allowance = current.get()
+        if allowance is not None:
+            allowance.give_back(images)
+        raise

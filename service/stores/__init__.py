@@ -55,6 +55,9 @@ class Pointer:
         return cls(version, head)
 
 
+Expected = int | Pointer | None  # where a task must be for a change: see Scope.commit
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
     """All that a head is made from. Features are half precision, and heads are always made from them as such."""
@@ -168,15 +171,17 @@ class Scope(Protocol):
         """A cached head; None when it is gone or damaged."""
         ...
 
-    async def keep_head(self, head_id: str, head: Head) -> None:
-        """Puts a head that was made again back into the cache."""
+    async def keep_head(self, task: str, pointer: Pointer, head: Head) -> None:
+        """Puts a head that was made again back into the cache, unless the task is not at `pointer` any more."""
         ...
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
         """Writes record and head and moves the pointer to the next version, all or nothing, durably.
 
-        `expect` is the version the task must be at (0: it must not exist; None: any). Raises VersionConflict. Earlier
-        records are kept, as many as the store was made for, and end when this one does.
+        `expect` is where the task must be: a version (0: it must not exist; None: any), or a version and its head,
+        which tells it from a task of the same name that was deleted and made anew. Raises VersionConflict. Earlier
+        records are kept, as many as the store was made for, and end when this one does; heads of those that are not
+        go with them.
         """
         ...
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from models.errors import StoreUnavailable
 from models.head import Head
-from service.stores import Pointer, Record, Scope, Store
+from service.stores import Expected, Pointer, Record, Scope, Store
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]  # tenant, and task or head id
@@ -54,7 +54,7 @@ class Recent:
         return await self.beneath.ping()
 
     async def close(self) -> None:
-        if self._writing:
+        while self._writing:
             await asyncio.wait(self._writing)
         await self.beneath.close()
 
@@ -70,20 +70,19 @@ class Recent:
 
     async def whole(self, write: Coroutine[Any, Any, T]) -> T:
         """Lets a write end and be noted here even when its caller leaves."""
-        # Its caller may leave: the shield then takes note of an error that nobody is told.
         return await asyncio.shield(self.behind(write))
 
     def behind(self, write: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Begins a write, which `close` waits for."""
         task = asyncio.create_task(write)
         self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
+        task.add_done_callback(self._written)
         return task
 
-
-def follows(pointer: Pointer, seen: Pointer) -> bool:
-    """Whether `seen`, which somebody found while a change to `pointer` was made, is that or where it began."""
-    return pointer == seen or pointer.version == seen.version + 1
+    def _written(self, task: asyncio.Task[Any]) -> None:
+        self._writing.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, even if its caller has left
 
 
 class RecentScope:
@@ -102,14 +101,26 @@ class RecentScope:
             if known is None or known.pointer is None or recent.clock() - known.asked >= recent.stale_ok_s:
                 raise
             return replace(known.pointer, stale=True)
-        # Another one in its place: a write ended meanwhile, and this answer may be older. A name that never was a task
-        # is not noted: it would take the room of one that is.
-        if recent.known.get(key) is before and (pointer is not None or before is not None):
-            recent.put(recent.known, key, value=Known(pointer, asked))
+        self._note(key, before, pointer, asked=asked)
         return pointer
 
+    def _note(self, key: Key, before: Known | None, pointer: Pointer | None, *, asked: float) -> None:
+        """Where the task is, unless another one is noted than `before` the store was asked.
+
+        Then a write ended meanwhile, and this answer may be older. A name that never was a task is not noted: it would
+        take the room of one that is.
+        """
+        recent = self._recent
+        if recent.known.get(key) is before and (pointer is not None or before is not None):
+            recent.put(recent.known, key, value=Known(pointer, asked))
+
     async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
-        return await self._beneath.record(task, version=version)
+        key = (self.tenant, task)
+        before, asked = self._recent.known.get(key), self._recent.clock()
+        found = await self._beneath.record(task, version=version)
+        if version is None and found is not None:  # whoever was told of it is told of nothing earlier
+            self._note(key, before, found[0], asked=asked)
+        return found
 
     async def versions(self, task: str) -> list[Pointer]:
         return await self._beneath.versions(task)
@@ -120,18 +131,18 @@ class RecentScope:
         head = recent.heads.get(key) or await self._beneath.head(head_id) or recent.heads.get(key)
         return None if head is None else recent.put(recent.heads, key, value=head)
 
-    async def keep_head(self, head_id: str, head: Head) -> None:
+    async def keep_head(self, task: str, pointer: Pointer, head: Head) -> None:
         """Into memory now, into the store behind: nobody waits for a write that keeps no promise."""
-        self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
-        self._recent.behind(self._keep_beneath(head_id, head))
+        self._recent.put(self._recent.heads, (self.tenant, pointer.head), value=head)
+        self._recent.behind(self._keep_beneath(task, pointer, head))
 
-    async def _keep_beneath(self, head_id: str, head: Head) -> None:
+    async def _keep_beneath(self, task: str, pointer: Pointer, head: Head) -> None:
         try:
-            await self._beneath.keep_head(head_id, head)
-        except StoreUnavailable:
-            log.warning("The head %s is kept in memory only.", head_id)  # it can be made again: no reason to fail
+            await self._beneath.keep_head(task, pointer, head)
+        except StoreUnavailable:  # it can be made again: no reason to fail
+            log.warning("The head %s is kept in memory only.", pointer.head)
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
         pointer = await self._recent.whole(
             self._write(task, self._beneath.commit(task, record, head_id, head, expect=expect), lambda pointer: pointer)
         )
@@ -160,13 +171,15 @@ class RecentScope:
         the task is classified with.
         """
         recent, key = self._recent, (self.tenant, task)
-        known = recent.known.get(key)
-        mine = recent.put(recent.known, key, value=replace(known) if known else Known(None, recent.clock()))
+        known, asked = recent.known.get(key), recent.clock()
+        mine = recent.put(recent.known, key, value=replace(known) if known else Known(None, asked))
         result = await change
         pointer, seen = after(result), recent.known.get(key)
-        if seen is not mine and not (pointer and seen and seen.pointer and follows(pointer, seen.pointer)):
-            pointer = None  # of writes that overlap nobody knows which was last
+        # Who looked at the task meanwhile found it as it is now or as it was; else somebody else changed it, too, and
+        # nobody knows who was last.
+        if seen is not mine and (seen is None or seen.pointer is None or seen.pointer not in (pointer, mine.pointer)):
+            pointer = None
         if pointer is None and mine.pointer is not None:
             recent.heads.pop((self.tenant, mine.pointer.head), None)
-        recent.put(recent.known, key, value=Known(pointer, recent.clock()))
+        recent.put(recent.known, key, value=Known(pointer, asked))
         return result

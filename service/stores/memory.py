@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 
 from models.head import Head
-from service.stores import MOST_REMEMBERED, Pointer, Record, SealBroken, Sealer
-from service.stores.sealed import Sealed, next_version
+from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer
+from service.stores.sealed import Sealed, ends, next_version
 
 # Of a record the name is (task, version), of a remembered value (task, key).
 Name = str | tuple[str, int | str]
@@ -88,17 +88,24 @@ class MemoryScope:
     async def head(self, head_id: str) -> Head | None:
         return self._sealed.open_head(head_id, self._get("head", head_id))
 
-    async def keep_head(self, head_id: str, head: Head) -> None:
-        sealed = self._sealed.seal_head(head_id, head)
-        self._put("head", head_id, data=sealed, expires=time.time() + self._store.head_ttl_s)
+    async def keep_head(self, task: str, pointer: Pointer, head: Head) -> None:
+        if await self.pointer(task) == pointer:
+            _, expires = self._store.values[self.tenant, "pointer", task]
+            self._put_head(pointer.head, head, expires=expires)
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+    def _put_head(self, head_id: str, head: Head, *, expires: float | None) -> None:
+        sealed = self._sealed.seal_head(head_id, head)
+        self._put("head", head_id, data=sealed, expires=ends(self._store.head_ttl_s, expires, now=time.time()))
+
+    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
         at, records = self._get("pointer", task), self._beside(task, "record")
         # Counted by the names of records, so that a damaged pointer loses neither count nor record.
         current = max((int(name[1]) for name in records), default=0) if at is not None else 0
-        pointer = Pointer(next_version(current, expect), head_id)
-        history = self._sealed.history(task, current, pointer=at, history=self._get("history", task))
-        history = history.then(pointer, expires=record.expires, most=self._store.versions_kept)
+        known = self._sealed.history(task, current, pointer=at, history=self._get("history", task))
+        pointer = Pointer(next_version(current, known, expect), head_id)
+        history = known.then(pointer, expires=record.expires, most=self._store.versions_kept)
+        for dropped in known.dropped(history):
+            self._drop("head", dropped)
         sealed = self._sealed.seal_record(task, pointer.version, record=record)
         for name in records:
             data = self._get("record", name)
@@ -108,7 +115,7 @@ class MemoryScope:
         self._put("record", (task, pointer.version), data=sealed, expires=record.expires)
         self._put("history", task, data=self._sealed.seal_history(task, history), expires=record.expires)
         self._put("pointer", task, data=self._sealed.seal_pointer(task, pointer), expires=record.expires)
-        await self.keep_head(head_id, head)
+        self._put_head(head_id, head, expires=record.expires)
         return pointer
 
     async def delete(self, task: str) -> bool:

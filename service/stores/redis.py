@@ -37,9 +37,9 @@ from redis.asyncio.client import Pipeline
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import MOST_REMEMBERED, Pointer, Record, SealBroken, Sealer, StoreMisconfigured
+from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured
 from service.stores.redis_link import Link
-from service.stores.sealed import History, Sealed, next_version
+from service.stores.sealed import History, Sealed, ends, next_version
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -191,25 +191,39 @@ class RedisScope:
         data = await self._store.link.call(lambda client: fetch(client, self._key("h", head_id)))
         return self._sealed.open_head(head_id, data)
 
-    async def keep_head(self, head_id: str, head: Head) -> None:
-        value = self._sealed.seal_head(head_id, head)
-        await self._store.link.call(
-            lambda client: client.set(self._key("h", head_id), value, ex=self._store.head_ttl_s)
-        )
+    async def keep_head(self, task: str, pointer: Pointer, head: Head) -> None:
+        value, watched = self._sealed.seal_head(pointer.head, head), self._key("p", task)
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+        async def change(pipe: Pipeline) -> None:
+            at, history = await self._place(pipe, task)
+            there = at is not None and self._sealed.open_pointer(task, at) == pointer
+            expires = self._sealed.open_history(task, history).expires
+            pipe.multi()  # type: ignore[no-untyped-call]
+            if there:
+                pipe.set(self._key("h", pointer.head), value, pxat=self._until(expires))
+
+        with suppress(SealBroken, VersionConflict):
+            await self._store.link.call(lambda client: self._change(client, watched, change), answers=4)
+
+    def _until(self, expires: float | None) -> int:
+        """When a head of a task that ends then is thrown away, in milliseconds since 1970."""
+        return int(1000 * ends(self._store.head_ttl_s, expires, now=time.time()))
+
+    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
         sealed_head = self._sealed.seal_head(head_id, head)
         expires = None if record.expires is None else int(record.expires * 1000)
 
         async def change(pipe: Pipeline) -> Pointer:
             found = await self._found(pipe, task)
-            pointer = Pointer(next_version(found.version, expect), head_id)
+            pointer = Pointer(next_version(found.version, found.history, expect), head_id)
             history = found.history.then(pointer, expires=record.expires, most=self._store.versions_kept)
             earlier = [self._key("r", task, known.version) for known in history.versions[1:]]
             moved = await pipe.mget(earlier) if earlier and found.history.expires != record.expires else []
             sealed_record = self._sealed.seal_record(task, pointer.version, record=record)
             pipe.multi()  # type: ignore[no-untyped-call]
             gone = set(found.records).difference(earlier)
+            # Should another task share a head, it is made again.
+            gone |= {self._key("h", dropped) for dropped in found.history.dropped(history)}
             if gone:
                 pipe.delete(*gone)
             for key, data in zip(earlier, moved, strict=False):
@@ -218,7 +232,7 @@ class RedisScope:
             pipe.set(self._key("r", task, pointer.version), sealed_record, pxat=expires)
             pipe.set(self._key("v", task), self._sealed.seal_history(task, history), pxat=expires)
             pipe.set(self._key("p", task), self._sealed.seal_pointer(task, pointer), pxat=expires)
-            pipe.set(self._key("h", head_id), sealed_head, ex=self._store.head_ttl_s)
+            pipe.set(self._key("h", head_id), sealed_head, pxat=self._until(record.expires))
             pipe.zadd(self._key("tasks"), {task: 0})
             return pointer
 

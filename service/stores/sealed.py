@@ -14,16 +14,9 @@ from typing import NamedTuple
 
 from models.errors import VersionConflict
 from models.head import Head, HeadInvalid
-from service.stores import Pointer, Record, SealBroken, Sealer
+from service.stores import Expected, Pointer, Record, SealBroken, Sealer
 
 log = logging.getLogger(__name__)
-
-
-def next_version(current: int, expect: int | None) -> int:
-    """The version that follows `current` (0: no task). Raises VersionConflict unless it is the expected one."""
-    if expect is not None and expect != current:
-        raise VersionConflict(f"The task is at version {current}, not {expect}.")
-    return current + 1
 
 
 class History(NamedTuple):
@@ -35,6 +28,27 @@ class History(NamedTuple):
     def then(self, pointer: Pointer, *, expires: float | None, most: int) -> History:
         """The history after a commit: at most so many versions, the new one included."""
         return History([pointer, *self.versions][:most], expires)
+
+    def dropped(self, after: History) -> set[str]:
+        """The heads that go with a commit: of versions that are not kept, or that would end at another time."""
+        kept = after.versions if self.expires == after.expires else after.versions[:1]
+        return {known.head for known in self.versions} - {known.head for known in kept}
+
+
+def next_version(current: int, history: History, expect: Expected) -> int:
+    """The version that follows `current` (0: no task). Raises VersionConflict unless the task is where it must be."""
+    at = history.versions[0] if history.versions else None  # none where the pointer is damaged
+    version = expect.version if isinstance(expect, Pointer) else expect
+    if version is not None and version != current:
+        raise VersionConflict(f"The task is at version {current}, not {version}.")
+    if isinstance(expect, Pointer) and at is not None and at.head != expect.head:
+        raise VersionConflict(f"The task was deleted and made anew, up to the same version {current}.")
+    return current + 1
+
+
+def ends(ttl_s: float, expires: float | None, *, now: float) -> float:
+    """When a head is thrown away: after its time, or with its task."""
+    return now + ttl_s if expires is None or math.isnan(expires) else min(now + ttl_s, expires)
 
 
 class Sealed:

@@ -21,8 +21,8 @@ from typing import TypeVar
 
 from models.errors import StoreUnavailable
 from models.head import Head
-from service.stores import MOST_REMEMBERED, Pointer, Record, SealBroken, Sealer, StoreMisconfigured, folder
-from service.stores.sealed import Sealed, next_version
+from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured, folder
+from service.stores.sealed import Sealed, ends, next_version
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,6 +80,7 @@ EXPIRED = (
     "DELETE FROM records WHERE (tenant, task) IN (SELECT tenant, task FROM tasks WHERE expires <= ?)",
     "DELETE FROM tasks WHERE expires <= ?",
 )
+DROP_HEAD = "DELETE FROM heads WHERE tenant = ? AND head = ?"
 HEAD = "SELECT CAST(value AS BLOB) FROM heads WHERE tenant = ? AND head = ? AND expires > ?"
 REMEMBERED = "SELECT CAST(value AS BLOB) FROM remembered WHERE tenant = ? AND task = ? AND key = ? AND expires > ?"
 # A row that is written anew gets a new rowid, so these go by age.
@@ -258,32 +259,41 @@ class SqliteScope:
         row = await self._store.run(lambda db: db.execute(HEAD, self._now(head_id)).fetchone())
         return None if row is None else self._sealed.open_head(head_id, row[0])
 
-    async def keep_head(self, head_id: str, head: Head) -> None:
-        await self._store.change(lambda db: self._put_head(db, head_id, head=head))
+    async def keep_head(self, task: str, pointer: Pointer, head: Head) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            row = db.execute(POINTER, self._now(task)).fetchone()
+            if row is not None and self._sealed.open_pointer(task, row[0]) == pointer:
+                self._put_head(db, pointer.head, head=head, expires=row[1])
 
-    def _put_head(self, db: sqlite3.Connection, head_id: str, *, head: Head) -> None:
+        with suppress(SealBroken):
+            await self._store.change(work)
+
+    def _put_head(self, db: sqlite3.Connection, head_id: str, *, head: Head, expires: float | None) -> None:
         tenant, _, now = self._now(head_id)
         value = self._sealed.seal_head(head_id, head)
+        until = ends(self._store.head_ttl_s, expires, now=now)
         db.execute("DELETE FROM heads WHERE expires <= ?", (now,))
-        db.execute("REPLACE INTO heads VALUES (?, ?, ?, ?)", (tenant, head_id, now + self._store.head_ttl_s, value))
+        db.execute("REPLACE INTO heads VALUES (?, ?, ?, ?)", (tenant, head_id, until, value))
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
         def work(db: sqlite3.Connection) -> Pointer:
             tenant, _, now = self._now(task)
             for statement in EXPIRED:
                 db.execute(statement, (now,))
             # The version has a column of its own, so a damaged pointer does not lose the count.
             current, at, known = db.execute(PLACE, (tenant, task, now)).fetchone() or (0, None, None)
-            pointer = Pointer(next_version(current, expect), head_id)
-            history = self._sealed.history(task, current, pointer=at, history=known)
-            history = history.then(pointer, expires=record.expires, most=self._store.versions_kept)
+            before = self._sealed.history(task, current, pointer=at, history=known)
+            pointer = Pointer(next_version(current, before, expect), head_id)
+            history = before.then(pointer, expires=record.expires, most=self._store.versions_kept)
             sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_history(task, history)
             db.execute(PUT_TASK, (tenant, task, pointer.version, record.expires, *sealed))
             oldest = history.versions[-1].version
             db.execute("DELETE FROM records WHERE tenant = ? AND task = ? AND version < ?", (tenant, task, oldest))
             value = self._sealed.seal_record(task, pointer.version, record=record)
             db.execute("REPLACE INTO records VALUES (?, ?, ?, ?)", (tenant, task, pointer.version, value))
-            self._put_head(db, head_id, head=head)
+            for dropped in before.dropped(history):  # should another task share it, it is made again
+                db.execute(DROP_HEAD, (tenant, dropped))
+            self._put_head(db, head_id, head=head, expires=record.expires)
             return pointer
 
         return await self._store.change(work, moves=(self.tenant, task))
@@ -294,7 +304,7 @@ class SqliteScope:
             current, at, known = row or (0, None, None)
             for version in self._sealed.history(task, current, pointer=at, history=known).versions:
                 # Should another task share this head, it is made again.
-                db.execute("DELETE FROM heads WHERE tenant = ? AND head = ?", (self.tenant, version.head))
+                db.execute(DROP_HEAD, (self.tenant, version.head))
             for table in ("tasks", "records", "remembered"):
                 db.execute(f"DELETE FROM {table} WHERE tenant = ? AND task = ?", (self.tenant, task))  # noqa: S608
             return row is not None

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from models.artifact import Artifact
 from models.errors import FewshotError, InvalidRequest
-from models.extractor import Extractor, best_device, load_extractor
+from models.extractor import Extractor, best_device, cuda_works, load_extractor
 from service.batcher import Batcher
 from service.engine import Engine
 from service.keys import Keyring
@@ -51,7 +51,7 @@ def create_app(
     keyring = None if settings.keys_file is None else Keyring(settings.keys_file)
     artifact = artifact or Artifact.load(settings.artifact)
     for name in ("device", "adapt_device"):
-        if getattr(settings, name) == "cuda" and best_device() != "cuda":
+        if getattr(settings, name) == "cuda" and not cuda_works():
             raise SettingsError(f"FEWSHOT_{name.upper()} is cuda, but torch is not installed or finds no device.")
     device = best_device(artifact) if settings.device == "auto" else settings.device
     if settings.precision == "auto":

@@ -71,10 +71,11 @@ class Door:
             return True
         self.ended["found no room"] += 1
         transport.write(NO_ROOM)
-        if len(self._lingering) >= MOST_LINGER:
+        many = len(self._lingering) >= MOST_LINGER
+        transport.set_protocol(_Refused(transport, self._lingering))
+        if many:
             transport.close()
         else:
-            transport.set_protocol(_Refused(transport, self._lingering))
             transport.write_eof()
             loop.call_later(LINGER_S, transport.abort)
         return False

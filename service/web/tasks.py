@@ -10,6 +10,7 @@ from pydantic import Field
 
 from models.errors import ExampleNotFound, InvalidRequest, VersionConflict
 from service.engine import Engine
+from service.stores import Expected, Pointer
 from service.web import answers, schemas
 from service.web.access import scope_of
 from service.web.bodies import Bounds, one_of, read_support
@@ -264,8 +265,8 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     return router
 
 
-def _expected(request: Request) -> int | None:
-    """The version that If-Match or If-None-Match ask for: see Scope.commit."""
+def _expected(request: Request) -> Expected:
+    """Where the task must be by If-Match or If-None-Match: see Scope.commit."""
     none_match, match = request.headers.get("if-none-match"), request.headers.get("if-match")
     if none_match == "*" and match is None:
         return 0
@@ -273,7 +274,7 @@ def _expected(request: Request) -> int | None:
         raise InvalidRequest("If-None-Match takes only '*' here.")
     if match is None:
         return None
-    version = match.strip('"').split("-")[0].removeprefix("v")
+    version, _, head = match.strip('"').removeprefix("v").partition("-")
     if not version.isdecimal() or len(version) > 18:
         raise VersionConflict("If-Match is no ETag of a task.")
-    return int(version)
+    return Pointer(int(version), head) if head else int(version)

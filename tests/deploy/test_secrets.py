@@ -19,10 +19,11 @@ from redis.retry import Retry
 
 from models.errors import VersionConflict
 from service import secrets
+from service.stores import Pointer
 from service.stores.redis import RedisStore
 from tests.deploy import ROOT
 from tests.redis_server import RedisServer
-from tests.service.stores.values import commit, make_head
+from tests.service.stores.values import commit, make_head, same
 
 PARTS = ("service", "redis", "data")
 
@@ -240,8 +241,8 @@ async def test_the_store_is_allowed_all_it_asks_for_and_asks_for_all_it_is_allow
     assert await commit(scope, "cats", 2, expect=1) == 2
     with pytest.raises(VersionConflict):
         await commit(scope, "cats", 3, expect=1)
-    await scope.keep_head("hd_9", make_head(9))
-    assert await scope.head("hd_9") is not None
+    await scope.keep_head("cats", Pointer(2, "hd_2"), make_head(9))
+    assert same(await scope.head("hd_2"), make_head(9))
     assert await scope.record("dogs") is not None
     with asking(server, "inspector", "any") as client:
         client.set("fs:t:p:dogs", b"damaged")  # its version is found again by the names of its records

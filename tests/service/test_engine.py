@@ -18,6 +18,7 @@ from models.errors import (
     ExampleNotFound,
     ExtractorFailed,
     InvalidSupport,
+    Overloaded,
     StoreUnavailable,
     TaskNotFound,
     TaskStale,
@@ -29,9 +30,11 @@ from models.errors import (
 )
 from models.head import Head
 from models.images import ImageDecoder
+from service import quota
 from service.answering import Answer
 from service.batcher import Batcher
 from service.engine import CHANGES, Adapted, Engine
+from service.quota import Allowance
 from service.stores import Record, Scope
 from service.stores.memory import MemoryStore
 from service.support import Example, Limits, example_id, record_id, task_name
@@ -240,6 +243,129 @@ def test_a_head_that_cannot_be_made_again_is_told_at_once(tmp_path: Path) -> Non
         extractor.gate.set()
 
     run(tmp_path, work, extractor=extractor)
+
+
+class Meanwhile:
+    """A scope in which something happens right before a function's first call; all else is as it is."""
+
+    def __init__(self, scope: Scope, function: str, what: Callable[[], Awaitable[object]]):
+        self._scope, self._function, self._what, self._done = scope, function, what, False
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(self._scope, name)
+        if name != self._function or self._done:
+            return found
+
+        async def later(*given: object, **named: object) -> object:
+            if not self._done:
+                self._done = True
+                await self._what()
+            return await found(*given, **named)
+
+        return later
+
+
+@pytest.mark.parametrize("change", ["rollback", "add", "learn with"])
+def test_a_task_that_is_deleted_while_it_is_changed_stays_deleted(tmp_path: Path, change: str) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+        await engine.adapt(scope, "t", [*SUPPORT, *GREEN])
+        late: Scope = Meanwhile(scope, "commit", lambda: engine.forget(scope, "t"))  # type: ignore[assignment]
+        changes: dict[str, Callable[[], Awaitable[Adapted]]] = {
+            "rollback": lambda: engine.rollback(late, "t", 1),
+            "add": lambda: engine.add(late, "t", [Example("red", RED)]),
+            "learn with": lambda: engine.learn_with(late, "t", "ridge"),
+        }
+        with pytest.raises(TaskNotFound):
+            await changes[change]()
+        assert await scope.pointer("t") is None
+
+    run(tmp_path, work)
+
+
+def test_a_change_of_a_task_that_is_deleted_and_made_anew_is_made_to_the_new_one(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+
+        async def anew() -> None:
+            await engine.forget(scope, "t")
+            await engine.adapt(scope, "t", [*SUPPORT, *GREEN])
+
+        late: Scope = Meanwhile(scope, "commit", anew)  # type: ignore[assignment]
+        found = await engine.learn_with(late, "t", "ridge")
+        assert found.record.labels == ("blue", "green", "red")
+        assert found.pointer.version == 2
+
+    run(tmp_path, work)
+
+
+def test_an_etag_of_a_task_does_not_fit_another_one_at_the_same_version(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        old = await engine.adapt(scope, "t", SUPPORT)
+        await engine.forget(scope, "t")
+        new = await engine.adapt(scope, "t", [*SUPPORT, *GREEN])
+        assert old.pointer.version == new.pointer.version
+        with pytest.raises(VersionConflict):
+            await engine.learn_with(scope, "t", "ridge", expect=old.pointer)
+        with pytest.raises(VersionConflict):
+            await engine.adapt(scope, "t", SUPPORT, expect=old.pointer)
+        assert (await engine.learn_with(scope, "t", "ridge", expect=new.pointer)).pointer.version == 2
+
+    run(tmp_path, work)
+
+
+def test_an_explanation_names_examples_of_the_task_that_answers(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+
+        async def anew() -> None:
+            await engine.forget(scope, "t")
+            await engine.adapt(scope, "t", GREEN + [Example("blue", picture("blue", seed=seed)) for seed in range(3)])
+
+        late: Scope = Meanwhile(scope, "record", anew)  # type: ignore[assignment]
+        found = await engine.classify(late, "t", [BLUE], explain=True)
+        (row,) = found.rows
+        assert isinstance(row, Answer)
+        assert found.head.labels == ("blue", "green")
+        assert {near.label for near in row.nearest} <= {"blue", "green"}
+
+    run(tmp_path, work)
+
+
+def test_what_is_refused_before_its_images_are_looked_at_costs_nothing(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        allowance = Allowance(10)
+        token = quota.current.set(allowance)
+        await engine.adapt(scope, "t", SUPPORT)  # 6
+        other = Engine(tiny_artifact(tmp_path, name="other"), engine.batcher)
+        without_heads(store)
+        with pytest.raises(TaskStale):
+            await other.classify(scope, "t", [RED])
+        full = AsyncMock(side_effect=Overloaded("No room."))
+        with patch.object(engine.batcher, "embed", full):
+            for refused in (
+                engine.classify(scope, "t", [RED, BLUE]),
+                engine.embed([RED, BLUE]),
+                engine.add(scope, "t", GREEN),
+                engine.adapt(scope, "u", SUPPORT[2:4]),
+                engine.classify_once(SUPPORT[2:4], [RED]),
+            ):
+                with pytest.raises(Overloaded):
+                    await refused
+        assert allowance.left()[0] == 4
+        quota.current.reset(token)
+
+    run(tmp_path, work)
+
+
+def test_twins_in_another_order_are_told_of_their_own_places(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        bad = Example("red", b"none")
+        orders = [[*SUPPORT, bad], [bad, *SUPPORT]]
+        found = await asyncio.gather(*(engine.adapt(scope, "t", order) for order in orders))
+        assert [[item.index for item in adapted.rejected] for adapted in found] == [[len(SUPPORT)], [0]]
+
+    run(tmp_path, work)
 
 
 def test_a_task_that_moves_while_its_head_is_made_again_answers_as_the_version_it_names(tmp_path: Path) -> None:
@@ -1003,7 +1129,7 @@ def test_a_head_from_before_the_artifact_could_reject_answers_without(tmp_path: 
         adapted = await engine.adapt(scope, "t", SUPPORT)
         head = await scope.head(adapted.pointer.head)
         assert head is not None
-        await scope.keep_head(adapted.pointer.head, dataclasses.replace(head, gauge=None))
+        await scope.keep_head("t", adapted.pointer, dataclasses.replace(head, gauge=None))
         (row,) = (await engine.classify(scope, "t", [BLACK])).rows
         assert isinstance(row, Answer)
         assert row.known is None

@@ -137,8 +137,58 @@ async def test_tenants_do_not_see_each_other(store: Store) -> None:
 
 async def test_a_head_can_be_put_back(store: Store) -> None:
     scope = store.scope("t")
-    await scope.keep_head("hd_7", make_head(7))
-    assert same(await scope.head("hd_7"), make_head(7))
+    await commit(scope, "cats", 7)
+    await scope.keep_head("cats", Pointer(1, "hd_7"), make_head(7, way=3))
+    assert same(await scope.head("hd_7"), make_head(7, way=3))
+
+
+@pytest.mark.parametrize("meanwhile", ["moved", "deleted", "made anew"])
+async def test_a_head_is_put_back_only_while_its_task_is_there(bare: Store, meanwhile: str) -> None:
+    scope = bare.scope("t")
+    await commit(scope, "cats", 1)
+    if meanwhile == "moved":
+        await commit(scope, "cats", 2)
+    else:
+        await scope.delete("cats")
+    if meanwhile == "made anew":
+        await commit(scope, "cats", 3)
+    before = await scope.head("hd_1")
+    await scope.keep_head("cats", Pointer(1, "hd_1"), make_head(1, way=3))
+    assert same(await scope.head("hd_1"), before) if before else await scope.head("hd_1") is None
+
+
+async def test_heads_go_with_the_versions_that_are_not_kept(bare: Store) -> None:
+    scope = bare.scope("t")
+    for seed in range(13):
+        await commit(scope, "cats", seed)
+    heads = [await scope.head(f"hd_{seed}") for seed in range(13)]
+    assert [head is None for head in heads] == [seed < 3 for seed in range(13)]
+    await scope.delete("cats")
+    assert not any([await scope.head(f"hd_{seed}") for seed in range(13)])
+
+
+async def test_a_head_ends_with_its_task(bare: Store, until: Until) -> None:
+    scope = bare.scope("t")
+    end = time.time() + 1
+    for seed, task in ((1, "goes"), (2, "goes too")):
+        await commit(scope, task, seed, expires=end)
+    await scope.keep_head("goes too", Pointer(1, "hd_2"), make_head(2))
+    assert await scope.head("hd_1") is not None
+    assert await scope.head("hd_2") is not None
+    await until(bare, end)
+    assert await scope.head("hd_1") is None
+    assert await scope.head("hd_2") is None
+
+
+async def test_a_change_that_expects_a_head_does_not_meet_another_task_at_its_version(store: Store) -> None:
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    await scope.delete("cats")
+    await commit(scope, "cats", 2)
+    with pytest.raises(VersionConflict):
+        await commit(scope, "cats", 3, expect=Pointer(1, "hd_1"))
+    assert await scope.pointer("cats") == Pointer(1, "hd_2")
+    assert await commit(scope, "cats", 3, expect=Pointer(1, "hd_2")) == 2
 
 
 async def test_a_task_that_expired_is_gone_everywhere(store: Store, until: Until) -> None:
@@ -437,7 +487,7 @@ async def test_a_damaged_head_counts_as_gone(bare: Store, beneath: Beneath, wher
     good = beneath.get("head", "t", name="hd_1")
     beneath.set("head", "t", name="hd_1", data=flipped(good, where % len(good)))
     assert await scope.head("hd_1") is None
-    await scope.keep_head("hd_1", make_head(1))
+    await scope.keep_head("cats", Pointer(1, "hd_1"), make_head(1))
     assert same(await scope.head("hd_1"), make_head(1))
 
 

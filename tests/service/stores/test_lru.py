@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
@@ -56,10 +57,10 @@ class FaultyScope(MemoryScope):
         await self._faulty.answered("head")
         return answer
 
-    async def keep_head(self, head_id: str, head: Head) -> None:
+    async def keep_head(self, task: str, pointer: Pointer, head: Head) -> None:
         await self._faulty.reached("keep_head")
         await self._faulty.answered("keep_head")
-        await super().keep_head(head_id, head)
+        await super().keep_head(task, pointer, head)
 
     async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
         await self._faulty.reached("commit")
@@ -89,7 +90,7 @@ def recent(*, most: int = 10, stale_ok_s: float = 60) -> tuple[Recent, Faulty, C
 
 async def test_a_head_is_asked_for_once() -> None:
     store, beneath, _ = recent()
-    await beneath.scope("t").keep_head("hd_1", make_head(1))
+    await commit(beneath.scope("t"), "cats", 1)
     for _ in range(3):
         assert same(await store.scope("t").head("hd_1"), make_head(1))
     assert beneath.asked.count("head") == 1
@@ -98,7 +99,7 @@ async def test_a_head_is_asked_for_once() -> None:
 async def test_a_head_that_is_nowhere_is_not_remembered_as_such() -> None:
     store, beneath, _ = recent()
     assert await store.scope("t").head("hd_1") is None
-    await beneath.scope("t").keep_head("hd_1", make_head(1))
+    await commit(beneath.scope("t"), "cats", 1)
     assert await store.scope("t").head("hd_1") is not None
 
 
@@ -298,6 +299,32 @@ async def test_a_look_at_a_task_that_was_made_anew_meanwhile_is_not_overruled() 
         await scope.pointer("cats")
 
 
+async def test_who_was_shown_a_version_is_shown_no_earlier_one_while_the_store_is_away() -> None:
+    store, beneath, _ = recent()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    await commit(beneath.scope("t"), "cats", 2)  # another replica
+    found = await scope.record("cats")
+    assert found is not None
+    assert found[0] == Pointer(2, "hd_2")
+    beneath.away = True
+    assert await scope.pointer("cats") == Pointer(2, "hd_2", stale=True)
+
+
+async def test_a_write_that_fails_after_its_caller_left_is_nobodys_concern(caplog: pytest.LogCaptureFixture) -> None:
+    store, beneath, _ = recent()
+    beneath.held["before the commit"] = asyncio.Event()
+    leaving = asyncio.create_task(commit(store.scope("t"), "cats", 1, expect=7))
+    await asyncio.sleep(0.001)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    beneath.held["before the commit"].set()
+    await store.close()
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
 async def test_a_cancelled_reader_leaves_what_was_known() -> None:
     store, beneath, _ = recent()
     scope = store.scope("t")
@@ -316,7 +343,7 @@ async def test_a_cancelled_reader_leaves_what_was_known() -> None:
 async def test_a_head_that_the_store_does_not_take_is_kept_in_memory() -> None:
     store, beneath, _ = recent()
     beneath.away = True
-    await store.scope("t").keep_head("hd_1", make_head(1))
+    await store.scope("t").keep_head("cats", Pointer(1, "hd_1"), make_head(1))
     assert same(await store.scope("t").head("hd_1"), make_head(1))
 
 
@@ -325,15 +352,16 @@ async def test_a_head_that_is_made_again_while_the_store_is_asked_is_found() -> 
     beneath.held["head"] = asyncio.Event()
     asking = asyncio.create_task(store.scope("t").head("hd_1"))
     await asyncio.sleep(0.001)
-    await store.scope("t").keep_head("hd_1", make_head(1))
+    await store.scope("t").keep_head("cats", Pointer(1, "hd_1"), make_head(1))
     beneath.held["head"].set()
     assert same(await asking, make_head(1))
 
 
 async def test_nobody_waits_until_a_head_is_in_the_store_but_the_end_does() -> None:
     store, beneath, _ = recent()
+    await commit(beneath.scope("t"), "cats", 1)
     beneath.held["keep_head"] = asyncio.Event()
-    await store.scope("t").keep_head("hd_1", make_head(1))
+    await store.scope("t").keep_head("cats", Pointer(1, "hd_1"), make_head(1))
     assert same(await store.scope("t").head("hd_1"), make_head(1))
     closing = asyncio.create_task(store.close())
     await asyncio.sleep(0.01)

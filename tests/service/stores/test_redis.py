@@ -194,7 +194,7 @@ async def test_a_full_redis_refuses_changes_and_goes_on_reading(own_redis: Redis
             with pytest.raises(StoreUnavailable):
                 await commit(scope, "cats", 2)
             with pytest.raises(StoreUnavailable):
-                await scope.keep_head("hd_2", make_head(2))
+                await scope.keep_head("cats", Pointer(1, "hd_1"), make_head(2))
             assert await scope.pointer("cats") == Pointer(1, "hd_1")
             assert len(await scope.tasks(limit=10)) == 1
             with pytest.raises(StoreUnavailable):
@@ -209,10 +209,10 @@ async def test_when_memory_is_short_heads_go_and_records_stay(tmp_path: Path) ->
     with RedisServer(tmp_path, "--maxmemory", "4mb", "--maxmemory-policy", "volatile-lru") as server:
         async with opened(server) as store:
             scope = store.scope("t")
-            for seed in range(10):
+            for seed in range(50):
                 await commit(scope, f"task{seed}", seed)
             for seed in range(50):  # some 150 kB each
-                await scope.keep_head(f"hd_{seed}", make_head(seed, way=4096))
+                await scope.keep_head(f"task{seed}", Pointer(1, f"hd_{seed}"), make_head(seed, way=4096))
             heads = [await scope.head(f"hd_{seed}") for seed in range(50)]
             assert None in heads
             assert heads[-1] is not None
@@ -512,8 +512,9 @@ async def test_only_what_can_be_made_again_or_ends_has_a_ttl(own_redis: RedisSer
     lasting = {f"{kind}:{task}" for task in ("cats", "long") for kind in ("p", "v", "r")}
     assert {key.removesuffix(":1").removesuffix(":2") for key in having(-1, -1)} == {"tasks", MARK} | lasting
     assert len(having(-1, -1)) == 10  # of each of the two, both records
-    assert having(51, 100) == {f"h:hd_{seed}" for seed in range(1, 7)}
-    assert having(21, 50) == {"p:soon", "v:soon", "r:soon:1", "r:soon:2"}
+    # Heads end with their task; of one that was given another end, earlier heads are gone.
+    assert having(51, 100) == {"h:hd_1", "h:hd_2", "h:hd_6"}
+    assert having(21, 50) == {"p:soon", "v:soon", "r:soon:1", "r:soon:2", "h:hd_4"}
     assert len(having(11, 20)) == 2  # the index lasts as long as the last of what it names
     assert len(having(0, 10)) == 1
 
@@ -581,7 +582,8 @@ async def test_a_key_of_another_type_counts_as_damage(own_redis: RedisServer) ->
             client.rpush("fs:t:h:hd_1", "x")
             client.rpush("fs:t:p:cats", "x")
         assert await scope.head("hd_1") is None
-        await scope.keep_head("hd_1", make_head(1))
+        await scope.keep_head("cats", Pointer(1, "hd_1"), make_head(1))
+        assert await scope.head("hd_1") is None  # nobody can say whether the task is still at it
         assert await commit(scope, "cats", 2) == 2
 
 

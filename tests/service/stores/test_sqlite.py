@@ -255,9 +255,9 @@ async def test_a_full_disk_refuses_changes_keeps_reading_and_is_forgiven(tmp_pat
                 acknowledged = await commit(scope, "cats", acknowledged + 1)
         assert acknowledged < 50
         with pytest.raises(StoreUnavailable):
-            await scope.keep_head("hd_99", make_head(99))
+            await scope.keep_head("cats", Pointer(acknowledged, f"hd_{acknowledged}"), make_head(99))
         assert await scope.pointer("cats") == Pointer(acknowledged, f"hd_{acknowledged}")
-        assert same(await scope.head("hd_1"), make_head(1))
+        assert same(await scope.head(f"hd_{acknowledged}"), make_head(acknowledged))
         assert await store.ping()
     found = await scope.record("cats")
     assert found is not None

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from models.head import Affine, Head
-from service.stores import Record, Scope
+from service.stores import Expected, Record, Scope
 
 DIM = 16
 
@@ -51,7 +51,7 @@ def _same(left: object, right: object) -> bool:
 
 
 async def commit(
-    scope: Scope, task: str, seed: int = 0, *, expect: int | None = None, expires: float | None = None
+    scope: Scope, task: str, seed: int = 0, *, expect: Expected = None, expires: float | None = None
 ) -> int:
     """Puts the record and head of a seed there, the head under the id "hd_{seed}"; returns the version."""
     record = make_record(seed, expires=expires)

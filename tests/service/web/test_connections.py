@@ -305,7 +305,9 @@ def test_who_comes_when_there_is_no_room_is_told_so_and_harms_nobody() -> None:
         assert said(port, LAST).endswith(b"/last:")
 
 
-def test_those_who_linger_are_few_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_who_linger_are_few_and_not_for_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(connections, "LINGER_S", 0.3)
     monkeypatch.setattr(connections, "MOST_LINGER", 5)
     with served(max_connections=1) as (port, door):
@@ -317,6 +319,7 @@ def test_those_who_linger_are_few_and_not_for_long(monkeypatch: pytest.MonkeyPat
         assert len(door._lingering) == 5
         time.sleep(0.5)
         assert not door._lingering
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_the_log_hears_of_it_once_however_often_it_happens(
