@@ -96,7 +96,9 @@ class Load:
 
     def count(self, status: str, due: float) -> None:
         if due >= self.begins:
-            self.latencies[status].append(time.perf_counter() - due)
+            took = time.perf_counter() - due
+            # An answer may come in the moment in which it is noticed that it is late.
+            self.latencies["late" if took > self.deadline_s else status].append(took)
 
     def next(self) -> bytes:
         self.number += 1

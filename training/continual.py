@@ -24,7 +24,6 @@ from models.episode import Support
 from models.extractor import load_extractor
 from models.head import Affine
 from models.learners import Learner
-from models.learners.lstm import LSTM
 from training import data, evaluate, raw
 from training.config import ContinualConfig
 from training.episodes import Indices, Pool, frozen
@@ -69,10 +68,9 @@ def course(config: ContinualConfig, order: int) -> Iterator[tuple[str, list[int]
 
 def doubled(learner: Learner) -> Learner:
     """The same learner in float64."""
-    kind = LSTM if isinstance(learner, LSTM) else type(learner)  # what it has worked out was in float32
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every learner is a dataclass
+    fields = dataclasses.fields(learner)  # type: ignore[arg-type]  # every learner is a dataclass
     values: dict[str, Any] = {field.name: getattr(learner, field.name).astype(np.float64) for field in fields}
-    return kind(**values)
+    return type(learner)(**values)
 
 
 def adapted(learner: Learner, features: np.ndarray, episode: Indices, classes: Sequence[int]) -> Affine:

@@ -98,8 +98,9 @@ class LSTM:
 
     def ready(self) -> Ready:
         """The same learner for many tasks: what does not depend on the task is worked out once."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Ready(**given, worked_out=self.memory())
+        made = Ready(**{field.name: getattr(self, field.name) for field in fields(self)})
+        object.__setattr__(made, "worked_out", self.memory())
+        return made
 
     def _lens(self, read: int) -> Array:
         xp = array_namespace(self.spectrum)
@@ -117,12 +118,14 @@ class LSTM:
         return show * xp.tanh(cell), cell
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Ready(LSTM):
+    """No field is added, so whoever makes a learner anew of its arrays, in another precision or elsewhere, may."""
+
+    __slots__ = ("worked_out",)
     worked_out: Memory
 
     def memory(self) -> Memory:
-        return self.worked_out
+        return self.worked_out if hasattr(self, "worked_out") else super().memory()
 
 
 def spread(spectrum: Array, log_shrink: Array) -> Array:

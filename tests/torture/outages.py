@@ -7,6 +7,7 @@ import contextlib
 import math
 import random
 import shutil
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -294,6 +295,14 @@ async def patient(proxy: Proxy, toxic: Toxic) -> float:
     return waited
 
 
+def silent(redis: RedisServer) -> None:
+    """Returns when it does not answer any more."""
+    with socket.create_connection(("127.0.0.1", redis.port), timeout=0.05) as client, contextlib.suppress(TimeoutError):
+        while True:
+            client.sendall(b"PING\r\n")
+            client.recv(100)
+
+
 @fault("G11", n=100, quick=3)
 def redis_hangs(n: int, seed: int, folder: Path) -> Outcome:
     """Redis hangs n times, or is blocked by a long command: known tasks classify, and nothing is left behind by it."""
@@ -314,7 +323,7 @@ def redis_hangs(n: int, seed: int, folder: Path) -> Outcome:
             if cycle % 5 == 2:
                 blocker = threading.Thread(target=lambda: inspector(redis).execute_command("DEBUG", "SLEEP", "0.8"))
                 blocker.start()
-                await asyncio.sleep(0.02)
+                await asyncio.to_thread(silent, redis)
             else:
                 redis.hang()
             began = time.monotonic()
