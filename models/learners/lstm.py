@@ -35,8 +35,9 @@ POWER = 0.5
 
 
 class Memory(NamedTuple):
-    slots: Array  # [slots, dim]
-    directions: tuple[Array, ...]  # [slots, dim] for each read, of unit length
+    slots: Array  # [slots, dim], in the remembered basis
+    directions: tuple[Array, ...]  # [slots, dim] for each read through its lens, of unit length
+    transform: Array  # [dim, dim], see `whitening`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,9 +65,10 @@ class LSTM:
         way, hidden = support.way, self.recur.shape[0]
         scale = xp.exp(self.log_scale)
         examples = support.features @ self.basis  # [n, dim]
-        slots, directions = self.memory()
+        memory = self.memory()
+        slots = memory.slots
         # Unlabelled examples move the means, and are looked at no further.
-        means, counts = prototypes(support, whitening(self.basis, self.spectrum, self.log_shrink))
+        means, counts = prototypes(support, memory.transform)
         means = means @ self.basis  # [way, dim]
         labels = one_hot(support.labels, way, examples)
 
@@ -74,7 +76,7 @@ class LSTM:
         cell = state
         for read in range(self.log_lenses.shape[0]):
             lens = self._lens(read)
-            seen = look(examples * lens, means * lens, directions[read], labels, xp.exp(self.log_focus))
+            seen = look(examples * lens, means * lens, memory.directions[read], labels, xp.exp(self.log_focus))
             together = xp.broadcast_to(xp.mean(seen, axis=0)[None, :], seen.shape)
             state, cell = self._step(xp.concat([seen, together], axis=1), state, cell)
 
@@ -91,10 +93,11 @@ class LSTM:
         return Affine(weight, bias)
 
     def memory(self) -> Memory:
-        """The slots in the remembered basis, and their directions through each lens."""
+        """All that is looked at and does not depend on the task."""
         slots = self.slots @ self.basis
         reads = range(self.log_lenses.shape[0])
-        return Memory(slots, tuple(normalise(slots * self._lens(read)) for read in reads))
+        directions = tuple(normalise(slots * self._lens(read)) for read in reads)
+        return Memory(slots, directions, whitening(self.basis, self.spectrum, self.log_shrink))
 
     def ready(self) -> Ready:
         """The same learner for many tasks: what does not depend on the task is worked out once."""
