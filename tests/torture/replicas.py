@@ -27,6 +27,7 @@ from tests.torture._traffic import Asked, Load, Nginx, Warm, raw
 from tests.torture.line import Outcome, fault
 from tests.torture.world import CHARACTERS, RAW, Service, support, tool
 
+PAUSE_S = 3  # as docs/operating.md has it: nginx leaves a replica alone for 2 s, and counts in whole ones
 REQUESTS = 1000  # at least so many for each restart, at full length
 
 
@@ -124,6 +125,7 @@ def rolling_restart(n: int, seed: int, folder: Path) -> Outcome:
                     if status != 0:
                         wrong.append(f"restart {k}: status {status}")
                     ready_s.append(service.start())
+                    time.sleep(PAUSE_S)
                     while n > 3 and load.sent < (k + 1) * REQUESTS:
                         time.sleep(0.05)
             lost = taught.lost(http)
