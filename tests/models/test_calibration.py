@@ -118,3 +118,11 @@ def test_a_gauge_is_two_finite_numbers_for_tasks_of_any_size(way: int, shot: int
     assert np.isfinite(gauge).all()
     assert gauge[1] > 0
     assert all(type(value) is float for value in gauge)  # as it is written into a head
+
+
+@pytest.mark.parametrize("way", [2, 5, 20, 100])
+def test_an_image_has_the_same_energy_alone_and_among_others(way: int) -> None:
+    logits = np.random.default_rng(way).normal(0, 10, (64, way)).astype(np.float32)
+    alone = np.concatenate([energy(logits[k : k + 1]) for k in range(64)])
+    assert alone.tobytes() == energy(logits).tobytes()
+    np.testing.assert_allclose(alone, np.logaddexp.reduce(logits.astype(np.float64), axis=1), rtol=1e-5, atol=1e-5)
