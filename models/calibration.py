@@ -42,8 +42,8 @@ class Temperature:
 
 def energy(logits: np.ndarray) -> np.ndarray:
     """Log of the sum of the exponentials of each row: [n, way] -> [n]."""
-    # logaddexp.reduce is quicker for one row and takes fifteen times as long for a thousand. One way for all: an image is
-    # answered alone as it is among others.
+    # logaddexp.reduce is quicker for one row and takes fifteen times as long for a thousand. One way for all: an image
+    # is answered alone as it is among others.
     most = logits.max(axis=1)
     return np.asarray(most + np.log(np.exp(logits - most[:, None]).sum(axis=1)))
 
