@@ -43,7 +43,7 @@ REQUIRED = (WEIGHTS, GRAPH, ARRAYS, PROBE)
 KINDS: Mapping[str, str] = {"image": "images", "text": "texts"}
 
 # Half-precision weights, other thread counts and fused kernels move features of unit length by less than this.
-PROBE_TOLERANCE = {"float32": 1e-3, "int8": 0.5}
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.5}
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,13 @@ def cuda_works() -> bool:
     return has_cuda()
 
 
+def best_precision(artifact: Artifact) -> str:
+    """What a GPU computes in where nothing else is asked for: bfloat16 for images, if it has instructions for it."""
+    from models.extractor_torch import has_bfloat16
+
+    return "bfloat16" if artifact.kind == "image" and has_bfloat16() else "float32"
+
+
 def load_extractor(artifact: Artifact, *, device: str = "cpu", precision: str = "float32") -> Extractor:
     """onnxruntime on a CPU, torch on any other device ("torch-cpu" is torch on the CPU).
 
@@ -78,4 +85,4 @@ def load_extractor(artifact: Artifact, *, device: str = "cpu", precision: str = 
         return OnnxExtractor(artifact, precision=precision)
     from models.extractor_torch import TorchExtractor
 
-    return TorchExtractor(artifact, device=device.removeprefix("torch-"))
+    return TorchExtractor(artifact, device=device.removeprefix("torch-"), precision=precision)

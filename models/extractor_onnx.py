@@ -29,9 +29,14 @@ def session(model: str | bytes) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+GRAPHS = {"float32": GRAPH, "int8": INT8_GRAPH}
+
+
 class OnnxExtractor:
     def __init__(self, artifact: Artifact, *, precision: str = "float32"):
-        file = artifact.path / {"float32": GRAPH, "int8": INT8_GRAPH}[precision]
+        if precision not in GRAPHS:
+            raise ArtifactInvalid(f"{precision} is for a GPU: on a CPU FEWSHOT_PRECISION is {' or '.join(GRAPHS)}.")
+        file = artifact.path / GRAPHS[precision]
         if file.name not in artifact.manifest.files:
             raise ArtifactInvalid(f"The artifact {artifact.manifest.name!r} has no {precision} graph.")
         self._session = session(str(file))

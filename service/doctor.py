@@ -200,7 +200,7 @@ def artifact(settings: Settings) -> Check:
     from models.artifact import Artifact
     from models.errors import ArtifactInvalid
     from models.extractor import best_device, load_extractor
-    from service.precision import choose
+    from service.precision import automatic
 
     try:
         loaded = Artifact.load(settings.artifact)
@@ -208,7 +208,7 @@ def artifact(settings: Settings) -> Check:
         device = best_device(loaded) if settings.device == "auto" else settings.device
         precision: str = settings.precision
         if precision == "auto":
-            precision = choose(loaded, settings.data_dir, keep=False) if device == "cpu" else "float32"
+            precision = automatic(loaded, settings.data_dir, device=device, keep=False)
         extractor = load_extractor(loaded, device=device, precision=precision)
         difference = loaded.check(extractor, precision=precision)
     except ArtifactInvalid as error:

@@ -1,4 +1,4 @@
-"""Which graph of the artifact runs on a CPU: int8 where it loses next to nothing and is faster here, else float32.
+"""What the extractor computes in: on a CPU int8 where it loses next to nothing and is faster here, else float32.
 
 What int8 loses was measured when the artifact was made; how fast it is depends on the processor (without instructions
 for products of bytes it is slower than float32), so it is timed at the first start and kept in the data folder. The two
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from models.artifact import Artifact
+from models.extractor import best_precision
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,13 @@ MOST_LOSS = 0.5  # points of accuracy
 LEAST_GAIN = 1.2  # times as fast; below it the exact graph is the better one
 KEPT = "precision.json"
 BATCH = 4
+
+
+def automatic(artifact: Artifact, folder: Path, *, device: str, keep: bool = True) -> str:
+    """What FEWSHOT_PRECISION=auto is on this device."""
+    if device == "cpu":
+        return choose(artifact, folder, keep=keep)
+    return best_precision(artifact) if device == "cuda" else "float32"
 
 
 def choose(artifact: Artifact, folder: Path, *, keep: bool = True) -> str:

@@ -34,9 +34,10 @@ class Settings(BaseModel):
     adapt_device: Literal["auto", "cpu", "torch-cpu", "cuda"] = Field(
         "auto", description="where learners run; auto = cpu, which is faster for support sets of up to some hundreds"
     )
-    precision: Literal["auto", "float32", "int8"] = Field(
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
-        description="graph that runs on a CPU; auto = int8 where it loses at most half a point and is faster",
+        description="of the extractor; auto = on a CPU int8 where it loses at most half a point and is faster, "
+        "on a GPU bfloat16 where it has that, else float32",
     )
     default_method: str = Field("", description="learner used when a request names none; empty = the artifact's own")
     keys_file: Path | None = Field(

@@ -1,7 +1,8 @@
 """Batched augmentation as tensor operations, on whatever device the batch is.
 
-Kinds: photos (crops, flips, colour, as in Chen et al., "SimCLR", 2020, https://arxiv.org/abs/2002.05709), snapshots
-(photos as people take them: also small in the picture, dim and blurred) and characters (small affine and elastic
+Kinds: photos (crops, flips, colour, as in Chen et al., "SimCLR", 2020, https://arxiv.org/abs/2002.05709), strong (as
+much of it as that paper found losses without labels to need: small crops, hue, blur), snapshots (photos as people take
+them: also small in the picture, dim and blurred) and characters (small affine and elastic
 distortion and stroke width, which keep a character what it is; flips and hard crops would make it another); and of
 texts, stretches. All randomness comes from the generator given, on the CPU, so that a resumed run sees what an unbroken
 one sees. Knows nothing of losses.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Photos:
     crop: float = 0.35  # smallest share of the area that is kept
     most: float = 1.0  # largest; above 1 the picture becomes smaller, and its mirror image surrounds it
     colour: float = 0.4
+    hue: float = 0.0  # of a full turn, either way
     grey: float = 0.1  # share of the images
     dim: float = 0.0  # share that is darkened, by a power of up to 2.5
     blur: float = 0.0  # share that loses detail, down to a third of the resolution
@@ -48,7 +50,9 @@ class Photos:
         theta[:, 1, 2] = 2 * top + height - 1
         views = _warp(images, theta, size)
         if self.blur:
-            share = float(uniform(1, 1 / 3, 0.8))  # one for the batch: a resize has one size
+            share = (
+                float(torch.rand(1, generator=rng)) * (0.8 - 1 / 3) + 1 / 3
+            )  # one for the batch: a resize has one size
             small = F.interpolate(views, scale_factor=share, mode="bilinear", antialias=True)
             soft = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
             views = torch.where((uniform(n, 0.0, 1.0) < self.blur)[:, None, None, None], soft, views)
@@ -61,6 +65,8 @@ class Photos:
         mean = (views.mean(dim=(2, 3)) @ luma)[:, None]
         eye = torch.eye(3, device=device)
         matrix = saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * luma.expand(3, 3)
+        if self.hue:
+            matrix = matrix @ turned_hue(uniform(n, -self.hue, self.hue))
         matrix = (bright * contrast)[:, None, None] * matrix
         bias = (bright * (1 - contrast))[:, None] * mean
         flat = torch.baddbmm(bias[:, :, None].expand(n, 3, 1), matrix, views.flatten(2))
@@ -130,14 +136,35 @@ class Stretches:
 Augmentation = Photos | Characters
 AUGMENTATIONS: dict[str, Augmentation] = {
     "photos": Photos(),
+    "strong": Photos(crop=0.15, hue=0.1, grey=0.2, blur=0.5),
     "snapshots": Photos(crop=0.2, most=1.8, grey=0.15, dim=0.25, blur=0.3),
     "characters": Characters(),
 }
 
 
+def close(augmentation: Augmentation) -> Augmentation:
+    """The same, of a small part of each photo: what is asked about as a detail of it (characters are left whole).
+
+    Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020,
+    https://arxiv.org/abs/2006.09882: their multi-crop, whose small crops cost little.
+    """
+    return (
+        replace(augmentation, crop=0.05, most=augmentation.crop) if isinstance(augmentation, Photos) else augmentation
+    )
+
+
+def turned_hue(turns: Tensor) -> Tensor:
+    """Parts of a full turn [n] -> matrices [n, 3, 3] that turn red, green and blue about the axis of greys."""
+    angle = 2 * math.pi * turns
+    cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
+    grey = torch.full((3, 3), 1 / 3, device=turns.device)
+    across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=turns.device) / math.sqrt(3)
+    return grey + cos * (torch.eye(3, device=turns.device) - grey) + sin * across
+
+
 def _uniform(rng: torch.Generator, device: torch.device) -> Callable[[int, float, float], Tensor]:
     def draw(n: int, low: float, high: float) -> Tensor:
-        return (torch.rand(n, generator=rng) * (high - low) + low).to(device)
+        return (torch.rand(n, generator=rng) * (high - low) + low).to(device, non_blocking=True)
 
     return draw
 

@@ -57,7 +57,9 @@ class PretrainConfig(Config):
     )
     rounds: int = Field(3, ge=1, description="of --epochs each, with --labels clusters")
     cluster: int = Field(15, ge=2, description="images in a cluster, on average")
-    augment: Literal["photos", "snapshots", "characters"] = "photos"
+    augment: Literal["photos", "strong", "snapshots", "characters"] = "photos"
+    details: int = Field(0, ge=0, description="small cut-outs of each image, asked about beside its views (momentum)")
+    detail_size: int = Field(32, ge=16, description="pixels of a detail, height and width")
     rotations: bool = Field(False, description="turns by 90, 180, 270 degrees are images (and classes) of their own")
     epochs: int = Field(20, ge=0, description="0 = the weights of --start as they are, seeing at this --size")
     batch: int = Field(128, ge=2)
@@ -246,7 +248,7 @@ class CompareObjectivesConfig(Config):
     episodes: int = Field(2000, ge=2)
     shape: str = Field("resnet10", description="network, a name from models/resnet.py")
     size: int = Field(32, ge=16, description="pixels of the input, height and width")
-    augment: Literal["photos", "snapshots", "characters"] = "photos"
+    augment: Literal["photos", "strong", "snapshots", "characters"] = "photos"
     batch: int = Field(64, ge=2)
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = Field(2e-3, gt=0, description="the highest learning rate, after the warm-up")

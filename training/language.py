@@ -92,6 +92,10 @@ class Run:
 
     def advance(self) -> dict[str, float]:
         """One step; returns the losses by name."""
+        return {name: loss.item() for name, loss in self.take_step().items()}
+
+    def take_step(self) -> dict[str, Tensor]:
+        """The same without waiting for the device."""
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.config)
@@ -112,7 +116,7 @@ class Run:
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        return {name: loss.item() for name, loss in losses.items()}
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def state(self) -> dict[str, Any]:
         return {

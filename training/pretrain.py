@@ -25,7 +25,7 @@ from models.artifact import Artifact
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES, ImageExtractor, ResNet
 from training import checkpoint, data, evaluate, inputs
-from training.augment import AUGMENTATIONS
+from training.augment import AUGMENTATIONS, close
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
 from training.heldout import SHARE, HeldOut
@@ -77,11 +77,15 @@ class Run:
         self.device = choose_device(config.device)
         self.pixels = torch.from_numpy(images.pixels)
         self.labels = torch.from_numpy(images.labels)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # sizes are few and come back at every step
         self.turns = 4 if config.rotations else 1
         torch.manual_seed(config.seed)
         self.backbone = ResNet(SHAPES[config.shape])
         if config.start is not None:
             self.backbone.load_state_dict(starting(config.start, self.pixels).state_dict())
+        if self.device.type == "cuda":
+            self._move_pixels()
         weights = dict(part.split("=") for part in config.objectives.split(","))
         self.weights = {name: float(weight) for name, weight in weights.items()}
         classes = len(images.classes) * self.turns
@@ -94,6 +98,7 @@ class Run:
         self.step = 0
         self.precision: str = config.precision
         self.augment = AUGMENTATIONS[config.augment]
+        self.detail = close(self.augment)
         self.trained = torch.arange(len(self.labels))
         if config.weighting == "learned":
             dealt = torch.randperm(len(self.labels), generator=trial(config.seed, -1))
@@ -104,6 +109,12 @@ class Run:
         self.steps_per_epoch = max(1, count // config.batch)
         self.steps = self.steps_per_epoch * config.epochs
         self._order: tuple[int, Tensor] | None = None
+
+    def _move_pixels(self) -> None:
+        """All images to the device, where they fit beside a training: a step then waits for no copy."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if self.pixels.nbytes < free / 4:
+            self.pixels = self.pixels.to(self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         learned = [p for p in self.network.parameters() if p.requires_grad]
@@ -130,7 +141,7 @@ class Run:
             self._order = (epoch, torch.randperm(count, generator=generator(self.config.seed, -1 - epoch)))
         chosen = self._order[1][at * self.config.batch : (at + 1) * self.config.batch]
         index, turn = self.trained[chosen // self.turns], chosen % self.turns
-        images = self.pixels[index].to(self.device).permute(0, 3, 1, 2).float() / 255
+        images = self.pixels[index.to(self.pixels.device)].to(self.device).permute(0, 3, 1, 2).float() / 255
         if self.turns > 1:
             images = rotated(images, turn.to(self.device))
         return images, (self.labels[index] * self.turns + turn).to(self.device)
@@ -142,6 +153,10 @@ class Run:
 
     def advance(self) -> dict[str, float]:
         """One step; returns the losses by name."""
+        return {name: loss.item() for name, loss in self.take_step().items()}
+
+    def take_step(self) -> dict[str, Tensor]:
+        """The same without waiting for the device, which then always has the next step to do."""
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.config)
@@ -156,6 +171,7 @@ class Run:
                 some = round(head.share * len(images)) if self.views else len(images)
                 posed[name] = head.pose(views[0][: max(1, some)], rng)
         plain = views[: self.views]
+        plain += [self.detail(images, self.config.detail_size, rng) for _ in range(self.config.details)]
         due = (self.step + 1) % self.config.weighting_steps == 0
         learned = self.weighting if isinstance(self.weighting, Learned) and due else None
         before = [parameter.detach().clone() for parameter in self.backbone.parameters()] if learned else []
@@ -174,23 +190,28 @@ class Run:
             if isinstance(head, Kept):
                 head.keep(self.backbone)
         self.step += 1
-        return {name: loss.item() for name, loss in losses.items()}
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def losses(
         self, plain: list[Tensor], labels: Tensor, posed: Mapping[str, tuple[Tensor, Tensor]]
     ) -> dict[str, Tensor]:
         """The loss of each objective on these views and on the images that each has altered, with its answers."""
-        shown = [*plain, *(altered for altered, _ in posed.values())]
-        maps = self.backbone.maps(torch.cat(shown).contiguous(memory_format=torch.channels_last))
-        sizes = [len(images) for images in shown]
-        parts = zip(shown, torch.split(maps, sizes), torch.split(maps.mean(dim=(2, 3)), sizes), strict=True)
-        seen = [View(*part) for part in parts]
-        own = dict(zip(posed, seen[len(plain) :], strict=True))
+        whole, details = plain[: self.views], plain[self.views :]
+        seen = self._seen([*whole, *(altered for altered, _ in posed.values())])
+        own = dict(zip(posed, seen[len(whole) :], strict=True))
+        views = [*seen[: len(whole)], *(self._seen(details) if details else [])]
         losses = {}
         for name in self.weights:
             head = cast(Objective, self.heads[name])
-            losses[name] = head([own[name]], posed[name][1]) if name in posed else head(seen[: len(plain)], labels)
+            losses[name] = head([own[name]], posed[name][1]) if name in posed else head(views, labels)
         return losses
+
+    def _seen(self, shown: list[Tensor]) -> list[View]:
+        """What the backbone makes of images of one size, all in one pass."""
+        maps = self.backbone.maps(torch.cat(shown).contiguous(memory_format=torch.channels_last))
+        sizes = [len(images) for images in shown]
+        parts = zip(shown, torch.split(maps, sizes), torch.split(maps.mean(dim=(2, 3)), sizes), strict=True)
+        return [View(*part) for part in parts]
 
     def state(self) -> dict[str, Any]:
         return {
@@ -259,6 +280,8 @@ def main(config: PretrainConfig) -> Path:
         )
     if text and (config.rotations or config.small or config.labels == "clusters" or config.weighting != "fixed"):
         sys.exit("--rotations, --small, --labels clusters and --weighting are for images.")
+    if config.details and (text or not any(part.startswith("momentum=") for part in config.objectives.split(","))):
+        sys.exit("--details are asked about by the objective momentum alone.")
     if config.epochs == 0 and config.start is None:
         sys.exit("--epochs 0 takes the weights of --start as they are: which?")
     decoder = inputs.decoder(config)
@@ -305,15 +328,22 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
             log.write(json.dumps({"step": run.step, "epoch": run.step / run.steps_per_epoch, **line}) + "\n")
             log.flush()
 
+        began = time.perf_counter()
+        counted = run.step
         while run.step < run.steps:
-            began = time.perf_counter()
-            losses = run.advance()
-            if not all(math.isfinite(loss) for loss in losses.values()):
-                sys.exit(f"A loss is not finite at step {run.step}: {losses}. Lower --lr.")
+            found = run.take_step()
             bar.update()
+            done = run.step == run.steps
+            late = config.minutes > 0 and time.monotonic() - start > 60 * config.minutes
+            save = done or late or time.monotonic() - last > config.checkpoint_s
+            if run.step % 20 == 0 or save:
+                losses = {name: loss.item() for name, loss in found.items()}
+                if not all(math.isfinite(loss) for loss in losses.values()):
+                    sys.exit(f"A loss is not finite at step {run.step}: {losses}. Lower --lr.")
             if run.step % 20 == 0:
                 bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
-                rate = config.batch / (time.perf_counter() - began)
+                rate = (run.step - counted) * config.batch / (time.perf_counter() - began)
+                began, counted = time.perf_counter(), run.step
                 write(
                     losses=losses,
                     weights=run.weighting.weights(),
@@ -324,9 +354,7 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
             epoch, at = divmod(run.step, run.steps_per_epoch)
             if check is not None and at == 0 and epoch % config.check_epochs == 0:
                 write(check=quick_look(run, check))
-            done = run.step == run.steps
-            late = config.minutes > 0 and time.monotonic() - start > 60 * config.minutes
-            if done or late or time.monotonic() - last > config.checkpoint_s:
+            if save:
                 checkpoint.save(path, run.state())
                 last = time.monotonic()
             if late and not done:

@@ -23,7 +23,7 @@ from service.batcher import Batcher
 from service.engine import Engine
 from service.keys import Keyring
 from service.metrics import Metrics
-from service.precision import choose
+from service.precision import automatic
 from service.settings import Settings, SettingsError
 from service.stores import Store, StoreMisconfigured
 from service.stores.opening import open_store
@@ -55,7 +55,7 @@ def create_app(
             raise SettingsError(f"FEWSHOT_{name.upper()} is cuda, but torch is not installed or finds no device.")
     device = best_device(artifact) if settings.device == "auto" else settings.device
     if settings.precision == "auto":
-        chosen = "float32" if device != "cpu" or extractor else choose(artifact, settings.data_dir)
+        chosen = "float32" if extractor else automatic(artifact, settings.data_dir, device=device)
         settings = settings.model_copy(update={"precision": chosen})
     if extractor is None:
         extractor = load_extractor(artifact, device=device, precision=settings.precision)

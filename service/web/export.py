@@ -34,6 +34,10 @@ class ExportOptions(schemas.Closed):
     precision: Literal["float32", "int8"] | None = Field(None, description="default: that of the service")
 
 
+# A file is for any computer: what only a GPU computes in is exported in full.
+GRAPH_OF = {"bfloat16": "float32"}
+
+
 def create_router(engine: Engine, *, precision: str, reject: float) -> APIRouter:
     """`precision` is what the engine runs at; `reject` what the service turns away as none of these."""
     router = APIRouter()
@@ -60,7 +64,13 @@ def create_router(engine: Engine, *, precision: str, reject: float) -> APIRouter
             return Response(status_code=304, headers=headers)
         async with one_at_a_time:
             exported = await export(
-                engine, task, pointer, head, precision=options.precision or precision, served=precision, reject=reject
+                engine,
+                task,
+                pointer,
+                head,
+                precision=options.precision or GRAPH_OF.get(precision, precision),
+                served=precision,
+                reject=reject,
             )
             body = exported.model if options.format == "onnx" else await asyncio.to_thread(bundle, exported)
         # A task name has no letter that a file name could not have; the word before it keeps a dash from the front.

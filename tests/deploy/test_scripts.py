@@ -134,3 +134,12 @@ def test_each_step_of_an_answer_is_timed() -> None:
     found = json.loads(script("parts.py").splitlines()[-1])
     assert len(found) == 10
     assert all(0 < quickest <= median for quickest, median in found.values())
+
+
+def test_the_measurement_of_a_gpu_runs_through_on_a_cpu(tmp_path: Path) -> None:
+    artifact, out = ROOT / "models" / "pretrained" / "characters", tmp_path / "gpu.json"
+    script("gpu.py", str(artifact), "--device", "torch-cpu", "--seconds", "0.001", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert {row["precision"] for row in found["throughput"]} == {"float32", "bfloat16"}
+    assert all(row["floor_ms"] > 0 and row["share"] > 0 for row in found["throughput"])
+    assert {row["method"] for row in found["adapting"]} == {"gradient", "lstm", "prototype", "ridge", "whitened"}

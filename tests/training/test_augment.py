@@ -10,9 +10,9 @@ needs("torch")
 import torch
 from torch import Tensor
 
-from training.augment import AUGMENTATIONS, Augmentation, Characters, Photos
+from training.augment import AUGMENTATIONS, Augmentation, Characters, Photos, close, turned_hue
 
-CHANNELS = {"photos": 3, "snapshots": 3, "characters": 1}
+CHANNELS = {"photos": 3, "strong": 3, "snapshots": 3, "characters": 1}
 KINDS = pytest.mark.parametrize("name", list(CHANNELS))
 STILL = Characters(rotate=0, shear=0, scale=0, shift=0, elastic=0, stroke=0)
 
@@ -169,3 +169,36 @@ def test_each_strength_does_something_of_its_own(only: Augmentation) -> None:
     changed = (only(pages, 28, rng()) - pages).abs().amax(dim=(1, 2, 3))
     assert changed.max() > 0.1
     assert len(set(changed.tolist())) > 1
+
+
+def test_a_turned_hue_leaves_greys_and_brings_red_to_green_to_blue() -> None:
+    grey = torch.full((3,), 0.4)
+    for matrix in turned_hue(torch.tensor([0.0, 0.1, -0.3, 0.5])):
+        torch.testing.assert_close(matrix @ grey, grey)
+    third = turned_hue(torch.tensor([1 / 3]))[0]
+    torch.testing.assert_close(third @ torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(turned_hue(torch.ones(1))[0], torch.eye(3), atol=1e-6, rtol=0)
+
+
+def test_the_hue_of_a_coloured_page_changes_and_that_of_a_grey_one_does_not() -> None:
+    augment = Photos(colour=0, grey=0, hue=0.2)
+    red = torch.zeros(8, 3, 16, 16)
+    red[:, 0] = 0.5
+    views = augment(red, 16, rng())
+    assert views[:, 1:].amax(dim=(1, 2, 3)).min() > 0.01
+    torch.testing.assert_close(augment(torch.full((8, 3, 16, 16), 0.5), 16, rng()), torch.full((8, 3, 16, 16), 0.5))
+
+
+def test_a_detail_shows_less_of_a_photo_than_any_view_and_characters_stay_whole() -> None:
+    """Of a ramp from black to white, the part that is seen is as wide as its span of greys."""
+    strong = AUGMENTATIONS["strong"]
+    assert isinstance(strong, Photos)
+    plain = Photos(crop=strong.crop, colour=0, grey=0)
+    ramp = torch.linspace(0, 1, 32).expand(64, 3, 32, 32)
+    spans = [
+        (views.amax(dim=(1, 2, 3)) - views.amin(dim=(1, 2, 3)))
+        for views in (plain(ramp, 16, rng()), close(plain)(ramp, 16, rng()))
+    ]
+    assert spans[0].min() > 0.8 * spans[1].min()
+    assert spans[1].max() < spans[0].mean()
+    assert close(AUGMENTATIONS["characters"]) == AUGMENTATIONS["characters"]

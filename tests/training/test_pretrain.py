@@ -147,6 +147,24 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_unbroken_run(kind: dict[str
     assert unbroken.weighting.weights() == broken.weighting.weights()
 
 
+def test_details_are_small_cut_outs_beside_the_views() -> None:
+    run = a_run(objectives="momentum=1,rotation=1", details=3, detail_size=16, size=32)
+    shown: list[tuple[int, ...]] = []
+    maps = run.backbone.maps
+    run.backbone.maps = lambda x: shown.append(tuple(x.shape)) or maps(x)  # type: ignore[method-assign,func-returns-value]
+    run.advance()
+    batch = run.config.batch
+    sides = [(len_ // batch, side) for len_, _, side, _ in shown if side == 16]
+    assert sides == [(3, 16)]
+    assert {side for _, _, side, _ in shown} == {16, 32}
+
+
+@pytest.mark.parametrize("objectives", ["contrastive=1", "supervised=1"])
+def test_details_without_the_objective_that_asks_about_them_are_refused(objectives: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="momentum"):
+        pretrain.main(config(data=tmp_path, out=tmp_path, objectives=objectives, details=2))
+
+
 def test_the_seed_decides_weights_order_and_views() -> None:
     runs = [a_run(seed=seed) for seed in (0, 0, 1)]
     for run in runs:

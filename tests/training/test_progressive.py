@@ -15,6 +15,7 @@ needs("torch")
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from models.images import ImageDecoder
 from training import checkpoint, data, pretrain, progressive
@@ -77,14 +78,14 @@ def test_rounds_stopped_by_the_clock_go_on_to_the_same_end(
     shapes: Path, start: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"data": shapes, "out": tmp_path, "start": start, **ROUNDS}
-    advance = pretrain.Run.advance
+    take_step = pretrain.Run.take_step
 
-    def slowly(run: pretrain.Run) -> dict[str, float]:
+    def slowly(run: pretrain.Run) -> dict[str, Tensor]:
         time.sleep(0.03)  # so that of its 16 steps the clock lets no run make more than three
-        return advance(run)
+        return take_step(run)
 
     with monkeypatch.context() as slow:
-        slow.setattr(pretrain.Run, "advance", slowly)
+        slow.setattr(pretrain.Run, "take_step", slowly)
         for _ in range(4):
             pretrain.main(PretrainConfig(**given, minutes=1e-3))
             assert not (tmp_path / pretrain.CHECKPOINT).exists()

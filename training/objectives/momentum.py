@@ -13,7 +13,7 @@ from training.objectives.question import View, projector
 
 
 class Momentum(nn.Module):
-    """Two views of one image are each other's answer among a queue of earlier images.
+    """Two views of one image are each other's answer among a queue of earlier images, and that to details of it.
 
     He et al., "Momentum Contrast for Unsupervised Visual Representation Learning" (MoCo), 2019,
     https://arxiv.org/abs/1911.05722: the keys come from a copy of backbone and projector that follows them slowly, so
@@ -36,7 +36,7 @@ class Momentum(nn.Module):
         hidden: int = 512,
         out: int = 128,
         temperature: float = 0.2,
-        slots: int = 2048,
+        slots: int = 8192,
         decay: float = 0.99,
     ) -> None:
         super().__init__()
@@ -54,24 +54,31 @@ class Momentum(nn.Module):
         return self
 
     def forward(self, views: list[View], labels: Tensor) -> Tensor:
-        asked = F.normalize(self.project(torch.cat([view.pooled for view in views[:2]])).float(), dim=1)
+        asked = F.normalize(self.project(torch.cat([view.pooled for view in views])).float(), dim=1)
         with torch.no_grad():
             images = torch.cat([view.images for view in views[:2]])
             pooled = self.slow["backbone"](images.contiguous(memory_format=torch.channels_last))
             keys = F.normalize(self.slow["project"](pooled).float(), dim=1)
         self._keys = keys
-        own = (asked * keys.roll(len(keys) // 2, 0)).sum(dim=1, keepdim=True)  # the other view of the same image
         # A copy, for `keep` writes into the queue.
-        logits = torch.cat([own, asked @ self.queue.clone().T], dim=1) / self.temperature
-        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+        others = torch.logsumexp(asked @ self.queue.clone().T / self.temperature, dim=1)
+        first, second = keys.chunk(2)
+        losses = []
+        for number, (own, rest) in enumerate(
+            zip(torch.split(asked, len(first)), torch.split(others, len(first)), strict=True)
+        ):
+            # A view is told by the other one; a detail by both.
+            for answer in (second,) if number == 0 else (first,) if number == 1 else (first, second):
+                score = (own * answer).sum(dim=1) / self.temperature
+                losses.append((torch.logaddexp(score, rest) - score).mean())
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def keep(self, backbone: ResNet) -> None:
         for slow, fast in ((self.slow["backbone"], backbone), (self.slow["project"], self.project)):
             state = fast.state_dict()
-            for name, value in slow.state_dict().items():
-                if value.is_floating_point():
-                    value.lerp_(state[name], 1 - self.decay)
+            follow = {name: value for name, value in slow.state_dict().items() if value.is_floating_point()}
+            torch._foreach_lerp_(list(follow.values()), [state[name] for name in follow], 1 - self.decay)
         if self._keys is None:
             return
         # One view of each image is enough: two of one image are hardly two negatives.
