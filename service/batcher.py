@@ -2,9 +2,10 @@
 
 A lane is a thread that takes what waits, up to `max_batch` images, decodes them, calls the extractor once and hands
 the features back. There is no timer: an idle service adds no delay and a busy one fills its batches. Requests are
-served in turns, so that a large support set does not keep single questions waiting. On a CPU there are as many lanes
-as cores; on a GPU the extractor itself takes one call at a time, and the other lanes decode meanwhile. An image may
-also come as pixels of the extractor's own input size: it queues with the others and is only not decoded.
+served in turns, so that a large support set does not keep single questions waiting, and small files of a batch are
+answered before large ones are decoded. On a CPU there are as many lanes as cores; on a GPU the extractor itself takes
+one call at a time, and the other lanes decode meanwhile. An image may also come as pixels of the extractor's own input
+size: it queues with the others and is only not decoded.
 
 What hurts elsewhere is settled here: a full queue refuses at the door; one bad image fails alone; a failed batch tells
 each of its callers and the lane goes on; a caller who left is skipped when a batch is formed; a lane that dies tells
@@ -31,6 +32,7 @@ from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+LARGE = 100_000  # bytes of a file that small ones are not to wait for
 MEMORY = 32  # calls of lanes, over which their speed is averaged
 Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder's shape
 
@@ -187,8 +189,8 @@ class Batcher:
                     self._idle -= 1
                 if job and job.call:
                     self._do_call(job, job.call)
-                elif batch:
-                    self._do_batch(batch)
+                for part in _by_size(batch):
+                    self._do_batch(part)
         except BaseException:
             log.exception("A lane ended; refusing further work.")
             self._die()
@@ -294,6 +296,15 @@ class Batcher:
             self._calls.clear()
             self._waiting = 0
         self._tell(orphans)
+
+
+def _by_size(batch: list[tuple[_Job, int]]) -> list[list[tuple[_Job, int]]]:
+    """The images of a batch that are small files, then those that are not, which may take a hundred times as long."""
+    parts: tuple[list[tuple[_Job, int]], list[tuple[_Job, int]]] = ([], [])
+    for job, index in batch:
+        payload = job.payloads[index]
+        parts[isinstance(payload, bytes) and len(payload) > LARGE].append((job, index))
+    return [part for part in parts if part]
 
 
 def _settle(answers: list[tuple[asyncio.Future[Any], Any]]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from models.errors import ExtractorFailed, Overloaded, UndecodableExample
 from models.images import ImageDecoder
-from service.batcher import Batcher, Embedded
+from service.batcher import LARGE, Batcher, Embedded
 from tests.fakes import Failing, Gated, MeanColour, picture
 
 DECODER = ImageDecoder(16, 16, 3)
@@ -105,6 +105,32 @@ def test_a_large_request_does_not_keep_a_single_question_waiting() -> None:
         assert done == ["small", "large"]
 
     run(work, extractor)
+
+
+def test_small_files_of_a_batch_are_answered_before_a_large_one_is_decoded() -> None:
+    extractor, heavy = Gated(), picture("red", size=(320, 240))
+    assert len(heavy) > LARGE
+
+    async def work(batcher: Batcher) -> None:
+        done: list[str] = []
+
+        async def ask(name: str, images: list[bytes]) -> None:
+            found = await batcher.embed(images)
+            assert [row.argmax() for row in features(found)] == [0 if image is not BLUE else 2 for image in images]
+            done.append(name)
+
+        first = asyncio.create_task(ask("first", [RED]))
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        rest = [("large", [heavy]), ("mixed", [BLUE, heavy, RED]), ("small", [BLUE])]
+        waiting = [asyncio.create_task(ask(name, images)) for name, images in rest]
+        await asyncio.sleep(0)
+        extractor.gate.set()
+        await asyncio.gather(first, *waiting)
+        assert done[:2] == ["first", "small"]
+        assert extractor.batches[0] == 1
+        assert sum(extractor.batches) == 6
+
+    run(work, extractor, max_batch=8)
 
 
 def test_one_bad_image_fails_alone_and_its_neighbours_do_not_notice() -> None:
