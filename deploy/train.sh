@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Trains the two artifacts that ship, from random weights, on two CPU cores. Every step resumes: run it again after a stop.
+# Trains the artifacts of the results page from random weights, `characters` and `photos`, which ship, among them. Every
+# step resumes: run it again after a stop.
 #
-#   FEWSHOT_DATA=/path/to/data bash deploy/train.sh [characters] [photos]
+#   FEWSHOT_DATA=/path/to/data bash deploy/train.sh [characters] [photos-cpu] [photos-free] [photos-64] [photos]
 #
-# $FEWSHOT_DATA holds omniglot/ and mini_imagenet/, each with zips of class folders and a splits.json.
+# characters and photos-cpu are for two CPU cores and take hours; the others are for a GPU and take eleven minutes of an
+# H100 in all, but for their learners, which take some minutes of two cores each. $FEWSHOT_DATA holds omniglot/ and
+# mini_imagenet/, each with zips of class folders and a splits.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${FEWSHOT_DATA:-../shared/data}
@@ -41,8 +44,8 @@ characters() {
     --description "Characters: Omniglot with rotations, 28 px grey"
 }
 
-photos() {
-  local data=$DATA/mini_imagenet out=$RUNS/photos
+photos-cpu() { # with the labels of the 64 training classes
+  local data=$DATA/mini_imagenet out=$RUNS/photos-cpu
   python -m training pretrain --data "$data" --out "$out-84" --shape resnet18 --size 84 --small 64 --small-share 0.615 \
     --objectives supervised=1 --epochs 26 --batch 128 --lr 0.2 --check-epochs 4
   # The photos have 84 pixels. Seen larger they are told apart better, by a network that was trained a little on them so
@@ -52,7 +55,44 @@ photos() {
   python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 144 --start "$out-112" \
     --objectives supervised=1 --epochs 0
   python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
-  finish photos "$data" "--way 5 --shot 1,5,10" --description "Photographs: 64 classes of mini-ImageNet, seen at 144 px, ResNet-18"
+  finish photos-cpu "$data" "--way 5 --shot 1,5,10" --description "Photographs: 64 classes of mini-ImageNet, seen at 144 px"
+}
+
+photos-free() { # the 64 training classes, no label read
+  local data=$DATA/mini_imagenet out=$RUNS/photos-free
+  python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 112 --small 64 --small-share 0.92 \
+    --objectives momentum=1,rotation=0.4 --details 2 --augment strong --epochs 224 --batch 1024 --lr 0.3 \
+    --warmup 0.05 --precision bfloat16
+  python -m training metatrain --data "$data" --out "$out" --tasks mixed --views 6 --per-class 60 --steps 1000
+  finish photos-free "$data" "--way 5 --shot 1,5,10" --episodes 200 --description "Photographs: mini-ImageNet without labels"
+}
+
+photos-64() { # the same with their labels, from where those without ended
+  local data=$DATA/mini_imagenet out=$RUNS/photos-64
+  python -m training pretrain --data "$data" --out "$out-112" --shape resnet18 --start "$RUNS/photos-free" --size 112 \
+    --small 64 --small-share 0.8 --objectives supervised=0.5,projected=0.5,rotation=0.4 --epochs 72 --batch 512 \
+    --lr 0.2 --warmup 0.1 --precision bfloat16
+  python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 144 --start "$out-112" \
+    --objectives supervised=1 --epochs 0
+  python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
+  finish photos-64 "$data" "--way 5 --shot 1,5,10" --episodes 200 --description "Photographs: 64 classes of mini-ImageNet"
+}
+
+photos() { # ships: 80 classes, pictures as people take them; calibrated on the 20 that are left
+  local data=$RUNS/mini_imagenet_80 out=$RUNS/photos
+  mkdir -p "$data"
+  ln -sf "$(realpath "$DATA")"/mini_imagenet/{train,val,test}.zip "$data"
+  python - "$DATA/mini_imagenet/splits.json" "$data/splits.json" << 'END'
+import json, sys
+
+splits = json.load(open(sys.argv[1]))
+splits = {"train": sorted(splits["train"] + splits["val"]), "val": splits["test"], "test": []}
+json.dump(splits, open(sys.argv[2], "w"))
+END
+  python -m training pretrain --data "$data" --out "$out-112" --shape resnet18 --start "$RUNS/photos-64-112" --size 112 \
+    --objectives supervised=0.5,projected=0.5,rotation=0.4 --augment snapshots --epochs 11 --batch 512 --lr 0.1 \
+    --warmup 0.1 --precision bfloat16
+  ship photos "$data"
 }
 
 for name in "${@:-characters photos}"; do
