@@ -176,7 +176,7 @@ class Engine:
     ) -> Adapted:
         """Adds examples, perhaps of new classes. The task is then what it would be had all been sent at once."""
         examples = checked(examples, unlabelled, self.limits, whole=False)
-        await self._found(scope, task)  # an unknown task costs no work
+        await self._at(scope, task)  # an unknown task costs no work
         embedded = await self._embed([*(example.payload for example in examples), *unlabelled])
         errors = [item for item in embedded.items if isinstance(item, FewshotError)]
         if len(errors) == len(embedded.items):
@@ -225,12 +225,7 @@ class Engine:
         A head that is gone is made again while the images are looked at.
         """
         self._check_queries(payloads)
-        try:
-            pointer = await scope.pointer(task_name(task))
-        except SealBroken:
-            raise _damaged(task) from None
-        if pointer is None:
-            raise TaskNotFound(f"There is no task {task!r}.")
+        pointer = await self._at(scope, task)
         cached = await scope.head(pointer.head)
         (self.metrics.head_found if cached else self.metrics.head_made_again).inc()
         if cached is None or cached.artifact != self.artifact.digest:
@@ -328,6 +323,16 @@ class Engine:
         """Features of images, which count for the caller's quota unless there was no room for them."""
         with spending(len(payloads), Overloaded):
             return await self.batcher.embed(payloads)
+
+    async def _at(self, scope: Scope, task: str) -> Pointer:
+        """Where a task is now, without its record."""
+        try:
+            pointer = await scope.pointer(task_name(task))
+        except SealBroken:
+            raise _damaged(task) from None
+        if pointer is None:
+            raise TaskNotFound(f"There is no task {task!r}.")
+        return pointer
 
     async def _found(self, scope: Scope, task: str, *, version: int | None = None) -> tuple[Pointer, Record]:
         try:
