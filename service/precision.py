@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,16 +45,18 @@ def choose(artifact: Artifact, folder: Path, *, keep: bool = True) -> str:
         return "float32"
     here = f"{artifact.digest} {platform.machine()} {_processor()}"
     file = folder / KEPT
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(file.read_text())
-        if kept["here"] == here and kept["precision"] in ("float32", "int8"):
-            log.info("precision %s, as found at an earlier start (%s)", kept["precision"], file)
-            return str(kept["precision"])
+    if found := _found(file, here):
+        log.info("precision %s, as found at an earlier start (%s)", found, file)
+        return found
     try:
         times = seconds(artifact)
     except ImportError:  # whoever loads the extractor says what is missing
         return "float32"
     precision = "int8" if times["int8"] * LEAST_GAIN <= times["float32"] else "float32"
+    if keep:
+        with suppress(OSError):  # it is timed again next time
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            precision = _kept(file, {"here": here, "precision": precision, "seconds": times})
     log.info(
         "precision %s: an image takes %.2f ms with float32 and %.2f ms with int8 here; int8 loses %.2f points",
         precision,
@@ -60,11 +64,31 @@ def choose(artifact: Artifact, folder: Path, *, keep: bool = True) -> str:
         1e3 * times["int8"],
         loss,
     )
-    if keep:
-        with suppress(OSError):  # it is timed again next time
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file.write_text(json.dumps({"here": here, "precision": precision, "seconds": times}) + "\n")
     return precision
+
+
+def _found(file: Path, here: str) -> str | None:
+    """What was chosen on this computer for this artifact."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text())
+        if kept["here"] == here and kept["precision"] in ("float32", "int8"):
+            return str(kept["precision"])
+    return None
+
+
+def _kept(file: Path, choice: dict[str, Any]) -> str:
+    """Keeps a choice and returns it, or the one that another process, which started at the same time, kept first."""
+    whole = file.with_name(f"{file.name}.{os.getpid()}")
+    whole.write_text(json.dumps(choice) + "\n")
+    try:
+        os.link(whole, file)
+    except OSError:  # something is there, or the folder knows no links
+        if found := _found(file, choice["here"]):
+            return found
+        whole.replace(file)
+    finally:
+        whole.unlink(missing_ok=True)
+    return str(choice["precision"])
 
 
 def int8_loss(artifact: Artifact) -> float | None:

@@ -130,3 +130,19 @@ def test_both_graphs_of_the_artifact_can_be_timed(characters: Artifact) -> None:
     found = seconds(characters, rounds=1)
     assert found.keys() == {"float32", "int8"}
     assert all(0 < value < 1 for value in found.values())
+
+
+def test_two_processes_that_start_at_once_choose_the_same(
+    characters: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While the one times the precisions, the other has already kept what it found."""
+
+    class Meanwhile(Stopwatch):
+        def __call__(self, artifact: Artifact) -> dict[str, float]:
+            Stopwatch(monkeypatch, float32=0.004, int8=0.001)
+            assert choose(artifact, tmp_path) == "int8"
+            return super().__call__(artifact)
+
+    Meanwhile(monkeypatch, float32=0.001, int8=0.004)
+    assert choose(characters, tmp_path) == "int8"
+    assert [file.name for file in tmp_path.iterdir()] == [KEPT]
