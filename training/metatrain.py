@@ -73,6 +73,9 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
     }
     if method == "whitened":
         return remembered
+    if method == "whitened-ridge":
+        del remembered["log_noise"]
+        return {**remembered, "log_penalty": number(0.0)}
     slots, _ = slots_of(tasks, config.slots, seed=config.seed)
     arrays = {
         **remembered,

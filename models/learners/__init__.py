@@ -20,16 +20,20 @@ from models.learners.lstm import LSTM
 from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.learners.whitened import Whitened
+from models.learners.whitened_ridge import WhitenedRidge
 
 
 class Learner(Protocol):
     def adapt(self, support: Support) -> Affine: ...
 
 
-LEARNERS: Mapping[str, type[Prototype] | type[Ridge] | type[Whitened] | type[Gradient] | type[LSTM]] = {
+LEARNERS: Mapping[
+    str, type[Prototype] | type[Ridge] | type[Whitened] | type[WhitenedRidge] | type[Gradient] | type[LSTM]
+] = {
     "prototype": Prototype,
     "ridge": Ridge,
     "whitened": Whitened,
+    "whitened-ridge": WhitenedRidge,
     "gradient": Gradient,
     "lstm": LSTM,
 }

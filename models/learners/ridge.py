@@ -22,20 +22,56 @@ class Ridge:
     log_penalty: Array  # []
 
     def adapt(self, support: Support) -> Affine:
-        features = support.features
-        xp = array_namespace(features)
-        labels = one_hot(support.labels, support.way, features)
-        n = features.shape[0]
-        counts = xp.sum(labels, axis=0)
-        root = xp.sqrt(labels @ (n / (support.way * counts)))[:, None]  # [n, 1], square root of the weights
-        weighted = features * root
-        targets = (labels - 1 / support.way) * root
-        dim = features.shape[1]
-        penalty = xp.exp(self.log_penalty) * xp.eye(min(n, dim), dtype=features.dtype, device=device(features))
-        # The same solution either way; the smaller system of equations is the faster one.
-        if n <= dim:
-            solution = weighted.T @ xp.linalg.solve(weighted @ weighted.T + penalty, targets)  # [dim, way]
-        else:
-            solution = xp.linalg.solve(weighted.T @ weighted + penalty, weighted.T @ targets)
-        weight = xp.exp(self.log_scale) * solution.T
+        xp = array_namespace(support.features)
+        belongs = one_hot(support.labels, support.way, support.features)
+        weight = xp.exp(self.log_scale) * fit(support.features, belongs, self.log_penalty).T
         return Affine(weight, xp.zeros_like(weight[:, 0]))
+
+    def leave_one_out(self, support: Support) -> Array:
+        """Logits [n, way] of each example by the map made without it, classes weighing as they do with it."""
+        xp = array_namespace(support.features)
+        belongs = one_hot(support.labels, support.way, support.features)
+        return xp.exp(self.log_scale) * left_out(support.features, belongs, self.log_penalty)
+
+
+def fit(features: Array, belongs: Array, log_penalty: Array) -> Array:
+    """The map [dim, way] from features [n, dim] to how much each belongs to each class, [n, way] one in all or less."""
+    xp = array_namespace(features)
+    rows, targets, _ = _weighted(features, belongs)
+    n, dim = features.shape
+    penalty = xp.exp(log_penalty) * xp.eye(min(n, dim), dtype=features.dtype, device=device(features))
+    # The same solution either way; the smaller system of equations is the faster one.
+    if n <= dim:
+        return rows.T @ xp.linalg.solve(rows @ rows.T + penalty, targets)
+    return xp.linalg.solve(rows.T @ rows + penalty, rows.T @ targets)
+
+
+def left_out(features: Array, belongs: Array, log_penalty: Array) -> Array:
+    """What `fit` without each of the examples says of it, [n, way], the others weighing as they do: no further fit.
+
+    Allen, "The Relationship between Variable Selection and Data Augmentation and a Method for Prediction", 1974: the
+    error is that of the fit to all, over one less the example's leverage.
+    """
+    xp = array_namespace(features)
+    rows, targets, root = _weighted(features, belongs)
+    n, dim = features.shape
+    penalty = xp.exp(log_penalty) * xp.eye(min(n, dim), dtype=features.dtype, device=device(features))
+    if n <= dim:
+        inverse = xp.linalg.inv(rows @ rows.T + penalty)
+        error = (inverse @ targets) / xp.linalg.diagonal(inverse)[:, None]
+    else:
+        solved = xp.linalg.solve(rows.T @ rows + penalty, rows.T)  # [dim, n]
+        leverage = xp.sum(rows * solved.T, axis=1)
+        error = (targets - rows @ (solved @ targets)) / (1 - leverage)[:, None]
+    return (targets - error) / root
+
+
+def _weighted(features: Array, belongs: Array) -> tuple[Array, Array, Array]:
+    """Rows and targets of the least squares, and the square root of what each row weighs [n, 1]."""
+    xp = array_namespace(features)
+    way = belongs.shape[1]
+    counts = xp.sum(belongs, axis=0)
+    each = xp.sum(belongs, axis=1)[:, None]
+    root = xp.sqrt(belongs @ (xp.sum(counts) / (way * counts)))[:, None]
+    targets = belongs / xp.maximum(each, xp.full_like(each, 1e-9)) - 1 / way
+    return features * root, targets * root, root

@@ -9,6 +9,7 @@ import pytest
 
 from models.errors import ArtifactInvalid
 from models.head import Affine
+from models.learners import LEARNERS
 from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from tests.fakes import MeanColour, tiny_artifact
@@ -272,7 +273,7 @@ def test_an_artifact_from_disk_is_measured(
     )
     assert evaluate.table(rows) in capsys.readouterr().out
     assert measured(out) == rows
-    assert {row.method for row in rows} == {"prototype", "ridge", "whitened", "gradient", "lstm"}
+    assert {row.method for row in rows} == {*LEARNERS}
     assert all(row.accuracy - row.interval > 20 for row in rows)  # better than chance
     assert {row.precision for row in rows} == {precision}
 

@@ -28,7 +28,7 @@ from models.extractor import load_extractor
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.images import ImageDecoder
-from models.learners import Learner
+from models.learners import LEARNERS, Learner
 from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.report import held_out, without_own
@@ -253,7 +253,7 @@ def test_the_artifact_is_complete_and_says_what_it_is(artifact: Artifact) -> Non
     assert manifest.name == "demo"
     assert manifest.dim == 8
     assert manifest.input == {"kind": "image", "height": 32, "width": 32, "channels": 3}
-    assert set(manifest.methods) == {"prototype", "ridge", "whitened", "gradient", "lstm"}
+    assert set(manifest.methods) == {*LEARNERS}
     assert manifest.default in manifest.methods
     assert manifest.training["data"] == "shapes"
     assert manifest.training["labels_used"] is True  # not by the extractor, but by the learners

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from models.learners import LEARNERS
 from tests.training.conftest import ROOT, needs
 from training import __main__ as commands
 
@@ -82,4 +83,4 @@ def test_the_demo_goes_from_data_to_a_table(demo: Path) -> None:
     assert (demo / "artifact" / "manifest.json").exists()
     lines = (demo / "printed.md").read_text().splitlines()
     assert "| learner | 5-way 1-shot | 5-way 5-shot |" in lines
-    assert {line.split()[1] for line in lines[-6:-1]} == {"prototype", "ridge", "whitened", "gradient", "lstm"}
+    assert {line.split()[1] for line in lines[-7:-1]} == {*LEARNERS}
