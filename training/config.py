@@ -94,7 +94,7 @@ class MetatrainConfig(Config):
     )
     rotations: bool = False
     views: int = Field(4, ge=0, description="augmented views of each image whose features are cached")
-    learners: str = Field("prototype,ridge,whitened,gradient,lstm,whitened-ridge", description="which to train")
+    learners: str = Field("prototype,ridge,whitened,gradient,lstm,discriminant", description="which to train")
     steps: int = Field(3000, ge=1)
     episodes: int = Field(8, ge=1, description="episodes a step")
     max_way: int = Field(20, ge=2)
@@ -204,7 +204,7 @@ class ImportConfig(Config):
     output: str = Field("", description="name of the output, where an ONNX file has several")
     mean: str = Field("", description="of the colours from 0 to 1, with commas; empty = preprocessor_config.json's")
     std: str = Field("", description="their deviation, likewise")
-    learners: str = Field("prototype,ridge,whitened,gradient,lstm,whitened-ridge", description="which to train")
+    learners: str = Field("prototype,ridge,whitened,gradient,lstm,discriminant", description="which to train")
     steps: int = Field(3000, ge=1, description="training steps of each learner")
     default: str = Field("", description="default learner; empty = the best on the calibration tasks")
     int8: bool = Field(True, description="also an int8 graph, if it loses at most half a point of accuracy")

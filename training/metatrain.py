@@ -40,7 +40,9 @@ HIDDEN, STEPS = 32, 10
 INNER = 3  # steps on one episode when Reptile is the outer loop
 LENSES = (0.1, 1.0, 5.0, 30.0)
 # Remembered, not learned by gradient.
-FIXED = {"basis", "spectrum", "slots"}
+# That the scatter of a task counts as it is measured: training classes, whose examples the extractor has drawn
+# together, would have it count for little, and it is there for tasks of other kinds.
+FIXED = {"basis", "spectrum", "slots", "log_own"}
 # What an LSTM knows that is of no extractor: it may go on to another.
 CELL = ("log_lenses", "log_focus", "inputs", "recur", "offset", "shared", "each")
 
@@ -73,9 +75,8 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
     }
     if method == "whitened":
         return remembered
-    if method == "whitened-ridge":
-        del remembered["log_noise"]
-        return {**remembered, "log_penalty": number(0.0)}
+    if method == "discriminant":
+        return {**remembered, "log_own": number(0.0)}
     slots, _ = slots_of(tasks, config.slots, seed=config.seed)
     arrays = {
         **remembered,

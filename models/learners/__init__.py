@@ -15,12 +15,12 @@ import numpy as np
 from models.arrays import place
 from models.episode import Support
 from models.head import Affine
+from models.learners.discriminant import Discriminant
 from models.learners.gradient import Gradient
 from models.learners.lstm import LSTM
 from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.learners.whitened import Whitened
-from models.learners.whitened_ridge import WhitenedRidge
 
 
 class Learner(Protocol):
@@ -28,12 +28,12 @@ class Learner(Protocol):
 
 
 LEARNERS: Mapping[
-    str, type[Prototype] | type[Ridge] | type[Whitened] | type[WhitenedRidge] | type[Gradient] | type[LSTM]
+    str, type[Prototype] | type[Ridge] | type[Whitened] | type[Discriminant] | type[Gradient] | type[LSTM]
 ] = {
     "prototype": Prototype,
     "ridge": Ridge,
     "whitened": Whitened,
-    "whitened-ridge": WhitenedRidge,
+    "discriminant": Discriminant,
     "gradient": Gradient,
     "lstm": LSTM,
 }

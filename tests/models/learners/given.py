@@ -41,8 +41,7 @@ def arrays(method: str, *, seed: int = 0) -> dict[str, np.ndarray]:
             "log_noise": 0.3,
         },
     }
-    learned["whitened-ridge"] = {**learned["whitened"], "log_penalty": np.log(0.5)}
-    del learned["whitened-ridge"]["log_noise"]
+    learned["discriminant"] = {**learned["whitened"], "log_own": np.log(0.7)}
     learned["lstm"] = {
         **learned["whitened"],
         "slots": unit(normal(SLOTS, DIM)),
