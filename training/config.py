@@ -165,7 +165,7 @@ class ExportConfig(Config):
     """Turn a checkpoint into an artifact."""
 
     checkpoint: Path = Field(description="folder with the checkpoints of pretrain and metatrain")
-    data: Path = Field(description="the data they were trained on: calibration, int8 and the probe come from it")
+    data: Path = Field(description="the data they were trained on: calibration and int8 come from it")
     out: Path = Field(description="folder of the artifact; must not exist")
     name: str = Field(description="what the artifact is called")
     description: str = ""

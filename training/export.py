@@ -24,12 +24,12 @@ from models.extractor import Decoder
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.learners import build
-from training import checkpoint, data, evaluate, inputs, metatrain, practice, raw
+from training import checkpoint, data, evaluate, inputs, metatrain, practice, probe, raw
 from training.calibrate import SHOTS, calibrate
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
 from training.int8 import after_pool, int8_loss, quantise
-from training.pretrain import labelled, load_extractor
+from training.pretrain import epochs, labelled, load_extractor
 
 MEASURED = {field.name for field in dataclasses.fields(evaluate.Row)}  # what the manifest keeps of a line
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
@@ -78,7 +78,8 @@ def main(config: ExportConfig) -> Path:
     rng = np.random.default_rng(config.seed)
     some = images.pixels[rng.choice(len(images), min(len(images), 384), replace=False)]
     expected = _torch(extractor, some[:16])
-    save_file({KINDS[given["kind"]]: some[:8], "features": expected[:8]}, work / PROBE)
+    shown = probe.drawn(decoder.shape)
+    save_file({KINDS[given["kind"]]: shown, "features": _torch(extractor, shown)}, work / PROBE)
     if int8:
         quantise(proto, some, work / INT8_GRAPH, keep=after_pool(proto))
     manifest = {
@@ -97,7 +98,7 @@ def main(config: ExportConfig) -> Path:
             "objectives": pretrained.objectives,
             # Of a cell from elsewhere nothing is known, so it counts. Calibration: see below.
             "labels_used": labelled(pretrained) or learned_from["tasks"] == "labels" or bool(learned_from.get("cell")),
-            "epochs": pretrained.epochs,
+            "epochs": epochs(pretrained),
             "seed": pretrained.seed,
             "calibration": f"{config.tasks} of {config.calibration_split}",
         },

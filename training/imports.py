@@ -21,7 +21,7 @@ from models.errors import ArtifactInvalid
 from models.extractor_onnx import OnnxExtractor, session
 from models.images import ImageDecoder
 from models.learners import LEARNERS, build
-from training import data, evaluate, metatrain, onnx_file
+from training import data, evaluate, metatrain, onnx_file, probe
 from training.backbone import Backbone, Refused
 from training.calibrate import calibrate
 from training.config import ImportConfig, MetatrainConfig
@@ -169,11 +169,14 @@ def _make(config: ImportConfig, backbone: Backbone, seen: data.Images, held_out:
     )
     default = config.default or max(scores, key=lambda method: scores[method])
 
-    expected = normalisation(_Vectors(work / GRAPH, dim)(some[:16]))
+    see = _Vectors(work / GRAPH, dim)
+    expected = normalisation(see(some[:16]))
+    shown = probe.drawn(some.shape[1:])
+    told = normalisation(see(shown))
     model = normalised(model, normalisation)
     save(model, work / WEIGHTS, work / GRAPH, half=half)
     save_file({f"{m}/{n}": v for m, fields in arrays.items() for n, v in fields.items()}, work / ARRAYS)
-    save_file({"images": some[:8], "features": expected[:8]}, work / PROBE)
+    save_file({"images": shown, "features": told}, work / PROBE)
     why_not = try_int8(config, model, some, work) if config.int8 else "it was not asked for"
     manifest: dict[str, Any] = {
         "format": FORMAT,

@@ -419,6 +419,16 @@ def labelled(config: PretrainConfig) -> bool:
     return not (config.start / CHECKPOINT).exists() or labelled(load_extractor(config.start)[1])
 
 
+def epochs(config: PretrainConfig) -> int:
+    """Passes over training images behind an extractor, those of what it started from among them, as far as is known."""
+    own = config.epochs * (config.rounds if config.labels == "clusters" else 1)
+    if config.start is None:
+        return own
+    if is_artifact(config.start):
+        return own + int(Artifact.load(config.start).manifest.training["epochs"])
+    return own + epochs(load_extractor(config.start)[1]) if (config.start / CHECKPOINT).exists() else own
+
+
 def load_extractor(folder: Path) -> tuple[inputs.Network, PretrainConfig]:
     """The extractor of a finished pretraining."""
     path = folder / CHECKPOINT

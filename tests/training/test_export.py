@@ -33,7 +33,7 @@ from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.report import held_out, without_own
 from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain
+from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain, probe
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Pool, frozen
 
@@ -522,3 +522,20 @@ def test_an_export_is_refused_when_the_runtimes_disagree_and_else_whole(
         load_extractor(artifact, precision="int8")
     images = pixels(3, size=20, channels=1)
     assert np.abs(OnnxExtractor(artifact)(images) - TorchExtractor(artifact, device="cpu")(images)).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_no_image_of_the_data_is_in_the_artifact(artifact: Artifact, demo: Path) -> None:
+    shown = load_file(artifact.path / PROBE)["images"]
+    assert np.array_equal(shown, probe.drawn(artifact.decoder().shape))
+    images = data.load(demo / "shapes", "all", artifact.decoder()).pixels
+    assert not any(np.array_equal(one, other) for one in shown for other in images)
+
+
+@pytest.mark.slow
+def test_the_epochs_of_what_was_started_from_count(artifact: Artifact, demo: Path, tmp_path: Path) -> None:
+    _, settings = pretrain.load_extractor(demo / "run")
+    assert artifact.manifest.training["epochs"] == pretrain.epochs(settings) == settings.epochs
+    assert pretrain.epochs(settings.model_copy(update={"start": demo / "run", "epochs": 2})) == settings.epochs + 2
+    assert pretrain.epochs(settings.model_copy(update={"start": artifact.path, "epochs": 1})) == settings.epochs + 1
+    assert pretrain.epochs(settings.model_copy(update={"start": tmp_path, "epochs": 3})) == 3
