@@ -65,7 +65,7 @@ photos-free() { # the 64 training classes, no label read
     --objectives momentum=1,rotation=0.4 --details 2 --augment strong --epochs 224 --batch 1024 --lr 0.3 \
     --warmup 0.05 --precision bfloat16
   python -m training metatrain --data "$data" --out "$out" --tasks mixed --views 6 --per-class 60 --steps 1000
-  finish photos-free "$data" "--way 5 --shot 1,5,10" --episodes 200 --description "Photographs: mini-ImageNet without labels"
+  finish photos-free "$data" "--way 5 --shot 1,5,10" --description "Photographs: mini-ImageNet without labels"
 }
 
 photos-64() { # the same with their labels, from where those without ended
@@ -76,7 +76,7 @@ photos-64() { # the same with their labels, from where those without ended
   python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 144 --start "$out-112" \
     --objectives supervised=1 --epochs 0
   python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
-  finish photos-64 "$data" "--way 5 --shot 1,5,10" --episodes 200 --description "Photographs: 64 classes of mini-ImageNet"
+  finish photos-64 "$data" "--way 5 --shot 1,5,10" --description "Photographs: 64 classes of mini-ImageNet"
 }
 
 photos() { # ships: 80 classes, pictures as people take them; calibrated on the 20 that are left
@@ -96,7 +96,7 @@ END
   python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 128 --start "$out-112" \
     --objectives supervised=0.5,projected=0.5,rotation=0.4 --augment snapshots --epochs 0
   python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
-  local about=(--name photos --default discriminant --episodes 200
+  local about=(--name photos --default discriminant
     --description "Photographs: 80 classes of mini-ImageNet as people take pictures, seen at 128 px, ResNet-18")
   rm -rf "$out/draft" "$out/artifact" "$out/metrics.jsonl"
   python -m training export --checkpoint "$out" --data "$data" --out "$out/draft" "${about[@]}"
