@@ -16,6 +16,7 @@ import numpy as np
 
 from models.arrays import fetch, softmax
 from models.episode import Support
+from models.head import Affine
 from models.learners import Learner
 
 FOLDS = 5
@@ -57,16 +58,24 @@ class Report:
     advice: str
 
 
+def fitted(learner: Learner, support: Support) -> tuple[Affine, HeldOut]:
+    """The map of a support set and what `held_out` says of it, from one fit where the learner can."""
+    index, both = _with_others(support), getattr(learner, "adapt_and_leave_one_out", None)
+    if both is None or not len(index):
+        return learner.adapt(support), held_out(learner, support)
+    affine, logits = both(support)
+    return affine, HeldOut(index, fetch(logits)[index], "leave-one-out")
+
+
 def held_out(learner: Learner, support: Support) -> HeldOut:
     """Classifies each example of a class with two or more as if it had not been there. Unlabelled ones are not used."""
-    labels = fetch(support.labels)
-    counts = np.bincount(labels, minlength=support.way)
-    index = np.flatnonzero(counts[labels] > 1)
+    index, closed_form = _with_others(support), getattr(learner, "leave_one_out", None)
     if not len(index):
         return HeldOut(index, np.zeros((0, support.way), np.float32), "none")
-    closed_form = getattr(learner, "leave_one_out", None)
     if closed_form is not None:
         return HeldOut(index, fetch(closed_form(support))[index], "leave-one-out")
+    labels = fetch(support.labels)
+    counts = np.bincount(labels, minlength=support.way)
     turn = np.zeros(len(labels), int)
     for label in range(support.way):
         rows = np.flatnonzero(labels == label)
@@ -79,6 +88,12 @@ def held_out(learner: Learner, support: Support) -> HeldOut:
         affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
         logits[out] = fetch(support.features[np.flatnonzero(out)] @ affine.weight.T + affine.bias)
     return HeldOut(index, logits[index], f"{len(folds)}-fold")
+
+
+def _with_others(support: Support) -> np.ndarray:
+    """The rows whose class has another example."""
+    labels = fetch(support.labels)
+    return np.flatnonzero(np.bincount(labels, minlength=support.way)[labels] > 1)
 
 
 def without_own(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

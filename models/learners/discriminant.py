@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
 
@@ -20,6 +21,13 @@ from models.episode import Support
 from models.head import Affine
 from models.learners import prototype
 from models.learners.whitened import whitening
+
+
+class Fit(NamedTuple):
+    transform: Array  # [dim, dim]
+    features: Array  # [n, dim], transformed
+    away: Array  # [n, dim], from the mean of the class
+    apart: Callable[[Array], Array]  # see `inverse`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,29 +40,40 @@ class Discriminant:
     log_own: Array  # []; how much the task's scatter counts
 
     def adapt(self, support: Support) -> Affine:
-        xp = array_namespace(support.features)
+        return self._map(support, self._fit(support))
+
+    def leave_one_out(self, support: Support) -> Array:
+        """Logits [n, way] of each example by the map made without it; meaningless where its class has no other."""
+        return self._left_out(support, self._fit(support))
+
+    def adapt_and_leave_one_out(self, support: Support) -> tuple[Affine, Array]:
+        """Both, from one fit."""
+        fit = self._fit(support)
+        return self._map(support, fit), self._left_out(support, fit)
+
+    def _fit(self, support: Support) -> Fit:
         transform = whitening(self.basis, self.spectrum, self.log_shrink)
         features = support.features @ transform
         belongs = one_hot(support.labels, support.way, features)
-        apart = inverse(features - belongs @ class_means(features, belongs), self.log_own)
-        means, counts = prototype.prototypes(support, transform)
-        means = means @ transform
-        weight = apart(means)
-        bias = -0.5 * xp.sum(weight * means, axis=1) * self._sure(counts)
-        return Affine(xp.exp(self.log_scale) * (weight @ transform.T), xp.exp(self.log_scale) * bias)
+        means = class_means(features, belongs)
+        away = features - belongs @ means
+        return Fit(transform, features, away, inverse(away, self.log_own))
 
-    def leave_one_out(self, support: Support) -> Array:
-        """Logits [n, way] of each example by the map made without it; meaningless where its class has no other.
-
-        Without an example its class has another mean, and the scatter is less by one product of a vector with itself,
-        so that its inverse is known (Sherman and Morrison, 1950).
-        """
+    def _map(self, support: Support, fit: Fit) -> Affine:
         xp = array_namespace(support.features)
-        features = support.features @ whitening(self.basis, self.spectrum, self.log_shrink)
+        means, counts = prototype.prototypes(support, fit.transform)
+        means = means @ fit.transform
+        weight = fit.apart(means)
+        bias = -0.5 * xp.sum(weight * means, axis=1) * self._sure(counts)
+        return Affine(xp.exp(self.log_scale) * (weight @ fit.transform.T), xp.exp(self.log_scale) * bias)
+
+    def _left_out(self, support: Support, fit: Fit) -> Array:
+        """Without an example its class has another mean, and the scatter is less by one product of a vector with
+        itself, so that its inverse is known (Sherman and Morrison, 1950)."""
+        xp = array_namespace(support.features)
+        features, away, apart = fit.features, fit.away, fit.apart
         own, means, others, _ = prototype.left_out(features, support)
         counts = xp.sum(own, axis=0)
-        away = features - own @ means
-        apart = inverse(away, self.log_own)
         turned, towards = apart(away), apart(means)  # [n, dim], [way, dim]
         own_scatter = xp.sum(away * turned, axis=1)  # [n]
         seen = xp.sum(features * turned, axis=1)  # [n]
@@ -67,11 +86,12 @@ class Discriminant:
             f = factor[:, None]
             return score + f * seen[:, None] * cross - 0.5 * sure * (length + f * cross * cross)
 
-        rivals = logits(features @ towards.T, across, xp.sum(towards * means, axis=1)[None, :], self._sure(counts))
+        scores, lengths = features @ towards.T, xp.sum(towards * means, axis=1)
+        rivals = logits(scores, across, lengths[None, :], self._sure(counts))
         part = 1 / others
         mine_across = xp.sum(across * own, axis=1) - part * own_scatter
-        mine_score = xp.sum((features @ towards.T) * own, axis=1) - part * seen
-        mine_length = own @ xp.sum(towards * means, axis=1) - 2 * part * xp.sum(across * own, axis=1)
+        mine_score = xp.sum(scores * own, axis=1) - part * seen
+        mine_length = own @ lengths - 2 * part * xp.sum(across * own, axis=1)
         mine_length = mine_length + part * part * own_scatter
         mine = logits(mine_score[:, None], mine_across[:, None], mine_length[:, None], self._sure(others)[:, None])
         return xp.exp(self.log_scale) * (rivals * (1 - own) + mine * own)
@@ -83,7 +103,7 @@ class Discriminant:
 
 
 def inverse(away: Array, log_own: Array) -> Callable[[Array], Array]:
-    """Rows [k, dim] times the inverse of identity plus scatter of `away` [n, dim]; the smaller system is solved."""
+    """Rows [k, dim] times the inverse of identity plus scatter of `away` [n, dim]; by the smaller of its systems."""
     xp = array_namespace(away)
     n, dim = away.shape
     share = xp.exp(log_own)
@@ -94,9 +114,9 @@ def inverse(away: Array, log_own: Array) -> Callable[[Array], Array]:
             return rows - share * (xp.linalg.solve(inner, away @ rows.T).T @ away)
 
     else:
-        outer = xp.eye(dim, dtype=away.dtype, device=device(away)) + share * (away.T @ away)
+        outer = xp.linalg.inv(xp.eye(dim, dtype=away.dtype, device=device(away)) + share * (away.T @ away))
 
         def apart(rows: Array) -> Array:
-            return xp.linalg.solve(outer, rows.T).T
+            return rows @ outer
 
     return apart

@@ -10,6 +10,7 @@ import pytest
 
 from models.episode import Support
 from models.learners import LEARNERS
+from models.report import fitted, held_out
 from tests.models.learners.given import METHODS, clusters, converted, learner
 
 CLOSED_FORM = [method for method in METHODS if hasattr(LEARNERS[method], "leave_one_out")]
@@ -69,3 +70,15 @@ def test_torch_leaves_out_as_numpy_does(method: str, shots: tuple[int, ...], tor
     assert found.dtype == torch.float32
     expected = learner(method).leave_one_out(support)
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shots", SHOTS)
+def test_both_at_once_are_both(method: str, shots: tuple[int, ...]) -> None:
+    support, _, _ = clusters(shots, noise=0.5, unlabelled=9)
+    found = learner(method)
+    affine, held = fitted(found, support)
+    expected = held_out(found, support)
+    np.testing.assert_allclose(affine.weight, found.adapt(support).weight, rtol=1e-6)
+    np.testing.assert_allclose(affine.bias, found.adapt(support).bias, rtol=1e-6)
+    np.testing.assert_allclose(held.logits, expected.logits, rtol=1e-6)
+    assert (held.index.tolist(), held.estimate) == (expected.index.tolist(), expected.estimate)
