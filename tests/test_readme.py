@@ -82,7 +82,7 @@ def measured(experiment: str) -> list[raw.Line]:
     """The raw results of the shipped artifacts' default learners, as the results page shows them."""
     lines, _, _ = results.load(ROOT / "training" / "results")
     found = accuracy.distinct([line for line in lines if line["experiment"] == experiment])
-    ours = [line for line in found if line.get("default") and line["artifact"] in ("photos", "characters")]
+    ours = [line for line in found if line.get("default") and line["artifact"] in ("photos", "photos-64", "characters")]
     return [line for line in ours if line["command"].startswith("python -m training evaluate ")]
 
 
