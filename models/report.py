@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,13 +58,13 @@ class Report:
     advice: str
 
 
-def fitted(learner: Learner, support: Support) -> tuple[Affine, HeldOut]:
-    """The map of a support set and what `held_out` says of it, from one fit where the learner can."""
+def fitted(learner: Learner, support: Support) -> tuple[Affine, Callable[[], HeldOut]]:
+    """The map of a support set, and what gives what `held_out` says of it; from one fit where the learner can."""
     index, both = _with_others(support), getattr(learner, "adapt_and_leave_one_out", None)
     if both is None or not len(index):
-        return learner.adapt(support), held_out(learner, support)
+        return learner.adapt(support), lambda: held_out(learner, support)
     affine, logits = both(support)
-    return affine, HeldOut(index, fetch(logits)[index], "leave-one-out")
+    return affine, lambda: HeldOut(index, fetch(logits)[index], "leave-one-out")
 
 
 def held_out(learner: Learner, support: Support) -> HeldOut:

@@ -275,12 +275,13 @@ def learn(
         way,
         place(unlabelled, device) if len(unlabelled) else None,
     )
-    affine, held = report.fitted(learner, support)
+    affine, leave_out = report.fitted(learner, support)
     shots = tuple(int(count) for count in np.bincount(record.classes, minlength=way))
     folded = temperature.fold(Affine(fetch(affine.weight), fetch(affine.bias)), shots)
     affine = Affine(folded.weight.astype(np.float32), folded.bias.astype(np.float32))
     if not (np.isfinite(affine.weight).all() and np.isfinite(affine.bias).all()):
         raise ExtractorFailed("The adaptation gave numbers that are not finite; nothing was stored.")
+    held = leave_out()
     held = replace(held, logits=held.logits / temperature.at(way, shots))
     head = Head(affine, record.labels, shots, record.method, record.artifact)
     if rejection is not None:

@@ -33,9 +33,9 @@ LEARNERS: Mapping[
     "prototype": Prototype,
     "ridge": Ridge,
     "whitened": Whitened,
-    "discriminant": Discriminant,
     "gradient": Gradient,
     "lstm": LSTM,
+    "discriminant": Discriminant,
 }
 
 

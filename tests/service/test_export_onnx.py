@@ -354,7 +354,7 @@ def test_every_learner_of_the_artifacts_that_ship_answers_alike_from_its_file(na
     colours = [decoder(picture(colour, size=(90, 60), format="JPEG")) for colour in ("red", "white", "black")]
     pixels = np.concatenate([np.stack([*drawn, *colours]), some_pixels(9, artifact)])
     features = extractor(pixels)
-    assert len(artifact.manifest.methods) == 5
+    assert {"prototype", "ridge", "whitened", "gradient", "lstm"} <= set(artifact.manifest.methods)
     for method in artifact.manifest.methods:
         head = taught(artifact, method, extractor, decoder)
         letters = energy(head.logits(features[: len(drawn)]))

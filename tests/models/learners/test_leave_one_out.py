@@ -76,7 +76,8 @@ def test_torch_leaves_out_as_numpy_does(method: str, shots: tuple[int, ...], tor
 def test_both_at_once_are_both(method: str, shots: tuple[int, ...]) -> None:
     support, _, _ = clusters(shots, noise=0.5, unlabelled=9)
     found = learner(method)
-    affine, held = fitted(found, support)
+    affine, leave_out = fitted(found, support)
+    held = leave_out()
     expected = held_out(found, support)
     np.testing.assert_allclose(affine.weight, found.adapt(support).weight, rtol=1e-6)
     np.testing.assert_allclose(affine.bias, found.adapt(support).bias, rtol=1e-6)
