@@ -84,7 +84,8 @@ def test_the_load_generator_keeps_to_a_rate_however_slow_the_answers(address: st
 
 def test_the_benchmark_measures_each_goal_beside_the_floor_of_the_same_run() -> None:
     characters = str(ROOT / "models" / "pretrained" / "characters")  # small pictures: quick
-    options = ["--seconds", "1", "--rounds", "1", "--precision", "int8", "--artifact", characters]
+    # A second is too short for a window on a machine that runs other tests as well.
+    options = ["--seconds", "3", "--rounds", "1", "--precision", "int8", "--artifact", characters]
     *lines, last = script("bench.py", *options, limit_s=400).splitlines()
     result = json.loads(last)["results"][0]
     found = {row["goal"]: row for row in result["figures"]}
