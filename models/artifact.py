@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "extractor.safetensors"
 GRAPH = "extractor.onnx"
 INT8_GRAPH = "extractor.int8.onnx"
+GRAPHS: Mapping[str, str] = {"float32": GRAPH, "int8": INT8_GRAPH}  # by precision
 ARRAYS = "learners.safetensors"
 PROBE = "probe.safetensors"
 REQUIRED = (WEIGHTS, GRAPH, ARRAYS, PROBE)

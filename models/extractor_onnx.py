@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from models.artifact import GRAPH, INT8_GRAPH, Artifact
+from models.artifact import GRAPHS, Artifact
 from models.errors import ArtifactInvalid
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is first imported
@@ -27,9 +27,6 @@ def session(model: str | bytes) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-GRAPHS = {"float32": GRAPH, "int8": INT8_GRAPH}
 
 
 class OnnxExtractor:

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load
 
 from models.arrays import softmax
-from models.artifact import GRAPH, INT8_GRAPH, PROBE, Artifact
+from models.artifact import GRAPHS, PROBE, Artifact
 from models.calibration import Rejection, energy
 from models.errors import ExportRefused, FewshotError
 from models.head import Head
@@ -32,7 +32,6 @@ from service.stores import Pointer
 log = logging.getLogger(__name__)
 
 PARITY = 1e-4  # largest difference between the file and the service, of numbers from 0 to 1
-GRAPHS: Mapping[str, str] = {"float32": GRAPH, "int8": INT8_GRAPH}
 NARROWEST = 1e-6  # between two quantiles that are equal: a step becomes a very steep slope
 
 
