@@ -32,7 +32,7 @@ class Settings(BaseModel):
         "auto", description="where the extractor runs; auto = cuda where torch finds one, else cpu (onnxruntime)"
     )
     adapt_device: Literal["auto", "cpu", "torch-cpu", "cuda"] = Field(
-        "auto", description="where learners run; auto = cpu, which is faster for support sets of up to some hundreds"
+        "auto", description="where learners run; auto = cpu, which is faster but for the LSTM from a thousand examples"
     )
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
