@@ -126,9 +126,9 @@ def throughput(artifact: Artifact, device: str, card: dict[str, float], seconds:
 
 def adapt(learner: Learner, features: np.ndarray, labels: np.ndarray, way: int, where: str) -> None:
     support = Support(place(features, where), place(labels, where), way)
-    affine = learner.adapt(support)
+    affine, leave_out = report.fitted(learner, support)
     fetch(affine.weight), fetch(affine.bias)
-    report.held_out(learner, support)
+    leave_out()
 
 
 def adapting(artifact: Artifact, device: str, seconds: float) -> list[dict[str, Any]]:
