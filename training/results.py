@@ -181,7 +181,8 @@ but for one artifact: the size at which `photos` sees, and that `discriminant` i
 with looks at `trashnet`, `gtsrb` and `magnetic_tile` as well. No outside weights: all was learned from random weights.
 Where there are several training seeds, a cell is their mean with its own interval, and each seed in brackets; where
 there is one, the spread over trainings is **not** known. Wall-clock is that of the training; "not recorded" where
-nobody wrote it down. Results that used labels of the training classes stand in tables of their own. A number that is missing was not measured."""
+nobody wrote it down. Results that used labels of the training classes stand in tables of their own. A number that is
+missing was not measured."""
 
 
 def main(config: ResultsConfig) -> Path:
