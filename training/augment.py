@@ -2,10 +2,10 @@
 
 Kinds: photos (crops, flips, colour, as in Chen et al., "SimCLR", 2020, https://arxiv.org/abs/2002.05709), strong (as
 much of it as that paper found losses without labels to need: small crops, hue, blur), snapshots (photos as people take
-them: also small in the picture, dim and blurred) and characters (small affine and elastic
-distortion and stroke width, which keep a character what it is; flips and hard crops would make it another); and of
-texts, stretches. All randomness comes from the generator given, on the CPU, so that a resumed run sees what an unbroken
-one sees. Knows nothing of losses.
+them: also small in the picture, dim and blurred) and characters (small affine and elastic distortion and stroke width,
+which keep a character what it is; flips and hard crops would make it another); and of texts, stretches. All randomness
+comes from the generator given, on the CPU, so that a resumed run sees what an unbroken one sees. Knows nothing of
+losses.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ class Photos:
         theta[:, 1, 2] = 2 * top + height - 1
         views = _warp(images, theta, size)
         if self.blur:
-            share = (
-                float(torch.rand(1, generator=rng)) * (0.8 - 1 / 3) + 1 / 3
-            )  # one for the batch: a resize has one size
+            # One for the batch: a resize has one size.
+            share = 1 / 3 + (0.8 - 1 / 3) * float(torch.rand(1, generator=rng))
             small = F.interpolate(views, scale_factor=share, mode="bilinear", antialias=True)
             soft = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
             views = torch.where((uniform(n, 0.0, 1.0) < self.blur)[:, None, None, None], soft, views)

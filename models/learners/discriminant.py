@@ -5,7 +5,7 @@ task is of another kind than those, its own examples tell, the better the more t
 means is added to the remembered covariance, as in the posterior under an inverse Wishart prior. (Friedman,
 "Regularized Discriminant Analysis", 1989, mixes the two covariances likewise; compare Bateni et al., "Improved Few-Shot
 Visual Classification", 2020, https://arxiv.org/abs/1912.03432.) With one example a class there is no scatter, and this
-is whitened.py to the last bit but rounding.
+is whitened.py, but for rounding.
 """
 
 from __future__ import annotations

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
-torch = (
-    pytest.importorskip("torch") if "torch" not in os.environ.get("FEWSHOT_TEST_REQUIRE", "") else __import__("torch")
-)
+from tests.training.conftest import needs
+
+pytestmark = pytest.mark.torch
+needs("torch", "onnxruntime")
+
+import torch
 
 from models.artifact import Artifact
 from models.errors import ArtifactInvalid
 from models.extractor import load_extractor
 from models.extractor_torch import SIZES, TorchExtractor, _cut
 from service.settings import PRETRAINED
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +57,14 @@ def test_a_batch_larger_than_any_that_is_recorded_is_cut(n: int) -> None:
     assert max(map(len, parts)) <= SIZES[-1]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("n", [1, 3, 16, 130])
 def test_a_recorded_batch_of_any_size_is_what_the_network_computes(
     characters: Artifact, precision: str, n: int
 ) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
     recorded = TorchExtractor(characters, precision=precision)
     images = drawings(n)
     for _ in range(2):
