@@ -190,6 +190,7 @@ def disk_full_redis(n: int, seed: int, folder: Path) -> Outcome:
 CALL = re.compile(r"(?P<thread>\d+) +(?P<name>\w+)\(\d+<(?P<file>[^>]+)>(?P<rest>.*)")
 RESUMED = re.compile(r"(?P<thread>\d+) +<\.\.\. \w+ resumed>(?P<rest>.*)")
 DONE = re.compile(r" = \d+$")
+VALUE = re.compile(rb"\$(\d+)\r\n(?=fs1\0)")  # a sealed one in the log of Redis; the first is the mark of the store
 
 
 def tracer(log: Path) -> list[str]:
@@ -242,10 +243,16 @@ def cut_sqlite(folder: Path, trace: Path, pid: int, dice: random.Random) -> int:
 
 
 def cut_redis(redis: WrappedRedis, trace: Path, pid: int, dice: random.Random) -> int:
-    """Cuts the log behind what was synced, or within what was not."""
+    """Cuts the log behind what was synced, or within what was not, but never before the mark of the store.
+
+    Where an fsync a second had not come to the mark yet, the service would refuse its store, which is another fault.
+    """
     loose = sum(length for _, length in unsynced(trace, redis.log, pid))
     size = redis.log.stat().st_size
-    keep = dice.choice((size - loose, dice.randint(size - loose, size)))
+    mark = VALUE.search(redis.log.read_bytes())
+    assert mark is not None
+    synced = max(size - loose, mark.end() + int(mark[1]) + len(b"\r\n"))
+    keep = dice.choice((synced, dice.randint(synced, size)))
     with redis.log.open("r+b") as file:
         file.truncate(keep)
     return size - keep
@@ -318,7 +325,6 @@ UNSEALED = """
 from service.stores import SEAL, Sealer
 Sealer.open = lambda self, data, *place: data[len(SEAL) + 32:]
 """
-VALUE = re.compile(rb"\$(\d+)\r\n(?=fs1\0)")  # a sealed one, in the log
 Said = tuple[int, str, list[dict[str, Any]]]
 
 
