@@ -52,6 +52,25 @@ def class_means(features: Array, weights: Array) -> Array:
     return (weights.T @ features) / xp.sum(weights, axis=0)[:, None]
 
 
+def inverse(positive: Array) -> Array:
+    """Of a symmetric positive definite matrix [n, n], by its Cholesky factor: a third of the time of a general one."""
+    factor = _below(array_namespace(positive).linalg.cholesky(positive))
+    return factor.T @ factor
+
+
+def _below(triangle: Array) -> Array:
+    """The inverse of a lower triangular matrix, by that of its blocks: mostly products of matrices, which are quick."""
+    xp = array_namespace(triangle)
+    n = triangle.shape[0]
+    if n <= 64:
+        return xp.linalg.inv(triangle)
+    half = n // 2
+    first, last = _below(triangle[:half, :half]), _below(triangle[half:, half:])
+    zeros = xp.zeros((half, n - half), dtype=triangle.dtype, device=device(triangle))
+    lower = xp.concat([-(last @ (triangle[half:, :half] @ first)), last], axis=1)
+    return xp.concat([xp.concat([first, zeros], axis=1), lower], axis=0)
+
+
 def place(value: np.ndarray, where: str) -> Array:
     """A numpy array as it is for "cpu", else a torch tensor on that device ("torch-cpu": torch on the CPU)."""
     if where == "cpu":

@@ -18,6 +18,7 @@ from models.head import Affine
 from models.learners.discriminant import Discriminant
 from models.learners.gradient import Gradient
 from models.learners.lstm import LSTM
+from models.learners.once import Once
 from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.learners.whitened import Whitened
@@ -47,4 +48,4 @@ def build(method: str, arrays: Mapping[str, np.ndarray], *, device: str = "cpu")
         raise TypeError(f"The learner {method!r} needs {sorted(names)}, got {sorted(arrays)}.")
     values: dict[str, Any] = {name: place(value.astype(np.float32), device) for name, value in arrays.items()}
     made = kind(**values)
-    return made.ready() if isinstance(made, LSTM) else made
+    return made.ready() if isinstance(made, Once) else made

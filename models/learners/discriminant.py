@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
 
+from models import arrays
 from models.arrays import Array, class_means, one_hot
 from models.episode import Support
 from models.head import Affine
 from models.learners import prototype
+from models.learners.once import Once
 from models.learners.whitened import whitening
 
 
@@ -31,13 +33,16 @@ class Fit(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Discriminant:
+class Discriminant(Once):
     basis: Array  # [dim, dim]; see `whitening`
     spectrum: Array  # [dim]
     log_shrink: Array  # []
     log_scale: Array  # []
     log_noise: Array  # []; see whitened.offset
     log_own: Array  # []; how much the task's scatter counts
+
+    def work_out(self) -> Array:
+        return whitening(self.basis, self.spectrum, self.log_shrink)
 
     def adapt(self, support: Support) -> Affine:
         return self._map(support, self._fit(support))
@@ -52,7 +57,7 @@ class Discriminant:
         return self._map(support, fit), self._left_out(support, fit)
 
     def _fit(self, support: Support) -> Fit:
-        transform = whitening(self.basis, self.spectrum, self.log_shrink)
+        transform = self.worked_out
         features = support.features @ transform
         belongs = one_hot(support.labels, support.way, features)
         means = class_means(features, belongs)
@@ -114,7 +119,7 @@ def inverse(away: Array, log_own: Array) -> Callable[[Array], Array]:
             return rows - share * (xp.linalg.solve(inner, away @ rows.T).T @ away)
 
     else:
-        outer = xp.linalg.inv(xp.eye(dim, dtype=away.dtype, device=device(away)) + share * (away.T @ away))
+        outer = arrays.inverse(xp.eye(dim, dtype=away.dtype, device=device(away)) + share * (away.T @ away))
 
         def apart(rows: Array) -> Array:
             return rows @ outer

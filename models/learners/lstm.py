@@ -16,7 +16,7 @@ and over slots: no order matters. No learned array has a `way` axis, and classes
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
@@ -25,6 +25,7 @@ from models.arrays import Array, normalise, one_hot, sigmoid, softmax, square_su
 from models.episode import Support
 from models.head import Affine
 from models.learners.memory import attend
+from models.learners.once import Once
 from models.learners.prototype import prototypes
 from models.learners.whitened import offset, whitening
 
@@ -41,7 +42,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LSTM:
+class LSTM(Once):
     # The memory: the covariance of earlier classes and slots of their features.
     basis: Array  # [dim, dim]
     spectrum: Array  # [dim]
@@ -65,18 +66,19 @@ class LSTM:
         way, hidden = support.way, self.recur.shape[0]
         scale = xp.exp(self.log_scale)
         examples = support.features @ self.basis  # [n, dim]
-        memory = self.memory()
+        memory: Memory = self.worked_out
         slots = memory.slots
         # Unlabelled examples move the means, and are looked at no further.
         means, counts = prototypes(support, memory.transform)
         means = means @ self.basis  # [way, dim]
         labels = one_hot(support.labels, way, examples)
+        met = meet(examples, labels)
 
         state = xp.zeros((way, hidden), dtype=examples.dtype, device=device(examples))
         cell = state
         for read in range(self.log_lenses.shape[0]):
             lens = self._lens(read)
-            seen = look(examples * lens, means * lens, memory.directions[read], labels, xp.exp(self.log_focus))
+            seen = look(met, means * lens, memory.directions[read], labels, xp.exp(self.log_focus), lens)
             together = xp.broadcast_to(xp.mean(seen, axis=0)[None, :], seen.shape)
             state, cell = self._step(xp.concat([seen, together], axis=1), state, cell)
 
@@ -92,18 +94,12 @@ class LSTM:
         bias = scale * (offset(corrected, counts, self.log_noise + shared[2]) + each[:, 1])
         return Affine(weight, bias)
 
-    def memory(self) -> Memory:
+    def work_out(self) -> Memory:
         """All that is looked at and does not depend on the task."""
         slots = self.slots @ self.basis
         reads = range(self.log_lenses.shape[0])
         directions = tuple(normalise(slots * self._lens(read)) for read in reads)
         return Memory(slots, directions, whitening(self.basis, self.spectrum, self.log_shrink))
-
-    def ready(self) -> Ready:
-        """The same learner for many tasks: what does not depend on the task is worked out once."""
-        made = Ready(**{field.name: getattr(self, field.name) for field in fields(self)})
-        object.__setattr__(made, "worked_out", self.memory())
-        return made
 
     def _lens(self, read: int) -> Array:
         xp = array_namespace(self.spectrum)
@@ -121,16 +117,6 @@ class LSTM:
         return show * xp.tanh(cell), cell
 
 
-class Ready(LSTM):
-    """No field is added, so whoever makes a learner anew of its arrays, in another precision or elsewhere, may."""
-
-    __slots__ = ("worked_out",)
-    worked_out: Memory
-
-    def memory(self) -> Memory:
-        return self.worked_out if hasattr(self, "worked_out") else super().memory()
-
-
 def spread(spectrum: Array, log_shrink: Array) -> Array:
     """Remembered variances [dim], shrunk towards their mean; see `whitening`."""
     xp = array_namespace(spectrum)
@@ -138,13 +124,26 @@ def spread(spectrum: Array, log_shrink: Array) -> Array:
     return (spectrum + shrink) / (1 + shrink)
 
 
-def look(examples: Array, means: Array, directions: Array, labels: Array, focus: Array) -> Array:
-    """What is seen of each class through one lens, [way, SEEN]; numbers of about one.
+class Met(NamedTuple):
+    """Examples and their classes, multiplied coordinate by coordinate: through a lens each is one sum more."""
 
-    examples [n, dim] with labels one-hot [n, way], means [way, dim] and directions of slots [slots, dim], all seen
-    through the lens.
+    examples: Array  # [n, dim]
+    squares: Array  # [n, dim]
+    together: Array  # [n, dim]: with the sum of the class
+    sums: Array  # [way, dim]: squares of the sum of the class
+
+
+def meet(examples: Array, labels: Array) -> Met:
+    sums = labels.T @ examples
+    return Met(examples, examples * examples, examples * (labels @ sums), sums * sums)
+
+
+def look(met: Met, means: Array, directions: Array, labels: Array, focus: Array, lens: Array) -> Array:
+    """What is seen of each class through one lens [dim], [way, SEEN]; numbers of about one.
+
+    Labels one-hot [n, way]; means [way, dim] and directions of slots [slots, dim] are seen through the lens already.
     """
-    xp = array_namespace(examples)
+    xp = array_namespace(means)
     way = means.shape[0]
     counts = xp.sum(labels, axis=0)
     several = xp.astype(counts > 1, means.dtype)
@@ -157,13 +156,15 @@ def look(examples: Array, means: Array, directions: Array, labels: Array, focus:
     others = (xp.sum(alike, axis=1) - 1) / (way - 1)
 
     # Its own examples, each met as if it were a question: its mean is taken without it.
-    without = labels @ (labels.T @ examples) - examples
-    mine = xp.sum(normalise(examples) * normalise(without), axis=-1)
-    rival = xp.max(normalise(examples) @ names.T - 3 * labels, axis=1)
+    sizes, together, sums = (part @ (lens * lens) for part in (met.squares, met.together, met.sums))
+    rest = labels @ sums - 2 * together + sizes  # squared length of the sum of the others
+    size = xp.sqrt(sizes + 1e-12)
+    mine = (together - sizes) / (size * xp.sqrt(xp.maximum(rest, xp.zeros_like(rest)) + 1e-12))
+    rival = xp.max((met.examples @ (names * lens).T) / size[:, None] - 3 * labels, axis=1)
     margin = several * (labels.T @ (mine - rival)) / counts
     told = several * ((labels.T @ sigmoid(20 * (mine - rival))) / counts - 0.5)
     length = square_sum(means)
-    scatter = (labels.T @ square_sum(examples)) / counts / (length + 1e-6)
+    scatter = (labels.T @ sizes) / counts / (length + 1e-6)
 
     # The memory.
     known = names @ directions.T

@@ -60,9 +60,9 @@ def left_out(features: Array, belongs: Array, log_penalty: Array) -> Array:
         inverse = xp.linalg.inv(rows @ rows.T + penalty)
         error = (inverse @ targets) / xp.linalg.diagonal(inverse)[:, None]
     else:
-        solved = xp.linalg.solve(rows.T @ rows + penalty, rows.T)  # [dim, n]
-        leverage = xp.sum(rows * solved.T, axis=1)
-        error = (targets - rows @ (solved @ targets)) / (1 - leverage)[:, None]
+        solved = rows @ xp.linalg.inv(rows.T @ rows + penalty)  # [n, dim]
+        leverage = xp.sum(rows * solved, axis=1)
+        error = (targets - rows @ (solved.T @ targets)) / (1 - leverage)[:, None]
     return (targets - error) / root
 
 

@@ -15,6 +15,7 @@ from array_api_compat import array_namespace
 from models.arrays import Array, square_sum
 from models.episode import Support
 from models.head import Affine
+from models.learners.once import Once
 from models.learners.prototype import left_out, prototypes
 
 
@@ -40,17 +41,20 @@ def offset(means: Array, counts: Array, log_noise: Array) -> Array:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Whitened:
+class Whitened(Once):
     basis: Array  # [dim, dim]
     spectrum: Array  # [dim]
     log_shrink: Array  # []
     log_scale: Array  # []
     log_noise: Array  # []; see `offset`
 
+    def work_out(self) -> Array:
+        return whitening(self.basis, self.spectrum, self.log_shrink)
+
     def adapt(self, support: Support) -> Affine:
         xp = array_namespace(support.features)
         scale = xp.exp(self.log_scale)
-        transform = whitening(self.basis, self.spectrum, self.log_shrink)
+        transform = self.worked_out
         means, counts = prototypes(support, transform)
         means = means @ transform  # [way, dim]
         weight = scale * (means @ transform.T)
@@ -60,7 +64,7 @@ class Whitened:
         """Logits [n, way] of each example by the map made without it; meaningless where its class has no other."""
         xp = array_namespace(support.features)
         scale = xp.exp(self.log_scale)
-        features = support.features @ whitening(self.basis, self.spectrum, self.log_shrink)
+        features = support.features @ self.worked_out
         own, means, others, without = left_out(features, support)
         rivals = features @ means.T + offset(means, xp.sum(own, axis=0), self.log_noise)[None, :]
         mine = xp.sum(features * without, axis=-1) + offset(without, others, self.log_noise)

@@ -5,7 +5,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from models.arrays import class_means, fetch, normalise, one_hot, place, sigmoid, softmax, square_sum
+from models.arrays import class_means, fetch, inverse, normalise, one_hot, place, sigmoid, softmax, square_sum
 
 
 def test_one_hot_takes_its_type_from_what_it_will_meet() -> None:
@@ -50,6 +50,13 @@ def test_class_means_weigh_each_example_by_its_share_in_a_class() -> None:
     features = np.array([[0.0, 0.0], [4.0, 8.0], [2.0, 2.0]])
     weights = np.array([[1.0, 0.0], [0.25, 0.75], [0.0, 0.25]])
     np.testing.assert_allclose(class_means(features, weights), [[0.8, 1.6], [3.5, 6.5]])
+
+
+@pytest.mark.parametrize("n", [1, 64, 65, 200])
+def test_the_inverse_of_a_scatter_is_that_of_any_matrix(n: int) -> None:
+    rows = np.random.default_rng(n).normal(size=(2 * n, n))
+    scatter = rows.T @ rows + np.eye(n)
+    np.testing.assert_allclose(inverse(scatter), np.linalg.inv(scatter), atol=1e-12)
 
 
 def test_on_the_cpu_nothing_is_copied_or_changed_and_torch_is_not_asked() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.arrays import one_hot
+from models.arrays import normalise, one_hot
 from models.head import Affine
-from models.learners.lstm import EACH, LSTM, SEEN, SHARED, look
+from models.learners.lstm import EACH, LSTM, SEEN, SHARED, look, meet
 from models.learners.whitened import whitening
 from tests.models.learners.given import DIM, HIDDEN, SLOTS, arrays, clusters, learner, unit
 
@@ -30,10 +30,29 @@ def answer(name: str, column: int) -> dict[str, np.ndarray]:
 def seen(shots: tuple[int, ...], **replaced: Any) -> np.ndarray:
     """What is seen of the classes of a task with these shots through no lens at all."""
     support, _, _ = clusters(shots)
-    labels = one_hot(support.labels, support.way, support.features)
+    labels = replaced.pop("labels", one_hot(support.labels, support.way, support.features))
     means = labels.T @ support.features / labels.sum(axis=0)[:, None]
-    given = {"examples": support.features, "means": means, "directions": arrays("lstm")["slots"], "labels": labels}
-    return np.asarray(look(**{**given, "focus": np.float32(8), **replaced}))
+    given = {"met": meet(support.features, labels), "means": means, "labels": labels, "focus": np.float32(8)}
+    lens = np.ones_like(means[0])
+    return np.asarray(look(**{**given, "directions": arrays("lstm")["slots"], "lens": lens, **replaced}))
+
+
+def test_an_example_is_met_as_if_it_were_a_question() -> None:
+    """What is summed up of all examples is what each shows by itself, through a lens too."""
+    support, _, _ = clusters((3, 1, 4))
+    labels = one_hot(support.labels, support.way, support.features)
+    lens = np.linspace(0.5, 2, support.features.shape[1], dtype=np.float32)
+    features, counts = support.features * lens, labels.sum(axis=0)
+    names = normalise(labels.T @ features / counts[:, None])
+    margins = np.zeros(support.way)
+    for row, own in zip(features, support.labels, strict=True):
+        others = [other for other, label in zip(features, support.labels, strict=True) if label == own]
+        if len(others) > 1:
+            rest = normalise(np.sum(others, axis=0) - row)
+            rival = max(float(normalise(row) @ names[k]) for k in range(support.way) if k != own)
+            margins[own] += (float(normalise(row) @ rest) - rival) / counts[own]
+    found = seen((3, 1, 4), means=(labels.T @ support.features / counts[:, None]) * lens, lens=lens)
+    np.testing.assert_allclose(found[:, 3], 5 * margins, atol=1e-5)
 
 
 def test_before_training_it_is_the_whitened_prototypes() -> None:
