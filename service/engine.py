@@ -25,33 +25,28 @@ from models.errors import (
     TaskNotFound,
     TaskStale,
     TooLarge,
-    UndecodableExample,
-    UnknownMethod,
     VersionConflict,
     VersionNotFound,
 )
 from models.head import Head
-from models.learners import Learner
 from models.report import Report
 from service.answering import Answer, Predictions, answered
 from service.batcher import Batcher, Embedded, Payload
 from service.flights import Flights, both
+from service.learning import Learning
 from service.metrics import Metrics
 from service.quota import spending
 from service.stores import Expected, Pointer, Record, Scope, SealBroken
 from service.support import (
     Example,
-    Learned,
     Limits,
     OnBadImage,
     Rejected,
     Rows,
     checked,
-    learn,
     like,
     normal_label,
     record_id,
-    record_of,
     rows_of,
     task_name,
     usable,
@@ -71,8 +66,8 @@ class Adapted:
     task: str
     pointer: Pointer
     record: Record
-    report: Report
-    rejects: bool  # whether its method can say "none of these"
+    report: Report | None  # None: it is learned behind the answer
+    rejects: bool  # whether its method can say "none of these"; False without a report
     created: bool = False  # whether the task name is new
     known: bool = False  # whether that very support set was there already, and nothing was done
     rejected: tuple[Rejected, ...] = ()
@@ -95,10 +90,8 @@ class Engine:
         self.batcher = batcher
         self.limits = limits or Limits()
         self.metrics = metrics or Metrics()
-        self.learners = artifact.learners(adapt_device)
-        self.default_method = default_method or artifact.manifest.default
-        self._device = adapt_device
-        self._learner(self.default_method)
+        self._learning = Learning(artifact, batcher, self.limits, default_method=default_method, device=adapt_device)
+        self.default_method = self._learning.default_method
         self._flights = Flights()
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -121,7 +114,7 @@ class Engine:
         support set that is there already costs nothing. Raises the errors of models/errors.py.
         """
         method = method or self.default_method
-        self._learner(method)
+        self._learning.learner(method)
         examples = checked(examples, unlabelled, self.limits)
         head_id = head_id_of(self.artifact.digest, method, examples, unlabelled)
         name = task_name(task) if task is not None else "t_" + head_id[3:27]
@@ -146,14 +139,16 @@ class Engine:
         async def work() -> Adapted:
             embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled])
             rows, rejected = usable(examples, unlabelled, embedded.items, on_bad_image=on_bad_image, retain=retain)
-            record = self._record(rows, method)
+            record = self._learning.record(rows, method)
             if ttl_s is not None:
                 record = replace(record, expires=record.created + ttl_s)
             # With images left out, the rest may be there already.
             there = await known(record_id(record)) if rejected else None
             if there:
                 return replace(there, rejected=rejected)
-            return await self._store(scope, name, record, expect, rejected=rejected, embedded=embedded)
+            return await self._store(
+                scope, name, record, record_id(record), expect, rejected=rejected, embedded=embedded
+            )
 
         there = await known(head_id)
         if there:
@@ -173,8 +168,13 @@ class Engine:
         unlabelled: Sequence[bytes] = (),
         expect: Expected = None,
         on_bad_image: OnBadImage = "skip",
+        brief: bool = False,
     ) -> Adapted:
-        """Adds examples, perhaps of new classes. The task is then what it would be had all been sent at once."""
+        """Adds examples, perhaps of new classes. The task is then what it would be had all been sent at once.
+
+        `brief`, here and below: the change is on disk when this returns, but there is no report, for the task is
+        learned behind the answer. Questions that come before that wait for it.
+        """
         examples = checked(examples, unlabelled, self.limits, whole=False)
         await self._at(scope, task)  # an unknown task costs no work
         embedded = await self._embed([*(example.payload for example in examples), *unlabelled])
@@ -185,31 +185,52 @@ class Engine:
         def change(rows: Rows, retain: bool) -> tuple[Rows, tuple[Rejected, ...]]:
             return usable(examples, unlabelled, embedded.items, on_bad_image=on_bad_image, retain=retain, have=rows)
 
-        return await self._change_rows(scope, task, change, expect=expect, embedded=embedded)
+        return await self._change_rows(scope, task, change, expect=expect, embedded=embedded, brief=brief)
 
-    async def remove_example(self, scope: Scope, task: str, example: str, *, expect: Expected = None) -> Adapted:
+    async def remove_example(
+        self, scope: Scope, task: str, example: str, *, expect: Expected = None, brief: bool = False
+    ) -> Adapted:
         """Takes an example back: the task is then equal to one that never saw it."""
-        return await self._change_rows(scope, task, lambda rows, _: (without_example(rows, example), ()), expect=expect)
 
-    async def remove_class(self, scope: Scope, task: str, label: str, *, expect: Expected = None) -> Adapted:
+        def change(rows: Rows, _: bool) -> tuple[Rows, tuple[Rejected, ...]]:
+            return without_example(rows, example), ()
+
+        return await self._change_rows(scope, task, change, expect=expect, brief=brief)
+
+    async def remove_class(
+        self, scope: Scope, task: str, label: str, *, expect: Expected = None, brief: bool = False
+    ) -> Adapted:
         label = normal_label(label, index=None, limits=self.limits)
-        return await self._change_rows(scope, task, lambda rows, _: (without_class(rows, label), ()), expect=expect)
 
-    async def learn_with(self, scope: Scope, task: str, method: str, *, expect: Expected = None) -> Adapted:
+        def change(rows: Rows, _: bool) -> tuple[Rows, tuple[Rejected, ...]]:
+            return without_class(rows, label), ()
+
+        return await self._change_rows(scope, task, change, expect=expect, brief=brief)
+
+    async def learn_with(
+        self, scope: Scope, task: str, method: str, *, expect: Expected = None, brief: bool = False
+    ) -> Adapted:
         """Learns the task's examples with another method; no image is sent or read again."""
-        self._learner(method)
-        return await self._change_rows(scope, task, lambda rows, _: (rows, ()), expect=expect, method=method)
+        self._learning.learner(method)
 
-    async def rollback(self, scope: Scope, task: str, version: int, *, expect: Expected = None) -> Adapted:
+        async def made(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
+            renewed = before if self._learning.is_ours(before) else await self._learning.renewed(task, before)
+            return replace(renewed, method=method), ()
+
+        return await self._change(scope, task, made, expect=expect, brief=brief)
+
+    async def rollback(
+        self, scope: Scope, task: str, version: int, *, expect: Expected = None, brief: bool = False
+    ) -> Adapted:
         """Makes an earlier version the newest. Raises VersionNotFound when it is not kept any more."""
 
         async def earlier(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
             _, record = await self._found(scope, task, version=version)
-            if record.artifact != self.artifact.digest:
-                record = await self._renewed(task, record)
+            if not self._learning.is_ours(record):
+                record = await self._learning.renewed(task, record)
             return record, ()
 
-        return await self._change(scope, task, earlier, expect=expect)
+        return await self._change(scope, task, earlier, expect=expect, brief=brief)
 
     async def classify(
         self,
@@ -222,28 +243,38 @@ class Engine:
     ) -> Predictions:
         """Classifies encoded images with a task. The task is looked up first: an unknown one costs nothing.
 
-        A head that is gone is made again while the images are looked at.
+        A head that is not in memory is fetched, or made again, while the images are looked at.
         """
         self._check_queries(payloads)
         pointer = await self._at(scope, task)
-        cached = await scope.head(pointer.head)
-        (self.metrics.head_found if cached else self.metrics.head_made_again).inc()
-        if cached is None or cached.artifact != self.artifact.digest:
-            again = self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
-            if not explain:
-                with spending(len(payloads), Overloaded, StoreUnavailable, TaskNotFound, TaskStale):
-                    (pointer, head), embedded = await both(again, self.batcher.embed(payloads))
-                rows, timings = self._rows(head, embedded, on_bad_image, None)
-                return Predictions(task, pointer, head, pointer.head, rows, timings)
-            pointer, cached = await again
+        head = scope.head_in_memory(pointer.head)
+        if head is not None and head.artifact == self.artifact.digest:
+            self.metrics.head_found.inc()
+        elif explain:
+            pointer, head = await self._head(scope, task, pointer)
+        else:
+            with spending(len(payloads), Overloaded, StoreUnavailable, TaskNotFound, TaskStale):
+                embedded, found = await both(self.batcher.embed(payloads), self._head(scope, task, pointer))
+            pointer, head = found
+            rows, timings = self._rows(head, embedded, on_bad_image, None)
+            return Predictions(task, pointer, head, pointer.head, rows, timings)
         record = None
         if explain:
             at, record = await self._found(scope, task, version=pointer.version)
             if at.head != pointer.head:  # the task was deleted and made anew since
                 return await self.classify(scope, task, payloads, explain=True, on_bad_image=on_bad_image)
         embedded = await self._embed(payloads)
-        rows, timings = self._rows(cached, embedded, on_bad_image, record)
-        return Predictions(task, pointer, cached, pointer.head, rows, timings)
+        rows, timings = self._rows(head, embedded, on_bad_image, record)
+        return Predictions(task, pointer, head, pointer.head, rows, timings)
+
+    async def _head(self, scope: Scope, task: str, pointer: Pointer) -> tuple[Pointer, Head]:
+        """The head of a task from the store, or made again; and where the task is then."""
+        head = await scope.head(pointer.head)
+        if head is not None and head.artifact == self.artifact.digest:
+            self.metrics.head_found.inc()
+            return pointer, head
+        self.metrics.head_made_again.inc()
+        return await self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
 
     async def classify_once(
         self,
@@ -257,18 +288,18 @@ class Engine:
     ) -> tuple[Predictions, tuple[Rejected, ...]]:
         """Support and questions in one call; nothing is stored."""
         method = method or self.default_method
-        self._learner(method)
+        self._learning.learner(method)
         examples = checked(examples, unlabelled, self.limits)
         self._check_queries(payloads)
         embedded = await self._embed([*(example.payload for example in examples), *unlabelled, *payloads])
         split = len(examples) + len(unlabelled)
         support = _part(embedded, 0, split)
         given, rejected = usable(examples, unlabelled, support.items, on_bad_image=on_bad_image)
-        record = self._record(given, method)
-        learned = await self._learned(record)
+        record = self._learning.record(given, method)
+        head = await self._learning.head(record)
         questions = _part(embedded, split, len(embedded.items))
-        rows, timings = self._rows(learned.head, questions, on_bad_image, record if explain else None)
-        return Predictions(None, None, learned.head, record_id(record), rows, timings), rejected
+        rows, timings = self._rows(head, questions, on_bad_image, record if explain else None)
+        return Predictions(None, None, head, record_id(record), rows, timings), rejected
 
     async def embed(self, payloads: Sequence[Payload], *, on_bad_image: OnBadImage = "skip") -> Embedded:
         """Features of images, for other systems; when none is good, the first error is raised."""
@@ -284,7 +315,7 @@ class Engine:
     async def describe(self, scope: Scope, task: str, *, version: int | None = None) -> Adapted:
         """A task as it is, learned again for this artifact where that can be, or as it was at a version."""
         pointer, record = await self._found(scope, task, version=version)
-        if version is None and record.images and record.artifact != self.artifact.digest:
+        if version is None and record.images and not self._learning.is_ours(record):
             with suppress(TaskStale):  # it cannot be: then it is told as it was
                 await self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
             pointer, record = await self._found(scope, task)
@@ -353,16 +384,16 @@ class Engine:
         *,
         expect: Expected,
         embedded: Embedded | None = None,
-        method: str = "",
+        brief: bool,
     ) -> Adapted:
-        """Applies a change to the examples of a task, or learns them with another `method`."""
+        """Applies a change to the examples of a task."""
 
         async def made(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
-            renewed = before if before.artifact == self.artifact.digest else await self._renewed(task, before)
+            renewed = before if self._learning.is_ours(before) else await self._learning.renewed(task, before)
             rows, rejected = change(rows_of(renewed), bool(renewed.images))
-            return self._record(rows, method or renewed.method), rejected
+            return self._learning.record(rows, renewed.method), rejected
 
-        return await self._change(scope, task, made, expect=expect, embedded=embedded)
+        return await self._change(scope, task, made, expect=expect, embedded=embedded, brief=brief)
 
     async def _change(
         self,
@@ -372,6 +403,7 @@ class Engine:
         *,
         expect: Expected,
         embedded: Embedded | None = None,
+        brief: bool,
     ) -> Adapted:
         """Makes of the record of a task another one and commits it; a task that is gone by then stays so.
 
@@ -387,10 +419,15 @@ class Engine:
                     raise VersionConflict(f"The task is at version {pointer.version}, not {expect}.")
                 made, rejected = await make(before)
                 record = like(made, before)  # it ends when it was to end
-                if record_id(record) == pointer.head:
-                    return replace(await self._told(task, pointer, record, known=True), rejected=rejected)
+                head_id = record_id(record)
+                if head_id == pointer.head:
+                    told = Adapted(task, pointer, record, None, False, known=True)
+                    told = told if brief else await self._told(task, pointer, record, known=True)
+                    return replace(told, rejected=rejected)
                 try:
-                    return await self._store(scope, task, record, pointer, rejected=rejected, embedded=embedded)
+                    return await self._store(
+                        scope, task, record, head_id, pointer, rejected=rejected, embedded=embedded, brief=brief
+                    )
                 except VersionConflict:
                     if expect is not None:
                         raise
@@ -401,69 +438,56 @@ class Engine:
         scope: Scope,
         task: str,
         record: Record,
+        head_id: str,
         expect: Expected,
         *,
         rejected: tuple[Rejected, ...] = (),
         embedded: Embedded | None = None,
+        brief: bool = False,
     ) -> Adapted:
-        """Adapts to a record and commits both."""
+        """Adapts to a record and commits both; `brief`: commits it, and adapts behind."""
         start = time.perf_counter()
-        learned = await self._learned(record)
+        head, report = (None, None) if brief else await self._learning.head_and_report(record)
         adapted = time.perf_counter()
-        pointer = await scope.commit(task, record, record_id(record), learned.head, expect=expect)
+        pointer = await scope.commit(task, record, head_id, head, expect=expect)
         timings = {
             **(_stages(embedded) if embedded else {}),
-            "adapt": (adapted - start) * 1e3,
+            **({} if brief else {"adapt": (adapted - start) * 1e3}),
             "store": (time.perf_counter() - adapted) * 1e3,
         }
         self._observe("adapt", timings, good=len(embedded.items) - len(rejected) if embedded else 0, bad=len(rejected))
-        created = pointer.version == 1
-        rejects = learned.head.gauge is not None
-        return Adapted(task, pointer, record, learned.report, rejects, created, rejected=rejected, timings_ms=timings)
+        if brief:
+            self._flights.once((scope.tenant, task), lambda: self._learn_behind(scope, task))
+        created, rejects = pointer.version == 1, head is not None and head.gauge is not None
+        return Adapted(task, pointer, record, report, rejects, created, rejected=rejected, timings_ms=timings)
+
+    async def _learn_behind(self, scope: Scope, task: str) -> None:
+        """Until the task does not move meanwhile: of many changes in a row only a few are learned."""
+        pointer = None
+        while (at := await scope.pointer(task)) is not None and at != pointer:
+            pointer = at
+            await self._flights.once((scope.tenant, task, at.head), lambda: self._rebuild(scope, task))
 
     async def _told(self, task: str, pointer: Pointer, record: Record, *, known: bool = False) -> Adapted:
         """A task with its report, which is made again each time: it takes a millisecond and needs no place."""
-        if record.artifact == self.artifact.digest:
-            learned = await self._learned(record)
-            return Adapted(task, pointer, record, learned.report, learned.head.gauge is not None, known=known)
+        if self._learning.is_ours(record):
+            head, report = await self._learning.head_and_report(record)
+            return Adapted(task, pointer, record, report, head.gauge is not None, known=known)
         return Adapted(task, pointer, record, Report(None, None, "none", (), (), STALE_ADVICE), False, known=known)
 
     async def _rebuild(self, scope: Scope, task: str) -> tuple[Pointer, Head]:
         """Makes a head again from its record, and tells whose it is: the task may have moved meanwhile."""
         pointer, record = await self._found(scope, task)
-        if record.artifact != self.artifact.digest:
-            record = await self._renewed(task, record)
-            head = (await self._learned(record)).head
+        if not self._learning.is_ours(record):
+            record = await self._learning.renewed(task, record)
+            head = await self._learning.head(record)
             try:
                 return await scope.commit(task, record, record_id(record), head, expect=pointer), head
             except VersionConflict:
                 return await self._rebuild(scope, task)
-        head = (await self._learned(record)).head
+        head = await self._learning.head(record)
         await scope.keep_head(task, pointer, head)
         return pointer, head
-
-    async def _renewed(self, task: str, record: Record) -> Record:
-        """The same task for the artifact that is served now, from its retained images. Raises TaskStale without."""
-        if not record.images:
-            raise TaskStale(f"The task {task!r} was learned with another artifact; send its examples again.")
-        embedded = await self.batcher.embed(record.images)
-        labels = [record.labels[c] for c in record.classes]
-        examples = [Example(label, image) for label, image in zip(labels, record.images, strict=False)]
-        try:
-            rows, _ = usable(examples, record.images[len(labels) :], embedded.items, on_bad_image="fail", retain=True)
-        except (UndecodableExample, TooLarge):  # a limit was lowered since; the caller sent no such image
-            raise TaskStale(f"Not all images of the task {task!r} can be read now; send its examples again.") from None
-        method = record.method if record.method in self.learners else self.default_method
-        return like(self._record(rows, method), record)
-
-    # Support sets and heads.
-
-    def _learner(self, method: str) -> Learner:
-        try:
-            return self.learners[method]
-        except KeyError:
-            known = ", ".join(self.learners)
-            raise UnknownMethod(f"There is no method {method[:64]!r}; this artifact has {known}.") from None
 
     def _check_queries(self, payloads: Sequence[Payload]) -> None:
         kind, most = self.artifact.kind, self.limits.max_queries
@@ -471,16 +495,6 @@ class Engine:
             raise InvalidRequest(f"There is no {kind} to classify.")
         if len(payloads) > most:
             raise TooLarge(f"There are {len(payloads)} {kind}s; the limit is {most} (MAX_QUERIES).")
-
-    def _record(self, rows: Rows, method: str) -> Record:
-        manifest = self.artifact.manifest
-        return record_of(rows, artifact=self.artifact.digest, method=method, dim=manifest.dim, limits=self.limits)
-
-    async def _learned(self, record: Record) -> Learned:
-        """Adapts on a lane."""
-        learner, manifest = self._learner(record.method), self.artifact.manifest
-        temperature, rejection = manifest.methods[record.method], manifest.rejections.get(record.method)
-        return await self.batcher.run(lambda: learn(record, learner, temperature, rejection, device=self._device))
 
     def _rows(
         self, head: Head, embedded: Embedded, on_bad_image: OnBadImage, explain: Record | None

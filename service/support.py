@@ -34,7 +34,7 @@ from models.errors import (
 )
 from models.head import Affine, Head
 from models.learners import Learner
-from models.report import Report
+from models.report import HeldOut, Report
 from service.stores import Record
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -88,7 +88,14 @@ class Rows:
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
     head: Head
-    report: Report
+    held: HeldOut  # calibrated
+    record: Record  # that it was learned from
+
+    @property
+    def report(self) -> Report:
+        """Made when it is asked for: a head that is only made again needs none."""
+        record = self.record
+        return report.report(self.held, classes=record.classes, labels=record.labels, ids=record.ids)
 
 
 def checked(
@@ -266,7 +273,7 @@ def like(record: Record, before: Record) -> Record:
 def learn(
     record: Record, learner: Learner, temperature: Temperature, rejection: Rejection | None, *, device: str
 ) -> Learned:
-    """Adapts, and says how well that went. Raises ExtractorFailed when the numbers are not finite."""
+    """Adapts, and holds examples out for the report. Raises ExtractorFailed when the numbers are not finite."""
     way = len(record.labels)
     features, unlabelled = record.features.astype(np.float32), record.unlabelled.astype(np.float32)
     support = Support(
@@ -287,5 +294,4 @@ def learn(
     if rejection is not None:
         rivals = report.without_own(head.logits(features), record.classes)
         head = replace(head, gauge=rejection.gauge(shots, held_out=held.logits, rivals=rivals))
-    found = report.report(held, classes=record.classes, labels=record.labels, ids=record.ids)
-    return Learned(head, found)
+    return Learned(head, held, record)

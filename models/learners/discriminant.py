@@ -28,6 +28,8 @@ from models.learners.whitened import whitening
 class Fit(NamedTuple):
     transform: Array  # [dim, dim]
     features: Array  # [n, dim], transformed
+    means: Array  # [way, dim], of the labelled ones
+    counts: Array  # [way]
     away: Array  # [n, dim], from the mean of the class
     apart: Callable[[Array], Array]  # see `inverse`
 
@@ -62,12 +64,16 @@ class Discriminant(Once):
         belongs = one_hot(support.labels, support.way, features)
         means = class_means(features, belongs)
         away = features - belongs @ means
-        return Fit(transform, features, away, inverse(away, self.log_own))
+        counts = array_namespace(belongs).sum(belongs, axis=0)
+        return Fit(transform, features, means, counts, away, inverse(away, self.log_own))
 
     def _map(self, support: Support, fit: Fit) -> Affine:
         xp = array_namespace(support.features)
-        means, counts = prototype.prototypes(support, fit.transform)
-        means = means @ fit.transform
+        if support.unlabelled is None:
+            means, counts = fit.means, fit.counts
+        else:
+            means, counts = prototype.prototypes(support, fit.transform)
+            means = means @ fit.transform
         weight = fit.apart(means)
         bias = -0.5 * xp.sum(weight * means, axis=1) * self._sure(counts)
         return Affine(xp.exp(self.log_scale) * (weight @ fit.transform.T), xp.exp(self.log_scale) * bias)

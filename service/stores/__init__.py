@@ -167,6 +167,10 @@ class Scope(Protocol):
         """
         ...
 
+    def head_in_memory(self, head_id: str) -> Head | None:
+        """A head that is there without waiting; None when `head` has to be asked."""
+        ...
+
     async def head(self, head_id: str) -> Head | None:
         """A cached head; None when it is gone or damaged."""
         ...
@@ -175,8 +179,10 @@ class Scope(Protocol):
         """Puts a head that was made again back into the cache, unless the task is not at `pointer` any more."""
         ...
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
-        """Writes record and head and moves the pointer to the next version, all or nothing, durably.
+    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
+        """Writes a record, with its head where there is one yet, and moves the pointer to the next version.
+
+        All or nothing, durably.
 
         `expect` is where the task must be: a version (0: it must not exist; None: any), or a version and its head,
         which tells it from a task of the same name that was deleted and made anew. Raises VersionConflict. Earlier

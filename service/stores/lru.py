@@ -125,6 +125,11 @@ class RecentScope:
     async def versions(self, task: str) -> list[Pointer]:
         return await self._beneath.versions(task)
 
+    def head_in_memory(self, head_id: str) -> Head | None:
+        recent, key = self._recent, (self.tenant, head_id)
+        head = recent.heads.get(key)
+        return None if head is None else recent.put(recent.heads, key, value=head)
+
     async def head(self, head_id: str) -> Head | None:
         recent, key = self._recent, (self.tenant, head_id)
         # Looked for once more in memory: it may have been made again while the store was asked.
@@ -142,11 +147,12 @@ class RecentScope:
         except StoreUnavailable:  # it can be made again: no reason to fail
             log.warning("The head %s is kept in memory only.", pointer.head)
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
+    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
         pointer = await self._recent.whole(
             self._write(task, self._beneath.commit(task, record, head_id, head, expect=expect), lambda pointer: pointer)
         )
-        self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
+        if head is not None:
+            self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
         return pointer
 
     async def delete(self, task: str) -> bool:

@@ -85,6 +85,9 @@ class MemoryScope:
             return []
         return self._sealed.versions(task, pointer=pointer, history=self._get("history", task))
 
+    def head_in_memory(self, head_id: str) -> Head | None:
+        return None
+
     async def head(self, head_id: str) -> Head | None:
         return self._sealed.open_head(head_id, self._get("head", head_id))
 
@@ -97,7 +100,7 @@ class MemoryScope:
         sealed = self._sealed.seal_head(head_id, head)
         self._put("head", head_id, data=sealed, expires=ends(self._store.head_ttl_s, expires, now=time.time()))
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
+    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
         at, records = self._get("pointer", task), self._beside(task, "record")
         # Counted by the names of records, so that a damaged pointer loses neither count nor record.
         current = max((int(name[1]) for name in records), default=0) if at is not None else 0
@@ -115,7 +118,8 @@ class MemoryScope:
         self._put("record", (task, pointer.version), data=sealed, expires=record.expires)
         self._put("history", task, data=self._sealed.seal_history(task, history), expires=record.expires)
         self._put("pointer", task, data=self._sealed.seal_pointer(task, pointer), expires=record.expires)
-        self._put_head(head_id, head, expires=record.expires)
+        if head is not None:
+            self._put_head(head_id, head, expires=record.expires)
         return pointer
 
     async def delete(self, task: str) -> bool:

@@ -187,6 +187,9 @@ class RedisScope:
             history = await fetch(client, self._key("v", task))
         return pointer, history
 
+    def head_in_memory(self, head_id: str) -> Head | None:
+        return None
+
     async def head(self, head_id: str) -> Head | None:
         data = await self._store.link.call(lambda client: fetch(client, self._key("h", head_id)))
         return self._sealed.open_head(head_id, data)
@@ -209,8 +212,8 @@ class RedisScope:
         """When a head of a task that ends then is thrown away, in milliseconds since 1970."""
         return int(1000 * ends(self._store.head_ttl_s, expires, now=time.time()))
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
-        sealed_head = self._sealed.seal_head(head_id, head)
+    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
+        sealed_head = None if head is None else self._sealed.seal_head(head_id, head)
         expires = None if record.expires is None else int(record.expires * 1000)
 
         async def change(pipe: Pipeline) -> Pointer:
@@ -232,7 +235,8 @@ class RedisScope:
             pipe.set(self._key("r", task, pointer.version), sealed_record, pxat=expires)
             pipe.set(self._key("v", task), self._sealed.seal_history(task, history), pxat=expires)
             pipe.set(self._key("p", task), self._sealed.seal_pointer(task, pointer), pxat=expires)
-            pipe.set(self._key("h", head_id), sealed_head, pxat=self._until(record.expires))
+            if sealed_head is not None:
+                pipe.set(self._key("h", head_id), sealed_head, pxat=self._until(record.expires))
             pipe.zadd(self._key("tasks"), {task: 0})
             return pointer
 

@@ -255,6 +255,9 @@ class SqliteScope:
         row = await self._store.run(lambda db: db.execute(PLACE, self._now(task)).fetchone())
         return [] if row is None else self._sealed.versions(task, pointer=row[1], history=row[2])
 
+    def head_in_memory(self, head_id: str) -> Head | None:
+        return None
+
     async def head(self, head_id: str) -> Head | None:
         row = await self._store.run(lambda db: db.execute(HEAD, self._now(head_id)).fetchone())
         return None if row is None else self._sealed.open_head(head_id, row[0])
@@ -275,7 +278,7 @@ class SqliteScope:
         db.execute("DELETE FROM heads WHERE expires <= ?", (now,))
         db.execute("REPLACE INTO heads VALUES (?, ?, ?, ?)", (tenant, head_id, until, value))
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: Expected) -> Pointer:
+    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
         def work(db: sqlite3.Connection) -> Pointer:
             tenant, _, now = self._now(task)
             for statement in EXPIRED:
@@ -293,7 +296,8 @@ class SqliteScope:
             db.execute("REPLACE INTO records VALUES (?, ?, ?, ?)", (tenant, task, pointer.version, value))
             for dropped in before.dropped(history):  # should another task share it, it is made again
                 db.execute(DROP_HEAD, (tenant, dropped))
-            self._put_head(db, head_id, head=head, expires=record.expires)
+            if head is not None:
+                self._put_head(db, head_id, head=head, expires=record.expires)
             return pointer
 
         return await self._store.change(work, moves=(self.tenant, task))

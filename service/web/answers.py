@@ -42,6 +42,8 @@ def rejected_rows(rejected: tuple[Rejected, ...]) -> list[dict[str, Any]]:
 
 def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int) -> Response:
     record, pointer = adapted.record, adapted.pointer
+    if adapted.report is None:
+        return _moved(state, adapted)
     counts = [0] * len(record.labels)
     for index in record.classes:
         counts[index] += 1
@@ -69,6 +71,19 @@ def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int) -> R
     if status == 201:
         headers["Location"] = f"/v1/tasks/{adapted.task}"
     return answer(body, status=status, headers=headers)
+
+
+def _moved(state: MutableMapping[str, Any], adapted: Adapted) -> Response:
+    """Where the task is after a change, and no more (RFC 7240)."""
+    body = {
+        "task": adapted.task,
+        "version": adapted.pointer.version,
+        "head": adapted.pointer.head,
+        "method": adapted.record.method,
+        "rejected": rejected_rows(adapted.rejected),
+        "timings_ms": _timing(state, adapted.timings_ms),
+    }
+    return answer(body, headers={"ETag": etag(adapted), "Preference-Applied": "return=minimal"})
 
 
 def report(found: Report) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from service.web.access import scope_of
 ANSWER_S = 24 * 3600
 CLAIM_S = 60  # whoever dies at work stands in the way for so long
 LONGEST = 255
-REPLAYED = ("content-type", "etag")
+REPLAYED = ("content-type", "etag", "preference-applied")
 BOUNDARY = re.compile(r"""multipart/form-data;.*\bboundary="?([^";]+)""", re.IGNORECASE)
 
 

@@ -195,6 +195,17 @@ class Task(Closed):
     timings_ms: dict[str, float]
 
 
+class Moved(Closed):
+    """A change with `Prefer: return=minimal`: it is kept, and learned behind the answer."""
+
+    task: str
+    version: int
+    head: str
+    method: str
+    rejected: list[RejectedInfo]
+    timings_ms: dict[str, float]
+
+
 class TaskItem(Closed):
     task: str
     version: int

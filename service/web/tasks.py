@@ -147,7 +147,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         "/v1/tasks/{task}/examples",
         operation_id="add_examples",
         summary="Add examples, perhaps of new classes",
-        response_model=schemas.Task,
+        response_model=schemas.Task | schemas.Moved,
         openapi_extra=SUPPORT_BODY,
         responses={**PROBLEMS, **NOT_FOUND, **STALE, **CONFLICT},
     )
@@ -161,8 +161,8 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
                 task,
                 given.examples,
                 unlabelled=given.unlabelled,
-                expect=_expected(request),
                 on_bad_image=options.on_bad_image,
+                **_terms(request),
             )
             return answers.task(request.scope["state"], adapted, status=200)
 
@@ -172,26 +172,26 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         "/v1/tasks/{task}/examples/{example}",
         operation_id="remove_example",
         summary="Take an example back",
-        response_model=schemas.Task,
+        response_model=schemas.Task | schemas.Moved,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
     async def remove_example(
         request: Request, task: str, example: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
-        adapted = await engine.remove_example(scope_of(request), task, example, expect=_expected(request))
+        adapted = await engine.remove_example(scope_of(request), task, example, **_terms(request))
         return answers.task(request.scope["state"], adapted, status=200)
 
     @router.delete(
         "/v1/tasks/{task}/classes/{label:path}",
         operation_id="remove_class",
         summary="Take a class back",
-        response_model=schemas.Task,
+        response_model=schemas.Task | schemas.Moved,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
     async def remove_class(
         request: Request, task: str, label: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
-        adapted = await engine.remove_class(scope_of(request), task, label, expect=_expected(request))
+        adapted = await engine.remove_class(scope_of(request), task, label, **_terms(request))
         return answers.task(request.scope["state"], adapted, status=200)
 
     @router.get(
@@ -209,23 +209,23 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         "/v1/tasks/{task}",
         operation_id="change_task",
         summary="Learn the same examples with another method",
-        response_model=schemas.Task,
+        response_model=schemas.Task | schemas.Moved,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
     async def change_task(request: Request, task: str, options: Annotated[ChangeOptions, Query()]) -> Response:
-        adapted = await engine.learn_with(scope_of(request), task, options.method, expect=_expected(request))
+        adapted = await engine.learn_with(scope_of(request), task, options.method, **_terms(request))
         return answers.task(request.scope["state"], adapted, status=200)
 
     @router.post(
         "/v1/tasks/{task}/rollback",
         operation_id="rollback",
         summary="Make an earlier version the newest",
-        response_model=schemas.Task,
+        response_model=schemas.Task | schemas.Moved,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
     async def rollback(request: Request, task: str, options: Annotated[RollbackOptions, Query()]) -> Response:
         async def work() -> Response:
-            adapted = await engine.rollback(scope_of(request), task, options.version, expect=_expected(request))
+            adapted = await engine.rollback(scope_of(request), task, options.version, **_terms(request))
             return answers.task(request.scope["state"], adapted, status=200)
 
         return await once(request, task, work)
@@ -263,6 +263,12 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         return Response(image, media_type=media_type_of(image))
 
     return router
+
+
+def _terms(request: Request) -> dict[str, Any]:
+    """Where the task must be for a change, and whether the client prefers a short answer to a report (RFC 7240)."""
+    preferences = ",".join(request.headers.getlist("prefer")).lower().replace(";", ",").split(",")
+    return {"expect": _expected(request), "brief": "return=minimal" in (part.strip() for part in preferences)}
 
 
 def _expected(request: Request) -> Expected:

@@ -203,8 +203,8 @@ def test_a_head_that_many_wait_for_is_made_once(tmp_path: Path, monkeypatch: pyt
         await engine.adapt(scope, "t", SUPPORT)
         without_heads(store)
         made = []
-        original = engine._learned
-        monkeypatch.setattr(engine, "_learned", lambda record: made.append(1) or original(record))
+        original = engine._learning.head
+        monkeypatch.setattr(engine._learning, "head", lambda record: made.append(1) or original(record))
         await asyncio.gather(*(engine.classify(scope, "t", [RED]) for _ in range(20)))
         assert len(made) == 1
 
@@ -227,6 +227,64 @@ def test_a_head_is_made_again_while_the_images_are_looked_at(tmp_path: Path) -> 
         assert labels_of((await asked).rows) == [1]
 
     run(tmp_path, work, extractor=extractor)
+
+
+def test_a_brief_change_is_kept_at_once_and_learned_behind_the_answer(tmp_path: Path) -> None:
+    """Whatever kind of change it is, the task is then what it would be after one that was told in full."""
+
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        changes: list[Callable[[str, bool], Awaitable[Adapted]]] = [
+            lambda task, brief: engine.add(scope, task, GREEN, brief=brief),
+            lambda task, brief: engine.learn_with(scope, task, "ridge", brief=brief),
+            lambda task, brief: engine.remove_class(scope, task, "green", brief=brief),
+            lambda task, brief: engine.rollback(scope, task, 2, brief=brief),
+            lambda task, brief: engine.remove_example(scope, task, example_id("green", GREEN[0].payload), brief=brief),
+        ]
+        for task in ("brief", "told"):
+            await engine.adapt(scope, task, SUPPORT)
+        for change in changes[:4]:
+            short, long = await change("brief", True), await change("told", False)
+            assert (short.report, long.report is None) == (None, False)
+            assert short.pointer == long.pointer
+            assert content(short.record)[:-2] == content(long.record)[:-2]
+            answer = await engine.classify(scope, "brief", [RED, BLUE])  # right after it: it waits for the head
+            assert answer.pointer == short.pointer
+            assert await everything(engine, scope, "brief") == await everything(engine, scope, "told")
+
+    run(tmp_path, work)
+
+
+def test_of_many_brief_changes_in_a_row_only_a_few_are_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+        learned, original = [], engine._learning.head
+
+        async def slowly(record: Record) -> Head:
+            learned.append(record)
+            await asyncio.sleep(0.05)
+            return await original(record)
+
+        monkeypatch.setattr(engine._learning, "head", slowly)
+        for seed in range(20):
+            await engine.add(scope, "t", [Example("red", picture("red", seed=100 + seed))], brief=True)
+        last = await engine.describe(scope, "t")
+        while await scope.head(last.pointer.head) is None:
+            await asyncio.sleep(0.001)
+        assert (last.pointer.version, len(last.record.ids)) == (21, len(SUPPORT) + 20)
+        assert len(learned) < 10
+        assert learned[-1].ids == last.record.ids
+
+    run(tmp_path, work)
+
+
+def test_a_brief_change_of_nothing_moves_nothing(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        before = await engine.adapt(scope, "t", SUPPORT)
+        again = await engine.add(scope, "t", SUPPORT, brief=True)
+        assert (again.pointer, again.known, again.report) == (before.pointer, True, None)
+        assert [item.code for item in again.rejected] == ["duplicate_example"] * len(SUPPORT)
+
+    run(tmp_path, work)
 
 
 def test_a_head_that_cannot_be_made_again_is_told_at_once(tmp_path: Path) -> None:
@@ -1043,7 +1101,7 @@ def test_a_method_that_the_new_artifact_lacks_gives_way_to_its_default(tmp_path:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         await engine.adapt(scope, "t", SUPPORT, method="ridge", retain=True)
         other = served_by_another(engine, tmp_path)
-        other.learners = {"prototype": other.learners["prototype"]}
+        other._learning.learners = {"prototype": other._learning.learners["prototype"]}
         assert (await other.classify(scope, "t", [RED])).head.method == "prototype"
 
     run(tmp_path, work)
@@ -1054,7 +1112,7 @@ def test_images_that_cannot_be_read_any_more_leave_the_task_stale_and_the_questi
         await engine.adapt(scope, "t", SUPPORT, retain=True)
         other = served_by_another(engine, tmp_path)
         smaller = Batcher(MeanColour(), ImageDecoder(16, 16, 3, max_pixels=100), lanes=1, max_batch=8, max_waiting=99)
-        other.batcher = smaller
+        other._learning.batcher = smaller
         before = dict(store.values)
         try:
             with pytest.raises(TaskStale, match="send its examples again"):

@@ -314,6 +314,27 @@ def test_a_report_names_the_example_that_looks_wrong(http: httpx.Client) -> None
     assert first["example"] in report["advice"]
 
 
+@pytest.mark.parametrize("preference", ["return=minimal", "respond-async, Return=Minimal", "wait=5; return=minimal"])
+def test_who_prefers_a_short_answer_gets_no_report(http: httpx.Client, preference: str) -> None:
+    taught(http, "t")
+    response = http.post("/v1/tasks/t/examples", files=colours("lime"), headers={"Prefer": preference})
+    assert (response.status_code, response.headers["preference-applied"]) == (200, "return=minimal")
+    moved = schemas.Moved.model_validate_json(response.text)
+    assert (moved.task, moved.version, moved.rejected) == ("t", 2, [])
+    assert answers(http.post("/v1/tasks/t/classify", content=LIME, headers=PNG))[0].label == "lime"
+    task = task_of(http.get("/v1/tasks/t"))
+    assert (task.version, task.head) == (moved.version, moved.head)
+    assert response.headers["etag"] == f'"v{task.version}-{task.head}"'
+
+
+@pytest.mark.parametrize("preference", ["return=representation", "return=minimalist", ""])
+def test_another_preference_changes_nothing(http: httpx.Client, preference: str) -> None:
+    taught(http, "t")
+    response = http.post("/v1/tasks/t/examples", files=colours("lime"), headers={"Prefer": preference})
+    assert task_of(response).report.accuracy is not None
+    assert "preference-applied" not in response.headers
+
+
 def test_of_single_examples_a_report_says_that_it_cannot_tell(http: httpx.Client) -> None:
     http.delete("/v1/tasks/t")
     report = task_of(http.put("/v1/tasks/t", files=colours("red", "blue", shots=1)), 201).report
