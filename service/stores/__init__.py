@@ -1,4 +1,4 @@
-"""What a store keeps and promises, and the sealed form in which it is kept.
+"""What a store keeps and promises.
 
 A **record** is the user's data: support features, labels and settings, from which a head can be made again. A **head**
 is a cache of it. A **pointer** says at which version and head a task is. Stores see a tenant only through a `Scope`, so
@@ -7,27 +7,17 @@ none of their functions can take a task name without one. Knows nothing of HTTP,
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import itertools
 import json
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from safetensors.numpy import load, save
+from typing import Protocol
 
 from models.errors import StoreUnavailable
 from models.head import Head
+from service.stores.record import Record as Record
+from service.stores.seal import SealBroken as SealBroken
+from service.stores.seal import Sealer as Sealer
 
-RECORD_FORMAT = "fewshot-record-2"
-RECORD_FORMATS = ("fewshot-record-1", RECORD_FORMAT)  # that are read; the first one had no images
 MOST_REMEMBERED = 1000  # values beside one task
-SEAL = b"fs1\0"
-
-
-class SealBroken(Exception):
-    """A stored value is not what was written under that name; it is never served."""
 
 
 class StoreMisconfigured(StoreUnavailable):
@@ -56,90 +46,6 @@ class Pointer:
 
 
 Expected = int | Pointer | None  # where a task must be for a change: see Scope.commit
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Record:
-    """All that a head is made from. Features are half precision, and heads are always made from them as such."""
-
-    artifact: str
-    method: str
-    labels: tuple[str, ...]  # of the classes
-    ids: tuple[str, ...]  # of the examples
-    classes: np.ndarray  # [n] int32: class of each example
-    features: np.ndarray  # [n, dim] float16
-    unlabelled: np.ndarray  # [u, dim] float16
-    created: float  # seconds since 1970
-    expires: float | None = None
-    images: tuple[bytes, ...] = ()  # encoded, in the order of `ids`; none when they are not retained
-
-    def to_bytes(self) -> bytes:
-        """Raises ValueError when there are images, but not one for each id."""
-        if self.images and len(self.images) != len(self.ids):
-            raise ValueError(f"There are {len(self.images)} images for {len(self.ids)} ids.")
-        text = {
-            "format": RECORD_FORMAT,
-            "artifact": self.artifact,
-            "method": self.method,
-            "labels": self.labels,
-            "ids": self.ids,
-            "times": [self.created, self.expires],
-        }
-        arrays = {
-            "classes": self.classes,
-            "features": self.features,
-            "unlabelled": self.unlabelled,
-            "images": np.frombuffer(b"".join(self.images), np.uint8),
-            "sizes": np.array([len(image) for image in self.images], np.int64),
-        }
-        # safetensors writes the memory behind a view as it lies there: a slice would come back as other numbers.
-        return save(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata={"record": json.dumps(text)}
-        )
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Record:
-        """Raises SealBroken when the bytes are no record of a known format."""
-        try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            text = json.loads(header["__metadata__"]["record"])
-            if text["format"] not in RECORD_FORMATS:
-                raise SealBroken(f"The record has the unknown format {text['format']!r}.")
-            arrays: dict[str, Any] = load(data)
-            created, expires = text["times"]
-            return cls(
-                artifact=text["artifact"],
-                method=text["method"],
-                labels=tuple(text["labels"]),
-                ids=tuple(text["ids"]),
-                classes=arrays["classes"],
-                features=arrays["features"],
-                unlabelled=arrays["unlabelled"],
-                created=created,
-                expires=expires,
-                images=() if text["format"] == RECORD_FORMATS[0] else _images(arrays, len(text["ids"])),
-            )
-        except SealBroken:
-            raise
-        except Exception as error:  # any damage is the same to the reader
-            raise SealBroken("The record cannot be read.") from error
-
-
-def _images(arrays: dict[str, Any], count: int) -> tuple[bytes, ...]:
-    """The images of `count` examples, cut apart. Raises ValueError unless the sizes are those of all of them."""
-    images, sizes = arrays["images"], arrays["sizes"]
-    ends = [0, *itertools.accumulate(sizes.tolist())]
-    fits = (
-        images.dtype == np.uint8
-        and sizes.dtype == np.int64
-        and images.shape == (ends[-1],)
-        and len(sizes) in (0, count)
-        and all(size >= 0 for size in sizes)
-    )
-    if not fits:
-        raise ValueError("The images do not fit their sizes.")
-    data = images.tobytes()
-    return tuple(data[start:end] for start, end in itertools.pairwise(ends))
 
 
 class Scope(Protocol):
@@ -228,33 +134,3 @@ class Store(Protocol):
     def scope(self, tenant: str) -> Scope: ...
 
     async def close(self) -> None: ...
-
-
-class Sealer:
-    """Seals values with a keyed digest over where they belong and what they are.
-
-    Rot, a value put under another name, or one that somebody else wrote does not pass `open`.
-    """
-
-    def __init__(self, key: bytes):
-        self._key = hashlib.blake2b(key, digest_size=32, person=b"fewshot-store").digest()
-
-    def _digest(self, place: tuple[str, ...], payload: bytes) -> bytes:
-        name = json.dumps(place).encode()
-        message = hashlib.blake2b(key=self._key, digest_size=32)
-        message.update(len(name).to_bytes(4, "big") + name)
-        message.update(payload)
-        return message.digest()
-
-    def seal(self, payload: bytes, *place: str) -> bytes:
-        return SEAL + self._digest(place, payload) + payload
-
-    def open(self, data: bytes, *place: str) -> bytes:
-        """The payload. Raises SealBroken unless it was sealed by this key for this place."""
-        start = len(SEAL) + 32
-        if not isinstance(data, bytes) or data[: len(SEAL)] != SEAL or len(data) < start:
-            raise SealBroken("The value is not sealed.")
-        payload = data[start:]
-        if not hmac.compare_digest(data[len(SEAL) : start], self._digest(place, payload)):
-            raise SealBroken("The value does not match its seal.")
-        return payload

@@ -9,6 +9,7 @@ import time
 
 from models.head import Head
 from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer
+from service.stores.record import Base, Bases
 from service.stores.sealed import Sealed, ends, next_version
 
 # Of a record the name is (task, version), of a remembered value (task, key).
@@ -22,6 +23,7 @@ class MemoryStore:
         self.sealer = Sealer(key)
         self.head_ttl_s = head_ttl_s
         self.versions_kept = versions_kept
+        self.bases = Bases()
         # (tenant, kind, name) -> sealed bytes and when they expire
         self.values: dict[tuple[str, str, Name], tuple[bytes, float | None]] = {}
 
@@ -44,7 +46,7 @@ class MemoryScope:
     def __init__(self, store: MemoryStore, tenant: str):
         self._store = store
         self.tenant = tenant
-        self._sealed = Sealed(store.sealer, tenant)
+        self._sealed = Sealed(store.sealer, tenant, store.bases)
 
     def _get(self, kind: str, name: Name) -> bytes | None:
         data, expires = self._store.values.get((self.tenant, kind, name), (None, None))
@@ -74,7 +76,13 @@ class MemoryScope:
         at = self._sealed.at(task, version, pointer=pointer, history=self._get("history", task))
         data = None if at is None else self._get("record", (task, at.version))
         if at is not None and data is not None:
-            return at, self._sealed.open_record(task, at.version, data=data)
+            record = self._sealed.open_record(task, at.version, data=data)
+            if isinstance(record, Base):
+                base = self._get("record", (task, record.version))
+                record = self._sealed.open_record(task, at.version, data=data, base=base)
+            if isinstance(record, Base):
+                raise SealBroken("The base of the record is gone.")
+            return at, record
         if version is None:
             raise SealBroken("The task has no record.")
         return None
@@ -106,14 +114,14 @@ class MemoryScope:
         current = max((int(name[1]) for name in records), default=0) if at is not None else 0
         known = self._sealed.history(task, current, pointer=at, history=self._get("history", task))
         pointer = Pointer(next_version(current, known, expect), head_id)
-        history = known.then(pointer, expires=record.expires, most=self._store.versions_kept)
+        sealed, base = self._sealed.seal_record(task, pointer.version, record=record, base=known.base)
+        history = known.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
         for dropped in known.dropped(history):
             self._drop("head", dropped)
-        sealed = self._sealed.seal_record(task, pointer.version, record=record)
         for name in records:
             data = self._get("record", name)
             self._drop("record", name)
-            if data is not None and name[1] in [known.version for known in history.versions]:
+            if data is not None and name[1] in history.records:
                 self._put("record", name, data=data, expires=record.expires)
         self._put("record", (task, pointer.version), data=sealed, expires=record.expires)
         self._put("history", task, data=self._sealed.seal_history(task, history), expires=record.expires)

@@ -38,6 +38,7 @@ from redis.asyncio.client import Pipeline
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
 from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured
+from service.stores.record import Base, Bases
 from service.stores.redis_link import Link
 from service.stores.sealed import History, Sealed, ends, next_version
 
@@ -85,6 +86,7 @@ class RedisStore:
         self.sealer = Sealer(key)
         self.head_ttl_s = head_ttl_s
         self.versions_kept = versions_kept
+        self.bases = Bases()
         # By tenant and task: who remembers here takes turns, so that only other replicas are ever faster.
         self.turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._mark: bytes | None = None  # of the store as it was first met
@@ -139,7 +141,7 @@ class RedisScope:
     def __init__(self, store: RedisStore, tenant: str):
         self._store = store
         self.tenant = tenant
-        self._sealed = Sealed(store.sealer, tenant)
+        self._sealed = Sealed(store.sealer, tenant, store.bases)
 
     def _key(self, *parts: str | int) -> str:
         return ":".join(("fs", self.tenant, *map(str, parts)))
@@ -164,13 +166,17 @@ class RedisScope:
                 if at is None:
                     return None
                 data = await fetch(client, self._key("r", task, at.version))
-                if data is not None:
-                    return at, self._sealed.open_record(task, at.version, data=data)
+                record = None if data is None else self._sealed.open_record(task, at.version, data=data)
+                if isinstance(record, Base):
+                    base = await fetch(client, self._key("r", task, record.version))
+                    record = self._sealed.open_record(task, at.version, data=data, base=base)
+                if isinstance(record, Record):
+                    return at, record
             if version is None:
                 raise SealBroken("The task has no record.")
             return None
 
-        return await self._store.link.call(operation, answers=2)
+        return await self._store.link.call(operation, answers=3)
 
     async def versions(self, task: str) -> list[Pointer]:
         pointer, history = await self._store.link.call(lambda client: self._place(client, task), answers=3)
@@ -219,10 +225,12 @@ class RedisScope:
         async def change(pipe: Pipeline) -> Pointer:
             found = await self._found(pipe, task)
             pointer = Pointer(next_version(found.version, found.history, expect), head_id)
-            history = found.history.then(pointer, expires=record.expires, most=self._store.versions_kept)
-            earlier = [self._key("r", task, known.version) for known in history.versions[1:]]
+            sealed_record, base = self._sealed.seal_record(
+                task, pointer.version, record=record, base=found.history.base
+            )
+            history = found.history.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
+            earlier = [self._key("r", task, known) for known in sorted(history.records - {pointer.version})]
             moved = await pipe.mget(earlier) if earlier and found.history.expires != record.expires else []
-            sealed_record = self._sealed.seal_record(task, pointer.version, record=record)
             pipe.multi()  # type: ignore[no-untyped-call]
             gone = set(found.records).difference(earlier)
             # Should another task share a head, it is made again.
@@ -304,7 +312,7 @@ class RedisScope:
         prefix = self._key("r", task, "")
         try:
             version = 0 if pointer is None else self._sealed.open_pointer(task, pointer).version
-            listed = [known.version for known in self._sealed.open_history(task, history).versions]
+            listed = self._sealed.open_history(task, history).records
             records = [f"{prefix}{known}" for known in {version, *listed} if known > 0]
         except SealBroken:
             # The names of records tell their versions, so damage loses neither the count nor a record.

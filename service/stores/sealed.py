@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import NamedTuple
 
 from models.errors import VersionConflict
 from models.head import Head, HeadInvalid
 from service.stores import Expected, Pointer, Record, SealBroken, Sealer
+from service.stores.record import Base, Bases, applied, base_of, difference
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +27,23 @@ class History(NamedTuple):
 
     versions: list[Pointer]  # newest first
     expires: float | None = math.nan
+    bases: Mapping[int, Base] = MappingProxyType({})  # by version; a whole record is its own
 
-    def then(self, pointer: Pointer, *, expires: float | None, most: int) -> History:
+    @property
+    def base(self) -> Base | None:
+        """Of the newest version, where it is known."""
+        return self.bases.get(self.versions[0].version) if self.versions else None
+
+    @property
+    def records(self) -> set[int]:
+        """The versions whose records are needed."""
+        return {n for known in self.versions for n in (known.version, *self.bases.get(known.version, ())[:1])}
+
+    def then(self, pointer: Pointer, base: Base, *, expires: float | None, most: int) -> History:
         """The history after a commit: at most so many versions, the new one included."""
-        return History([pointer, *self.versions][:most], expires)
+        kept = [pointer, *self.versions][:most]
+        bases = {known.version: self.bases[known.version] for known in kept if known.version in self.bases}
+        return History(kept, expires, {**bases, pointer.version: base})
 
     def dropped(self, after: History) -> set[str]:
         """The heads that go with a commit: of versions that are not kept, or that would end at another time."""
@@ -52,9 +68,10 @@ def ends(ttl_s: float, expires: float | None, *, now: float) -> float:
 
 
 class Sealed:
-    def __init__(self, sealer: Sealer, tenant: str):
+    def __init__(self, sealer: Sealer, tenant: str, bases: Bases):
         self._sealer = sealer
         self._tenant = tenant
+        self._bases = bases
 
     def seal_pointer(self, task: str, pointer: Pointer) -> bytes:
         return self._sealer.seal(pointer.to_bytes(), self._tenant, "pointer", task)
@@ -71,7 +88,8 @@ class Sealed:
             return None
 
     def seal_history(self, task: str, history: History) -> bytes:
-        payload = [history.expires, [[pointer.version, pointer.head] for pointer in history.versions]]
+        versions = [[at.version, at.head, *history.bases.get(at.version, ())] for at in history.versions]
+        payload = [history.expires, versions]
         return self._sealer.seal(json.dumps(payload).encode(), self._tenant, "history", task)
 
     def open_history(self, task: str, data: bytes | None) -> History:
@@ -81,7 +99,8 @@ class Sealed:
         payload = self._sealer.open(data, self._tenant, "history", task)
         try:
             expires, versions = json.loads(payload)
-            return History([Pointer(version, head) for version, head in versions], expires)
+            pointers = [Pointer(version, head) for version, head, *_ in versions]
+            return History(pointers, expires, {version: Base(*base) for version, _, *base in versions if base})
         except (ValueError, TypeError) as error:
             raise SealBroken("The history cannot be read.") from error
 
@@ -133,11 +152,31 @@ class Sealed:
         log.warning("The index of what is remembered beside task %s is damaged; all of it counts as forgotten.", task)
         return {}
 
-    def seal_record(self, task: str, version: int, *, record: Record) -> bytes:
-        return self._sealer.seal(record.to_bytes(), self._tenant, "record", task, str(version))
+    def seal_record(self, task: str, version: int, *, record: Record, base: Base | None) -> tuple[bytes, Base]:
+        """The record sealed, as a difference to `base` where that is in memory and it is worth it; and its base."""
+        before = None if base is None else self._bases.get(base)
+        if base is not None and before is not None and (payload := difference(base, before, record)) is not None:
+            return self._sealer.seal(payload, self._tenant, "record", task, str(version)), base
+        data = self._sealer.seal(record.to_bytes(), self._tenant, "record", task, str(version))
+        own = Base(version, self._sealer.name(data))
+        self._bases.put(own, record)
+        return data, own
 
-    def open_record(self, task: str, version: int, *, data: bytes) -> Record:
-        return Record.from_bytes(self._sealer.open(data, self._tenant, "record", task, str(version)))
+    def open_record(self, task: str, version: int, *, data: bytes, base: bytes | None = None) -> Record | Base:
+        """A record; or its base, where that is needed and neither in memory nor given. Raises SealBroken."""
+        payload = self._sealer.open(data, self._tenant, "record", task, str(version))
+        needed = base_of(payload)
+        if needed is None:
+            record = Record.from_bytes(payload)
+            self._bases.put(Base(version, self._sealer.name(data)), record)
+            return record
+        before = self._bases.get(needed)
+        if before is None and base is not None:
+            if self._sealer.name(base) != needed.seal:
+                raise SealBroken("The base of the record is another one.")
+            before = Record.from_bytes(self._sealer.open(base, self._tenant, "record", task, str(needed.version)))
+            self._bases.put(needed, before)
+        return needed if before is None else applied(before, payload)
 
     def seal_head(self, head_id: str, head: Head) -> bytes:
         return self._sealer.seal(head.to_bytes(), self._tenant, "head", head_id)

@@ -8,6 +8,7 @@ that was read stays true until this process moves it, and is read once.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import sqlite3
@@ -22,6 +23,7 @@ from typing import TypeVar
 from models.errors import StoreUnavailable
 from models.head import Head
 from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured, folder
+from service.stores.record import Base, Bases
 from service.stores.sealed import Sealed, ends, next_version
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ PLACE = (
     " WHERE tenant = ? AND task = ? AND (expires IS NULL OR expires > ?)"
 )
 RECORD = "SELECT CAST(record AS BLOB) FROM records WHERE tenant = ? AND task = ? AND version = ?"
+UNNEEDED = "DELETE FROM records WHERE tenant = ? AND task = ? AND version NOT IN (SELECT value FROM json_each(?))"
 TASKS = (
     "SELECT task, CAST(pointer AS BLOB) FROM tasks"
     " WHERE tenant = ? AND task > ? AND (expires IS NULL OR expires > ?) ORDER BY task"
@@ -115,6 +118,7 @@ class SqliteStore:
         self._dir = data_dir
         self._key = key
         self._held = ExitStack()
+        self.bases = Bases()  # used in the writer's thread only
         # By tenant and task, with its end. Used on the event loop only.
         self.pointers: dict[tuple[str, str], tuple[Pointer, float]] = {}
 
@@ -211,7 +215,9 @@ class SqliteScope:
 
     @cached_property
     def _sealed(self) -> Sealed:
-        return Sealed(self._store.sealer, self.tenant)  # a scope may be made before the store, and its key, are opened
+        return Sealed(
+            self._store.sealer, self.tenant, self._store.bases
+        )  # a scope may be made before the store, and its key, are opened
 
     def _now(self, name: str) -> tuple[str, str, float]:
         return self.tenant, name, time.time()
@@ -242,14 +248,24 @@ class SqliteScope:
             if row is None:
                 return None
             at = self._sealed.at(task, version, pointer=row[1], history=row[2])
-            found = None if at is None else db.execute(RECORD, (self.tenant, task, at.version)).fetchone()
-            if at is not None and found is not None:
-                return at, self._sealed.open_record(task, at.version, data=found[0])
+            data = None if at is None else self._data(db, task, at.version)
+            if at is not None and data is not None:
+                record = self._sealed.open_record(task, at.version, data=data)
+                if isinstance(record, Base):
+                    base = self._data(db, task, record.version)
+                    record = self._sealed.open_record(task, at.version, data=data, base=base)
+                if isinstance(record, Base):
+                    raise SealBroken("The base of the record is gone.")
+                return at, record
             if version is None:
                 raise SealBroken("The task has no record.")
             return None
 
         return await self._store.run(work)
+
+    def _data(self, db: sqlite3.Connection, task: str, version: int) -> bytes | None:
+        row = db.execute(RECORD, (self.tenant, task, version)).fetchone()
+        return None if row is None else row[0]
 
     async def versions(self, task: str) -> list[Pointer]:
         row = await self._store.run(lambda db: db.execute(PLACE, self._now(task)).fetchone())
@@ -287,12 +303,11 @@ class SqliteScope:
             current, at, known = db.execute(PLACE, (tenant, task, now)).fetchone() or (0, None, None)
             before = self._sealed.history(task, current, pointer=at, history=known)
             pointer = Pointer(next_version(current, before, expect), head_id)
-            history = before.then(pointer, expires=record.expires, most=self._store.versions_kept)
+            value, base = self._sealed.seal_record(task, pointer.version, record=record, base=before.base)
+            history = before.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
             sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_history(task, history)
             db.execute(PUT_TASK, (tenant, task, pointer.version, record.expires, *sealed))
-            oldest = history.versions[-1].version
-            db.execute("DELETE FROM records WHERE tenant = ? AND task = ? AND version < ?", (tenant, task, oldest))
-            value = self._sealed.seal_record(task, pointer.version, record=record)
+            db.execute(UNNEEDED, (tenant, task, json.dumps(sorted(history.records))))
             db.execute("REPLACE INTO records VALUES (?, ?, ?, ?)", (tenant, task, pointer.version, value))
             for dropped in before.dropped(history):  # should another task share it, it is made again
                 db.execute(DROP_HEAD, (tenant, dropped))

@@ -18,6 +18,7 @@ import redis.asyncio
 from models.errors import StoreUnavailable
 from service.stores import Pointer, Sealer, StoreMisconfigured, redis_link
 from service.stores.lru import Recent
+from service.stores.record import Bases
 from service.stores.redis import MARK, Found, RedisScope, RedisStore
 from service.stores.sealed import Sealed
 from tests.redis_server import RedisServer
@@ -520,14 +521,16 @@ async def test_only_what_can_be_made_again_or_ends_has_a_ttl(own_redis: RedisSer
 
 
 async def test_what_an_earlier_program_wrote_is_read_and_gone_on_from(own_redis: RedisServer) -> None:
-    sealed = Sealed(Sealer(b"key"), "t")
+    sealed = Sealed(Sealer(b"key"), "t", Bases())
 
     def written_by_it(task: str, version: int, *, end: int | None = None) -> None:
         pointer = Pointer(version, f"hd_{version}")
         record = make_record(version, expires=end)
         with redis.Redis(port=own_redis.port) as client:
             client.delete(f"fs:t:r:{task}:{version - 1}")
-            client.set(f"fs:t:r:{task}:{version}", sealed.seal_record(task, version, record=record), exat=end)
+            client.set(
+                f"fs:t:r:{task}:{version}", sealed.seal_record(task, version, record=record, base=None)[0], exat=end
+            )
             client.set(f"fs:t:p:{task}", sealed.seal_pointer(task, pointer), exat=end)
             client.set(f"fs:t:h:{pointer.head}", sealed.seal_head(pointer.head, make_head(version)), ex=100)
             client.zadd("fs:t:tasks", {task: 0})

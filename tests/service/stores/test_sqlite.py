@@ -20,6 +20,7 @@ import pytest
 
 from models.errors import StoreUnavailable
 from service.stores import Pointer, Sealer, StoreMisconfigured
+from service.stores.record import Bases
 from service.stores.sealed import Sealed
 from service.stores.sqlite import SqliteStore
 from tests.service.stores.values import commit, make_head, make_record, same
@@ -319,7 +320,7 @@ OLD_TASKS = {"cats": (7, None), "dogs": (3, 4e9), "gone": (1, 1.0)}
 
 
 def sealed(store_key: bytes = b"key") -> Sealed:
-    return Sealed(Sealer(store_key), "t")
+    return Sealed(Sealer(store_key), "t", Bases())
 
 
 def old_file(folder: Path) -> Path:
@@ -331,7 +332,7 @@ def old_file(folder: Path) -> Path:
         db.execute("INSERT INTO seal VALUES (?)", (Sealer(b"key").seal(b"", "store"),))
         for task, (version, end) in OLD_TASKS.items():
             pointer = sealed().seal_pointer(task, Pointer(version, f"hd_{version}"))
-            record = sealed().seal_record(task, version, record=make_record(version, expires=end))
+            record, _ = sealed().seal_record(task, version, record=make_record(version, expires=end), base=None)
             db.execute("INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?)", ("t", task, version, end, pointer, record))
             head = sealed().seal_head(f"hd_{version}", make_head(version))
             db.execute("INSERT INTO heads VALUES (?, ?, ?, ?)", ("t", f"hd_{version}", 4e9, head))
