@@ -31,7 +31,12 @@ Images = list[tuple[str, bytes]]
 PROBES: Images = [("query", picture(colour, seed=1)) for colour in ("red", "purple")]
 
 # Variants of the service, by a few lines of Python that are run before it.
-CLAIMS = "import service.web.idempotency as it; it.CLAIM_S = 1"  # else a retry after a kill has to wait a minute
+CLAIMS = """
+import service.web.idempotency as it
+it.CLAIM_S = 1  # else a retry after a kill has to wait a minute
+import service.stores.record as record
+record.LEAST, record.MOST_NEW = 2, 9  # these tasks are small, and are to be written as differences all the same
+"""
 EARLY = """
 import asyncio
 from service.stores import Pointer
@@ -66,7 +71,10 @@ class Change:
             return http.delete(f"/v1/tasks/{name}")
         if self.kind == "put":
             return http.put(f"/v1/tasks/{name}", files=self.sent)
-        return http.post(f"/v1/tasks/{name}/examples", files=self.sent, headers={"Idempotency-Key": self.key})
+        headers = {"Idempotency-Key": self.key}
+        if int(self.key[1:]) % 2:  # learned behind the answer
+            headers["Prefer"] = "return=minimal"
+        return http.post(f"/v1/tasks/{name}/examples", files=self.sent, headers=headers)
 
 
 @dataclass
