@@ -2,7 +2,7 @@
 
 An operation runs to its end in a task of its own, bounded by the socket timeouts; its caller may stop waiting at any
 time. So redis-py never meets a cancellation: no connection goes back with an unread reply, and no commit is cut half
-way. Once Redis did not answer, callers are refused at once, and a task of our own tries, once a second, whether it is
+way. Once Redis did not answer, callers are refused at once, and a task of our own tries, now and then, whether it is
 back: nobody waits for that. Knows nothing of what is stored.
 """
 
@@ -25,7 +25,7 @@ from service.stores import StoreMisconfigured
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PAUSE_S = 0.95  # between two attempts to reach Redis: a second after it is back, all is well
+PAUSE_S = 0.7  # between two attempts to reach Redis: with what an attempt takes, all is well a second after it is back
 LOOK_S = 5.0  # between two looks at how Redis is set up
 REFUSED_S = 15.0  # how long a command that it refused counts: it may be full, or a right be missing
 GRACE_S = 0.05

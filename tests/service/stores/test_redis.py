@@ -27,7 +27,7 @@ from tests.service.stores.values import commit, make_head, make_record, same
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
 TIMEOUT_S = 0.5
-PAUSE_S = 0.5  # half of what is in force, to save time
+PAUSE_S = 0.5  # less than what is in force, to save time
 LIMITED = "+get +set +del +mget +watch +multi +exec +unwatch +zadd +zrem +zrangebylex +scan +ping"
 
 
