@@ -40,6 +40,7 @@ from service.precision import int8_loss  # noqa: E402
 MANY = [f"many-{number}" for number in range(64)]
 SUPPORTS = ((5, 5), (20, 5), (100, 10))  # way, shot
 LARGE = "adapt-100-10"
+BEHIND_S = 0.3  # for what is learned behind an answer
 COLD = 100  # tasks whose heads are thrown away
 TIMES = 4  # the overload, over the peak
 
@@ -64,7 +65,7 @@ class Bench:
             for task in ("bench", *MANY):
                 service.adapt(task, never_seen(self.images, 25 if task == "bench" else 10), 5)
             figures = [*self.under_load(service), *self.adaptation(service)]
-            figures += [self.addition(service), self.refit(service), *self.overload(service)]
+            figures += [*self.addition(service), *self.refit(service), *self.overload(service)]
             memory = service.memory()
         figures += [*self.started_again(), figure("memory", memory)]
         if self.precision == "int8" and (loss := int8_loss(self.artifact)) is not None:
@@ -123,28 +124,39 @@ class Bench:
             figures.append(figure(f"adapt {way} x {shot}", [served / bare for served, bare in times]))
         return figures
 
-    def addition(self, service: Service) -> Figure:
-        times = []
-        for number in range(5 * self.rounds + 1):
-            bare = self.floor.single(20)
-            new = never_seen(self.images[number % 64 :], 1)
-            times.append((service.adapt(LARGE, new, 1, method="POST", path="/examples"), bare))
-        self.detail["add"] = [(round(served, 2), round(bare, 2)) for served, bare in times[1:]]
-        return figure("add", [served / bare for served, bare in times[1:]])
+    def addition(self, service: Service) -> list[Figure]:
+        """Told in full, and in brief: then a pause follows, for the learning behind the answer."""
+        figures = []
+        for name, brief in (("add", False), ("add brief", True)):
+            times = []
+            for number in range(5 * self.rounds + 1):
+                bare = self.floor.single(20)
+                new = never_seen(self.images[number % 64 :], 1)
+                served = service.adapt(LARGE, new, 1, method="POST", path="/examples", brief=brief)
+                times.append((served, bare))
+                time.sleep(BEHIND_S * brief)
+            self.detail[name] = [(round(served, 2), round(bare, 2)) for served, bare in times[1:]]
+            figures.append(figure(name, [served / bare for served, bare in times[1:]]))
+        return figures
 
-    def refit(self, service: Service) -> Figure:
+    def refit(self, service: Service) -> list[Figure]:
         """The task with the examples of the hundred classes learns them with each learner in turn."""
-        times: dict[str, list[float]] = {}
-        methods = list(self.artifact.manifest.methods)
-        for number in range(3 * self.rounds * len(methods)):
-            method = methods[number % len(methods)]
-            spent = service.connection.ask("PATCH", f"/v1/tasks/{LARGE}?method={method}")
-            times.setdefault(method, []).append(spent)
-        medians = {method: statistics.median(found) for method, found in times.items()}
-        self.detail["refit_ms"] = {method: round(median, 1) for method, median in medians.items()}
-        slowest = max(medians, key=medians.__getitem__)
-        others = ", ".join(f"{method} {median:.0f}" for method, median in sorted(medians.items()) if method != slowest)
-        return figure("refit", times[slowest], f"`{slowest}`; {others} ms")
+        methods, figures = list(self.artifact.manifest.methods), []
+        for name, brief in (("refit", False), ("refit brief", True)):
+            times: dict[str, list[float]] = {}
+            for number in range(3 * self.rounds * len(methods)):
+                method = methods[number % len(methods)]
+                spent = service.connection.ask("PATCH", f"/v1/tasks/{LARGE}?method={method}", brief=brief)
+                times.setdefault(method, []).append(spent)
+                time.sleep(BEHIND_S * brief)
+            medians = {method: statistics.median(found) for method, found in times.items()}
+            self.detail[f"{name}_ms"] = {method: round(median, 1) for method, median in medians.items()}
+            slowest = max(medians, key=medians.__getitem__)
+            others = ", ".join(
+                f"{method} {median:.0f}" for method, median in sorted(medians.items()) if method != slowest
+            )
+            figures.append(figure(name, times[slowest], f"`{slowest}`; {others} ms"))
+        return figures
 
     def overload(self, service: Service) -> list[Figure]:
         """An open loop at four times the peak that was found just before and is found again just after."""

@@ -95,10 +95,12 @@ class Service:
             self.process.stdout.close()
         self.log.close()
 
-    def adapt(self, task: str, images: Sequence[bytes], way: int, *, method: str = "PUT", path: str = "") -> float:
-        """Milliseconds to learn `way` classes from images dealt among them."""
+    def adapt(
+        self, task: str, images: Sequence[bytes], way: int, *, method: str = "PUT", path: str = "", brief: bool = False
+    ) -> float:
+        """Milliseconds to learn `way` classes from images dealt among them; `brief`: until that is sure to be done."""
         body, kind = multipart([(f"class {index % way}", image) for index, image in enumerate(images)])
-        return self.connection.ask(method, f"/v1/tasks/{task}{path}", body, kind)
+        return self.connection.ask(method, f"/v1/tasks/{task}{path}", body, kind, brief=brief)
 
     def classify(self, task: str, image: bytes) -> float:
         """Milliseconds to ask about one image."""
@@ -145,7 +147,9 @@ class Connection:
             self.socket.close()
             self.socket = None
 
-    def ask(self, method: str, path: str, body: bytes = b"", kind: str = "application/octet-stream") -> float:
+    def ask(
+        self, method: str, path: str, body: bytes = b"", kind: str = "application/octet-stream", *, brief: bool = False
+    ) -> float:
         """Milliseconds until the answer is there. Raises AssertionError unless it is a good one."""
         if time.monotonic() - self.used > IDLE_S:
             self.close()
@@ -155,6 +159,7 @@ class Connection:
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: service\r\nAuthorization: Bearer {self.key}\r\nContent-Type: {kind}\r\n"
         )
+        head += "Prefer: return=minimal\r\n" * brief
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         start = time.perf_counter()
         self.socket.sendall(request)
