@@ -27,7 +27,6 @@ from training.heldout import HeldOut
 Losses = Mapping[str, Tensor]
 
 FLOOR = 0.05  # least share of the whole that a loss keeps, or it could never show that it is worth more
-MEMORY = 0.95  # of the running mean that a loss is divided by
 RATE = 0.01  # of the variances of `uncertainty`
 
 
@@ -109,16 +108,16 @@ class Uncertainty(_Numbers):
 
 
 class Learned(_Numbers):
-    """Weights that sum to the number of losses, from a softmax; each loss divided by its running mean.
+    """Weights that sum to the number of losses, from a softmax; the first ones are those that were given.
 
-    Starts at the weights that were given.
+    The losses are weighed as they are. Divided by their running means, as if they were of one scale, a small one
+    (reconstruction) would count for more than what was given by as much as it is small.
     """
 
     def __init__(self, given: Mapping[str, float], tasks: HeldOut, device: torch.device, *, rate: float) -> None:
         self.tasks = tasks
         start = torch.tensor([max(weight, 1e-3) for weight in given.values()]).log()
         super().__init__(given, start, device, rate)
-        self.means = torch.zeros(len(given), device=device)  # 0 before the first loss
 
     def lambdas(self) -> Tensor:
         n = len(self.names)
@@ -126,10 +125,7 @@ class Learned(_Numbers):
         return n * (floor + (1 - n * floor) * torch.softmax(self.numbers, dim=0))
 
     def total(self, losses: Losses) -> Tensor:
-        values = torch.stack([losses[name] for name in self.names])
-        now = values.detach()
-        self.means = torch.where(self.means == 0, now, MEMORY * self.means + (1 - MEMORY) * now)
-        return (self.lambdas().detach() * values / self.means).sum()
+        return (self.lambdas().detach() * torch.stack([losses[name] for name in self.names])).sum()
 
     def step(self) -> None:
         """The weights move in `learn` alone."""
@@ -145,7 +141,7 @@ class Learned(_Numbers):
         """One step of Adam, by how the query loss after a step of the backbone answers to the weight of each loss."""
         shared = list(backbone.parameters())
         found = hypergradient(shared, before, losses, lambda: self.tasks.query_loss(backbone, size, rng))
-        values = torch.tensor([found[name] for name in self.names], device=self.means.device) / self.means
+        values = torch.tensor([found[name] for name in self.names], device=self.numbers.device)
         self.optimizer.zero_grad(set_to_none=True)
         (self.lambdas() * values).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -154,11 +150,10 @@ class Learned(_Numbers):
         return dict(zip(self.names, self.lambdas().detach().tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "means": self.means, "tasks": self.tasks.state()}
+        return {**super().state(), "tasks": self.tasks.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.means = state["means"].to(self.means.device)
         self.tasks.restore(state["tasks"])
 
 
