@@ -29,7 +29,7 @@ from service.stores.sealed import Sealed, ends, next_version
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FORMAT = 2  # PRAGMA user_version
+FORMAT = 3  # PRAGMA user_version; the tables are those of 2, but a record may be a difference to another
 MOST_POINTERS = 100_000  # in memory; some 300 bytes each
 TASKS_TABLES = """
 -- Records lie apart, so reading a pointer never touches the pages of a large one. A task without a history was written
@@ -59,7 +59,7 @@ DROP INDEX tasks_by_expiry;
 INSERT INTO tasks SELECT tenant, task, version, expires, pointer, NULL FROM old;
 INSERT INTO records SELECT tenant, task, version, record FROM old;
 DROP TABLE old;
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 COMMIT;
 """  # noqa: S608
 # Sealed values are read as bytes whatever they are: text that is none would be an error of the whole statement.
@@ -149,16 +149,16 @@ class SqliteStore:
             db.execute("INSERT INTO seal VALUES (?)", (self.sealer.seal(b"", "store"),))
             db.execute(f"PRAGMA user_version = {FORMAT}")
             db.execute("COMMIT")
-        elif version not in (1, FORMAT):
+        elif version not in (1, 2, FORMAT):
             raise StoreMisconfigured(f"{path} has format {version}; this program reads format {FORMAT}.")
         try:
             self.sealer.open(*db.execute("SELECT value FROM seal").fetchone(), "store")
         except SealBroken:
             # With another key every task would look damaged, and its owner would be asked to replace it.
             raise StoreMisconfigured(f"{path} was sealed with another key.") from None
-        if version == 1:
-            log.info("%s has format 1 and is brought to format %d.", path, FORMAT)
-            db.executescript(MIGRATION)
+        if version in (1, 2):
+            log.info("%s has format %d and is brought to format %d.", path, version, FORMAT)
+            db.executescript(MIGRATION if version == 1 else f"PRAGMA user_version = {FORMAT}")
         uri = f"{path.as_uri()}?mode=ro"
         self.reader = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
         self._held.callback(self.reader.close)

@@ -365,7 +365,7 @@ async def migrated(folder: Path) -> None:
             assert found is not None
             assert same(found[1], make_record(version, expires=end))
         assert same(await scope.head(f"hd_{version}"), make_head(version))
-    assert await store.run(lambda db: db.execute("PRAGMA user_version").fetchone()) == (2,)
+    assert await store.run(lambda db: db.execute("PRAGMA user_version").fetchone()) == (3,)
     assert await store.run(lambda db: db.execute("PRAGMA integrity_check").fetchone()) == ("ok",)
     await store.close()
 
@@ -391,6 +391,24 @@ async def test_a_file_of_format_1_is_brought_to_this_one_with_all_that_is_in_it(
     assert await commit(scope, "gone", 9) == 1
     assert await scope.delete("dogs") is True
     await store.close()
+
+
+async def test_a_file_of_format_2_is_brought_to_this_one_which_an_older_program_then_refuses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its tables are the same; but what is written from now on an older program could not read."""
+    caplog.set_level("INFO")
+    store = SqliteStore(tmp_path, key=b"key")
+    await store.open()
+    assert await commit(store.scope("t"), "cats", 1) == 1
+    await store.run(lambda db: db.execute("PRAGMA user_version = 2"))
+    await store.close()
+    again = SqliteStore(tmp_path, key=b"key")
+    await again.open()
+    assert "has format 2 and is brought to format 3" in caplog.text
+    assert await again.run(lambda db: db.execute("PRAGMA user_version").fetchone()) == (3,)
+    assert same((await again.scope("t").record("cats") or (None, None))[1], make_record(1))
+    await again.close()
 
 
 async def test_a_file_of_format_1_is_left_alone_when_the_key_is_another(tmp_path: Path) -> None:
@@ -429,6 +447,6 @@ async def test_a_migration_for_which_the_disk_is_too_full_has_done_nothing(
     path = old_file(tmp_path)
     with no_file_grows_beyond(40_000), pytest.raises(StoreMisconfigured, match="cannot be used as a store"):
         await SqliteStore(tmp_path, key=b"key").open()
-    assert "is brought to format 2" in caplog.text  # so far it came
+    assert "is brought to format 3" in caplog.text  # so far it came
     assert old_program_reads(path)
     await migrated(tmp_path)
