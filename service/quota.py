@@ -1,7 +1,7 @@
 """How many images a caller may send in a minute, counted in this process.
 
-The allowance of the request in hand lies in a context variable: the engine's use cases call `spend` before they work,
-and no route has to hand anything on, so none can forget it. Windows are fixed: one begins with the first image after
+The allowance of the request in hand lies in a context variable: the engine's use cases work within `spending`, and no
+route has to hand anything on, so none can forget it. Windows are fixed: one begins with the first image after
 the last has ended. Knows nothing of keys or HTTP.
 """
 
@@ -35,8 +35,8 @@ class Allowance:
             return self.quota, WINDOW_S
         return self.quota - self._spent, math.ceil(remaining)
 
-    def spend(self, images: int) -> None:
-        """Takes the images of one request, all or none. Raises OverQuota."""
+    def spend(self, images: int) -> float:
+        """Takes the images of one request, all or none; tells from which window. Raises OverQuota."""
         left, seconds = self.left()
         if images > self.quota:
             raise OverQuota(
@@ -51,30 +51,25 @@ class Allowance:
         if self._ends <= self._clock():
             self._ends, self._spent = self._clock() + WINDOW_S, 0
         self._spent += images
+        return self._ends
 
-    def give_back(self, images: int) -> None:
-        """What was spent on a request that was refused for something else."""
-        self._spent = max(0, self._spent - images)
+    def give_back(self, images: int, window: float) -> None:
+        """What was spent on a request that was refused for something else; nothing once its window has ended."""
+        if window == self._ends:
+            self._spent -= images
 
 
 current: ContextVar[Allowance | None] = ContextVar("allowance", default=None)
 
 
-def spend(images: int) -> None:
-    """Takes images from the allowance of the request in hand, where it has one. Raises OverQuota."""
-    allowance = current.get()
-    if allowance is not None:
-        allowance.spend(images)
-
-
 @contextmanager
 def spending(images: int, *free: type[FewshotError]) -> Iterator[None]:
     """Takes images, and gives them back when the block is refused for what costs nothing. Raises OverQuota."""
-    spend(images)
+    allowance = current.get()
+    window = 0.0 if allowance is None else allowance.spend(images)
     try:
         yield
     except free:
-        allowance = current.get()
         if allowance is not None:
-            allowance.give_back(images)
+            allowance.give_back(images, window)
         raise

@@ -8,7 +8,7 @@ import pytest
 
 from models.errors import OverQuota
 from service import quota
-from service.quota import Allowance, spend
+from service.quota import Allowance, spending
 
 
 class Clock:
@@ -56,10 +56,24 @@ def test_each_request_spends_its_own_allowance_and_one_without_any_spends_freely
     async def request(allowance: Allowance | None, images: int) -> None:
         quota.current.set(allowance)
         await asyncio.sleep(0)
-        spend(images)
+        with spending(images):
+            pass
 
     async def all_at_once() -> None:
         await asyncio.gather(*(request(who, n) for who, n in ((mine, 1), (yours, 2), (None, 1000), (mine, 3))))
 
     asyncio.run(all_at_once())
     assert (mine.left()[0], yours.left()[0]) == (6, 8)
+
+
+def test_what_is_given_back_goes_to_the_minute_that_it_was_taken_from() -> None:
+    clock = Clock()
+    allowance = Allowance(10, clock=clock)
+    early = allowance.spend(4)
+    late = allowance.spend(3)
+    allowance.give_back(3, late)
+    assert allowance.left()[0] == 6
+    clock.now = 60.0
+    allowance.spend(5)  # of the next minute
+    allowance.give_back(4, early)
+    assert allowance.left()[0] == 5
