@@ -46,6 +46,10 @@ class Embedded:
     decode_s: float  # summed over images
     embed_s: float  # summed over this request's share of each batch
 
+    def stages(self) -> dict[str, float]:
+        """The same in milliseconds, by name."""
+        return {"queue": self.queued_s * 1e3, "decode": self.decode_s * 1e3, "embed": self.embed_s * 1e3}
+
 
 @dataclass(slots=True, eq=False)
 class _Job:

@@ -33,9 +33,9 @@ class Learning:
             known = ", ".join(self.learners)
             raise UnknownMethod(f"There is no method {method[:64]!r}; this artifact has {known}.") from None
 
-    def is_ours(self, record: Record) -> bool:
-        """Whether its features are those of the artifact that is served."""
-        return record.artifact == self.artifact.digest
+    def is_ours(self, made: Record | Head) -> bool:
+        """Whether it is of features of the artifact that is served."""
+        return made.artifact == self.artifact.digest
 
     def record(self, rows: Rows, method: str) -> Record:
         """Raises TooLarge."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -49,19 +51,19 @@ class Metrics:
         self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._uses: dict[tuple[str, str], Counter] = {}
 
-    def observe_stage(self, op: str, stage: str, seconds: float) -> None:
-        child = self._stages.get((op, stage))
-        if child is None:
-            child = self._stages[op, stage] = self.stage.labels(op, stage)
-        child.observe(seconds)
-
-    def observe_images(self, op: str, *, good: int, bad: int) -> None:
+    def observe(self, op: str, timings_ms: Mapping[str, float], *, good: int, bad: int) -> None:
+        """One use of some images: how long each stage of it took."""
+        for stage, value in timings_ms.items():
+            timed = self._stages.get((op, stage))
+            if timed is None:
+                timed = self._stages[op, stage] = self.stage.labels(op, stage)
+            timed.observe(value / 1e3)
         for outcome, count in (("used", good), ("rejected", bad)):
             if count:
-                child = self._uses.get((op, outcome))
-                if child is None:
-                    child = self._uses[op, outcome] = self.images.labels(op, outcome)
-                child.inc(count)
+                used = self._uses.get((op, outcome))
+                if used is None:
+                    used = self._uses[op, outcome] = self.images.labels(op, outcome)
+                used.inc(count)
 
     def observe_answer(self, route: str, status: int, seconds: float) -> None:
         """`route` is a path of the router's own, or "none": never what a client sent."""

@@ -14,8 +14,8 @@ from models.errors import FewshotError
 from models.report import Report
 from service.answering import Answer, Predictions
 from service.batcher import Embedded
-from service.engine import Adapted
 from service.support import Rejected
+from service.tasks import Adapted
 from service.web.bodies import JSON_LINES
 
 

@@ -33,11 +33,12 @@ from models.images import ImageDecoder
 from service import quota
 from service.answering import Answer
 from service.batcher import Batcher
-from service.engine import CHANGES, Adapted, Engine
+from service.engine import Engine
 from service.quota import Allowance
 from service.stores import Record, Scope
 from service.stores.memory import MemoryStore
 from service.support import Example, Limits, example_id, record_id, task_name
+from service.tasks import CHANGES, Adapted
 from tests.fakes import Failing, Gated, MeanColour, picture, tiny_artifact
 
 SUPPORT = [Example(label, picture(label, seed=seed)) for label in ("red", "blue") for seed in range(3)]

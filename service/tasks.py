@@ -1,0 +1,200 @@
+"""A task in its store: where it is, how it changes, how its head is made again. Knows nothing of images or requests.
+
+A task is changed by making its record anew and adapting to it again, which takes a millisecond: so a task is at all
+times what its examples make of it, whatever way it came there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
+
+from models.errors import TaskNotFound, TaskStale, VersionConflict, VersionNotFound
+from models.head import Head
+from models.report import Report
+from service.batcher import Embedded
+from service.flights import Flights
+from service.learning import Learning
+from service.metrics import Metrics
+from service.stores import Expected, Pointer, Record, Scope, SealBroken
+from service.support import Rejected, like, record_id, task_name
+
+CHANGES = 16  # how often a change is tried again when others are faster
+STALE_ADVICE = "Learned with another artifact; it is learned again when it is used, if its images were kept."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapted:
+    """A task as it is after an adaptation, or as it was found."""
+
+    task: str
+    pointer: Pointer
+    record: Record
+    report: Report | None  # None: it is learned behind the answer
+    rejects: bool  # whether its method can say "none of these"; False without a report
+    created: bool = False  # whether the task name is new
+    known: bool = False  # whether that very support set was there already, and nothing was done
+    rejected: tuple[Rejected, ...] = ()
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Tasks:
+    def __init__(self, learning: Learning, flights: Flights, metrics: Metrics):
+        self._learning = learning
+        self._flights = flights
+        self._metrics = metrics
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+
+    async def at(self, scope: Scope, task: str) -> Pointer:
+        """Where a task is now, without its record."""
+        try:
+            pointer = await scope.pointer(task_name(task))
+        except SealBroken:
+            raise _damaged(task) from None
+        if pointer is None:
+            raise TaskNotFound(f"There is no task {task!r}.")
+        return pointer
+
+    async def found(self, scope: Scope, task: str, *, version: int | None = None) -> tuple[Pointer, Record]:
+        try:
+            found = await scope.record(task_name(task), version=version)
+        except SealBroken:
+            raise _damaged(task) from None
+        if found is None and version is not None and await scope.pointer(task) is not None:
+            raise VersionNotFound(f"Version {version} of the task {task!r} is not kept.")
+        if found is None:
+            raise TaskNotFound(f"There is no task {task!r}.")
+        return found
+
+    async def versions(self, scope: Scope, task: str) -> list[Pointer]:
+        """The versions that can be rolled back to, newest first."""
+        try:
+            found = await scope.versions(task_name(task))
+        except SealBroken:
+            raise _damaged(task) from None
+        if not found:
+            raise TaskNotFound(f"There is no task {task!r}.")
+        return found
+
+    async def change(
+        self,
+        scope: Scope,
+        task: str,
+        make: Callable[[Record], Awaitable[tuple[Record, tuple[Rejected, ...]]]],
+        *,
+        expect: Expected,
+        embedded: Embedded | None = None,
+        brief: bool,
+    ) -> Adapted:
+        """Makes of the record of a task another one and commits it; a task that is gone by then stays so.
+
+        Again, when another was faster, unless `expect` forbids it. Changes of one task take turns, so that only those
+        of other processes can be faster.
+        """
+        async with self._turns.setdefault((scope.tenant, task), asyncio.Lock()):
+            for _ in range(CHANGES):
+                pointer, before = await self.found(scope, task)
+                if isinstance(expect, Pointer) and pointer != expect:
+                    raise VersionConflict(f"The task is at version {pointer.version} now, and not what it was.")
+                if isinstance(expect, int) and pointer.version != expect:
+                    raise VersionConflict(f"The task is at version {pointer.version}, not {expect}.")
+                made, rejected = await make(before)
+                record = like(made, before)  # it ends when it was to end
+                head_id = record_id(record)
+                if head_id == pointer.head:
+                    told = Adapted(task, pointer, record, None, False, known=True)
+                    told = told if brief else await self.told(task, pointer, record, known=True)
+                    return replace(told, rejected=rejected)
+                try:
+                    return await self.store(
+                        scope, task, record, head_id, pointer, rejected=rejected, embedded=embedded, brief=brief
+                    )
+                except VersionConflict:
+                    if expect is not None:
+                        raise
+        raise VersionConflict("The task kept moving while it was being changed; try again.")
+
+    async def store(
+        self,
+        scope: Scope,
+        task: str,
+        record: Record,
+        head_id: str,
+        expect: Expected,
+        *,
+        rejected: tuple[Rejected, ...] = (),
+        embedded: Embedded | None = None,
+        brief: bool = False,
+    ) -> Adapted:
+        """Adapts to a record and commits both; `brief`: commits it, and adapts behind."""
+        start = time.perf_counter()
+        head, report = (None, None) if brief else await self._learning.head_and_report(record)
+        adapted = time.perf_counter()
+        pointer = await scope.commit(task, record, head_id, head, expect=expect)
+        timings = {
+            **(embedded.stages() if embedded else {}),
+            **({} if brief else {"adapt": (adapted - start) * 1e3}),
+            "store": (time.perf_counter() - adapted) * 1e3,
+        }
+        good = len(embedded.items) - len(rejected) if embedded else 0
+        self._metrics.observe("adapt", timings, good=good, bad=len(rejected))
+        if brief:
+            self._flights.once((scope.tenant, task), lambda: self._learn_behind(scope, task))
+        created, rejects = pointer.version == 1, head is not None and head.gauge is not None
+        return Adapted(task, pointer, record, report, rejects, created, rejected=rejected, timings_ms=timings)
+
+    async def _learn_behind(self, scope: Scope, task: str) -> None:
+        """Until the task does not move meanwhile: of many changes in a row only a few are learned."""
+        pointer = None
+        while (at := await scope.pointer(task)) is not None and at != pointer:
+            pointer = at
+            await self.made_again(scope, task, at)
+
+    async def told(self, task: str, pointer: Pointer, record: Record, *, known: bool = False) -> Adapted:
+        """A task with its report, which is made again each time: it takes a millisecond and needs no place."""
+        if self._learning.is_ours(record):
+            head, report = await self._learning.head_and_report(record)
+            return Adapted(task, pointer, record, report, head.gauge is not None, known=known)
+        return Adapted(task, pointer, record, Report(None, None, "none", (), (), STALE_ADVICE), False, known=known)
+
+    async def _rebuild(self, scope: Scope, task: str) -> tuple[Pointer, Head]:
+        """Makes a head again from its record, and tells whose it is: the task may have moved meanwhile."""
+        pointer, record = await self.found(scope, task)
+        if not self._learning.is_ours(record):
+            record = await self._learning.renewed(task, record)
+            head = await self._learning.head(record)
+            try:
+                return await scope.commit(task, record, record_id(record), head, expect=pointer), head
+            except VersionConflict:
+                return await self._rebuild(scope, task)
+        head = await self._learning.head(record)
+        await scope.keep_head(task, pointer, head)
+        return pointer, head
+
+    def in_memory(self, scope: Scope, pointer: Pointer) -> Head | None:
+        """The head at `pointer`, where it is at hand and of the artifact that is served."""
+        head = scope.head_in_memory(pointer.head)
+        if head is None or not self._learning.is_ours(head):
+            return None
+        self._metrics.head_found.inc()
+        return head
+
+    async def head(self, scope: Scope, task: str, pointer: Pointer) -> tuple[Pointer, Head]:
+        """The head of a task from the store, or made again; and where the task is then."""
+        head = await scope.head(pointer.head)
+        if head is not None and self._learning.is_ours(head):
+            self._metrics.head_found.inc()
+            return pointer, head
+        self._metrics.head_made_again.inc()
+        return await self.made_again(scope, task, pointer)
+
+    async def made_again(self, scope: Scope, task: str, pointer: Pointer) -> tuple[Pointer, Head]:
+        """The same, from its record, whatever the store has; once for all who ask."""
+        return await self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
+
+
+def _damaged(task: str) -> TaskStale:
+    return TaskStale(f"What was stored of the task {task!r} is damaged; send its examples again.")
