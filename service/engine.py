@@ -33,8 +33,8 @@ from service.support import (
     Limits,
     OnBadImage,
     Rejected,
-    Rows,
     checked,
+    grown,
     normal_label,
     record_id,
     rows_of,
@@ -155,42 +155,43 @@ class Engine:
         if len(errors) == len(embedded.items):
             raise errors[0]
 
-        def change(rows: Rows, retain: bool) -> tuple[Rows, tuple[Rejected, ...]]:
-            return usable(examples, unlabelled, embedded.items, on_bad_image=on_bad_image, retain=retain, have=rows)
+        async def made(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
+            record, retain = await self._learning.ours(task, before), bool(before.images)
+            rows, rejected = usable(
+                examples, unlabelled, embedded.items, on_bad_image=on_bad_image, retain=retain, have=record
+            )
+            return grown(record, rows, self.limits, retain=retain), rejected
 
-        return await self._change_rows(scope, task, change, expect=expect, embedded=embedded, brief=brief)
+        return await self._tasks.change(scope, task, made, expect=expect, embedded=embedded, brief=brief)
 
     async def remove_example(
         self, scope: Scope, task: str, example: str, *, expect: Expected = None, brief: bool = False
     ) -> Adapted:
         """Takes an example back: the task is then equal to one that never saw it."""
 
-        def change(rows: Rows, _: bool) -> tuple[Rows, tuple[Rejected, ...]]:
-            return without_example(rows, example), ()
+        def left(record: Record) -> Record:
+            return self._learning.record(without_example(rows_of(record), example), record.method)
 
-        return await self._change_rows(scope, task, change, expect=expect, brief=brief)
+        return await self._changed(scope, task, left, expect=expect, brief=brief)
 
     async def remove_class(
         self, scope: Scope, task: str, label: str, *, expect: Expected = None, brief: bool = False
     ) -> Adapted:
         label = normal_label(label, index=None, limits=self.limits)
 
-        def change(rows: Rows, _: bool) -> tuple[Rows, tuple[Rejected, ...]]:
-            return without_class(rows, label), ()
+        def left(record: Record) -> Record:
+            return self._learning.record(without_class(rows_of(record), label), record.method)
 
-        return await self._change_rows(scope, task, change, expect=expect, brief=brief)
+        return await self._changed(scope, task, left, expect=expect, brief=brief)
 
     async def learn_with(
         self, scope: Scope, task: str, method: str, *, expect: Expected = None, brief: bool = False
     ) -> Adapted:
         """Learns the task's examples with another method; no image is sent or read again."""
         self._learning.learner(method)
-
-        async def made(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
-            renewed = before if self._learning.is_ours(before) else await self._learning.renewed(task, before)
-            return replace(renewed, method=method), ()
-
-        return await self._tasks.change(scope, task, made, expect=expect, brief=brief)
+        return await self._changed(
+            scope, task, lambda record: replace(record, method=method), expect=expect, brief=brief
+        )
 
     async def rollback(
         self, scope: Scope, task: str, version: int, *, expect: Expected = None, brief: bool = False
@@ -199,9 +200,7 @@ class Engine:
 
         async def earlier(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
             _, record = await self._tasks.found(scope, task, version=version)
-            if not self._learning.is_ours(record):
-                record = await self._learning.renewed(task, record)
-            return record, ()
+            return await self._learning.ours(task, record), ()
 
         return await self._tasks.change(scope, task, earlier, expect=expect, brief=brief)
 
@@ -311,24 +310,15 @@ class Engine:
         with spending(len(payloads), Overloaded):
             return await self.batcher.embed(payloads)
 
-    async def _change_rows(
-        self,
-        scope: Scope,
-        task: str,
-        change: Callable[[Rows, bool], tuple[Rows, tuple[Rejected, ...]]],
-        *,
-        expect: Expected,
-        embedded: Embedded | None = None,
-        brief: bool,
+    async def _changed(
+        self, scope: Scope, task: str, change: Callable[[Record], Record], *, expect: Expected, brief: bool
     ) -> Adapted:
-        """Applies a change to the examples of a task."""
+        """Applies a change that needs no image to the record of a task."""
 
         async def made(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
-            renewed = before if self._learning.is_ours(before) else await self._learning.renewed(task, before)
-            rows, rejected = change(rows_of(renewed), bool(renewed.images))
-            return self._learning.record(rows, renewed.method), rejected
+            return change(await self._learning.ours(task, before)), ()
 
-        return await self._tasks.change(scope, task, made, expect=expect, embedded=embedded, brief=brief)
+        return await self._tasks.change(scope, task, made, expect=expect, brief=brief)
 
     def _check_queries(self, payloads: Sequence[Payload]) -> None:
         kind, most = self.artifact.kind, self.limits.max_queries

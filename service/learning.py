@@ -57,6 +57,10 @@ class Learning:
         temperature, rejection = manifest.methods[record.method], manifest.rejections.get(record.method)
         return learn(record, learner, temperature, rejection, device=self._device)
 
+    async def ours(self, task: str, record: Record) -> Record:
+        """The record, or the same task for the artifact that is served now. Raises TaskStale."""
+        return record if self.is_ours(record) else await self.renewed(task, record)
+
     async def renewed(self, task: str, record: Record) -> Record:
         """The same task for the artifact that is served now, from its retained images. Raises TaskStale without."""
         if not record.images:

@@ -9,13 +9,13 @@ threads or HTTP.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from models.learners import Learner
 from models.report import HeldOut, Report
 from service.stores import Record
 
+T = TypeVar("T")
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 OnBadImage = Literal["skip", "fail"]
 
@@ -150,19 +151,20 @@ def example_id(label: str, payload: bytes) -> str:
 
 def head_id(artifact: str, method: str, examples: Sequence[Example], unlabelled: Sequence[bytes]) -> str:
     """The name of the head that a support set gives, known before anything of it is decoded."""
-    ids = sorted({(example.label, example_id(example.label, example.payload)) for example in examples})
-    return _digest(artifact, method, ids, sorted({example_id("", payload) for payload in unlabelled}))
+    names = sorted({(example.label, example_id(example.label, example.payload)) for example in examples})
+    extra = sorted({example_id("", payload) for payload in unlabelled})
+    return _digest(artifact, method, (name for _, name in names), extra)
 
 
 def record_id(record: Record) -> str:
     """The name of the head that a record gives: that of its support set."""
     labelled = len(record.classes)
-    ids = [(record.labels[c], record.ids[i]) for i, c in enumerate(record.classes)]
-    return _digest(record.artifact, record.method, ids, list(record.ids[labelled:]))
+    return _digest(record.artifact, record.method, record.ids[:labelled], record.ids[labelled:])
 
 
-def _digest(artifact: str, method: str, ids: Sequence[tuple[str, str]], unlabelled: Sequence[str]) -> str:
-    text = json.dumps([artifact, method, [list(pair) for pair in ids], list(unlabelled)])
+def _digest(artifact: str, method: str, ids: Iterable[str], unlabelled: Iterable[str]) -> str:
+    """Of ids alone, for that of an example tells its label."""
+    text = "\n".join((artifact, method, *ids, "", *unlabelled))
     return "hd_" + hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
@@ -173,15 +175,16 @@ def usable(
     *,
     on_bad_image: OnBadImage,
     retain: bool = False,
-    have: Rows | None = None,
+    have: Record | None = None,
 ) -> tuple[Rows, tuple[Rejected, ...]]:
-    """The usable examples, added to those that a task has already, and what was left out.
+    """The usable examples that a task has not already, and what was left out.
 
     `items` are the features [dim] of each example and each unlabelled image, or its error. Raises InvalidSupport when
     a class is left with no example, and the first error of an image when they are not to be skipped.
     """
     rejected: list[Rejected] = []
-    rows = Rows(dict(have.labelled), dict(have.unlabelled)) if have else Rows()
+    rows = Rows()
+    names, labels = (set(have.ids), set(have.labels)) if have else (set[str](), set[str]())
     for index, item in enumerate(items):
         labelled = index < len(examples)
         label = examples[index].label if labelled else ""
@@ -195,13 +198,14 @@ def usable(
         payload = examples[index].payload if labelled else unlabelled[index - len(examples)]
         name = example_id(label, payload)
         row = Row(item.astype(np.float16), payload if retain else b"")
-        if (label, name) in rows.labelled or name in rows.unlabelled:
+        if name in names:
             rejected.append(Rejected(index, "duplicate_example", "The same image was sent twice; it counts once."))
         elif labelled:
             rows.labelled[label, name] = row
         else:
             rows.unlabelled[name] = row
-    for label in sorted({example.label for example in examples} - set(rows.labels)):
+        names.add(name)
+    for label in sorted({example.label for example in examples} - labels - set(rows.labels)):
         reasons = {r.index: r.detail for r in rejected}
         index = next(i for i, example in enumerate(examples) if example.label == label)
         raise InvalidSupport(f"The class {label!r} has no usable image: {reasons[index]}", index=index)
@@ -242,27 +246,55 @@ def rows_of(record: Record) -> Rows:
 
 def record_of(rows: Rows, *, artifact: str, method: str, dim: int, limits: Limits) -> Record:
     """The record of some examples, in canonical order: by label, then by content. Raises TooLarge."""
-    total = len(rows.labelled) + len(rows.unlabelled)
+    empty = np.zeros((0, dim), np.float16)
+    none = Record(artifact, method, (), (), np.zeros(0, np.int32), empty, empty, created=time.time())
+    return grown(
+        none, rows, limits, retain=all(row.image for row in (*rows.labelled.values(), *rows.unlabelled.values()))
+    )
+
+
+def grown(record: Record, rows: Rows, limits: Limits, *, retain: bool) -> Record:
+    """A record with more examples, each put where it belongs; none of them is there already. Raises TooLarge."""
+    total = len(record.ids) + len(rows.labelled) + len(rows.unlabelled)
     if total > limits.max_examples:
         raise TooLarge(f"The task would have {total} images; the limit is {limits.max_examples} (MAX_EXAMPLES).")
-    labels = rows.labels
+    labels = tuple(sorted({*record.labels, *rows.labels}))
     if len(labels) > limits.max_way:
         raise TooLarge(f"The task would have {len(labels)} classes; the limit is {limits.max_way} (MAX_WAY).")
+    n, order = len(record.classes), {label: index for index, label in enumerate(labels)}
+    known = [(record.labels[c], name) for c, name in zip(record.classes.tolist(), record.ids[:n], strict=True)]
     keys, extra = sorted(rows.labelled), sorted(rows.unlabelled)
-    order = {label: index for index, label in enumerate(labels)}
-    ordered = [*(rows.labelled[key] for key in keys), *(rows.unlabelled[key] for key in extra)]
-    retained = all(row.image for row in ordered)
-    return Record(
-        artifact=artifact,
-        method=method,
+    new = [rows.labelled[key] for key in keys], [rows.unlabelled[name] for name in extra]
+    places = [bisect(known, key) for key in keys], [bisect(record.ids, name, lo=n) - n for name in extra]
+    moved = np.array([order[label] for label in record.labels], np.int32)[record.classes]
+    return replace(
+        record,
         labels=labels,
-        ids=(*(key[1] for key in keys), *extra),
-        classes=np.array([order[key[0]] for key in keys], np.int32),
-        features=np.stack([rows.labelled[key].feature for key in keys]),
-        unlabelled=np.array([rows.unlabelled[key].feature for key in extra], np.float16).reshape(len(extra), dim),
-        created=time.time(),
-        images=tuple(row.image for row in ordered) if retained else (),
+        ids=(*_put(record.ids[:n], [name for _, name in keys], places[0]), *_put(record.ids[n:], extra, places[1])),
+        classes=np.insert(moved, places[0], [order[label] for label, _ in keys]),
+        features=_inserted(record.features, new[0], places[0]),
+        unlabelled=_inserted(record.unlabelled, new[1], places[1]),
+        images=(
+            *_put(record.images[:n], [row.image for row in new[0]], places[0]),
+            *_put(record.images[n:], [row.image for row in new[1]], places[1]),
+        )
+        if retain
+        else (),
     )
+
+
+def _inserted(features: np.ndarray, rows: Sequence[Row], places: Sequence[int]) -> np.ndarray:
+    return np.insert(features, places, np.stack([row.feature for row in rows]), axis=0) if rows else features
+
+
+def _put(values: Sequence[T], new: Sequence[T], places: Sequence[int]) -> Iterator[T]:
+    """Each of the new ones before the value at its place, as numpy inserts them."""
+    start = 0
+    for value, end in zip(new, places, strict=True):
+        yield from values[start:end]
+        yield value
+        start = end
+    yield from values[start:]
 
 
 def like(record: Record, before: Record) -> Record:

@@ -120,17 +120,16 @@ def _images(arrays: dict[str, Any], count: int) -> tuple[bytes, ...]:
 def difference(base: Base, before: Record, record: Record) -> bytes | None:
     """What leads from `before`, which is stored at `base`, to a record; None where it had better be written whole."""
     places = {name: place for place, name in enumerate(before.ids)}
-    kept = sum(name in places for name in record.ids)
+    kept, new = len(before.ids), [name for name in record.ids if name not in places]
     fits = (
-        len(before.ids) >= LEAST
-        and kept == len(before.ids)
-        and len(record.ids) - kept <= MOST_NEW * kept
+        kept >= LEAST
+        and len(record.ids) - len(new) == kept
+        and len(new) <= MOST_NEW * kept
         and before.artifact == record.artifact
         and bool(before.images) == bool(record.images)
     )
     if not fits:
         return None
-    new = [name for name in record.ids if name not in places]
     places |= {name: kept + index for index, name in enumerate(new)}
     rows = np.array([places[name] for name in record.ids], np.int32)
     features, known, old = _all(record), _all(before), rows < kept

@@ -7,7 +7,8 @@ import pytest
 
 from models.calibration import Temperature
 from models.head import Head
-from service.support import Example, Limits, Rows, learn, record_of, usable, without_class
+from service.stores import Record
+from service.support import Example, Limits, grown, learn, record_of, rows_of, usable, without_class
 from tests.models.learners.given import DIM, METHODS, learner, unit
 
 CLASSES, SHOT, GONE = 100, 2, 50
@@ -27,16 +28,20 @@ def examples() -> dict[str, list[tuple[Example, np.ndarray]]]:
     }
 
 
-def added(rows: Rows | None, some: list[tuple[Example, np.ndarray]]) -> Rows:
-    return usable(
-        [example for example, _ in some], [], [feature for _, feature in some], on_bad_image="fail", have=rows
-    )[0]
+LIMITS = Limits(max_examples=1000, max_way=CLASSES)
 
 
-def head(method: str, rows: Rows) -> Head:
-    limits = Limits(max_examples=1000, max_way=CLASSES)
-    record = record_of(rows, artifact="a", method=method, dim=DIM, limits=limits)
-    return learn(record, learner(method), Temperature(0.1, 0.2, 0.1), None, device="cpu").head
+def added(record: Record | None, some: list[tuple[Example, np.ndarray]], method: str) -> Record:
+    rows, _ = usable(
+        [example for example, _ in some], [], [feature for _, feature in some], on_bad_image="fail", have=record
+    )
+    if record is None:
+        return record_of(rows, artifact="a", method=method, dim=DIM, limits=LIMITS)
+    return grown(record, rows, LIMITS, retain=False)
+
+
+def head(record: Record) -> Head:
+    return learn(record, learner(record.method), Temperature(0.1, 0.2, 0.1), None, device="cpu").head
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -44,16 +49,18 @@ def test_a_hundred_classes_one_at_a_time_in_any_order_and_fifty_taken_back_are_t
     method: str, examples: dict[str, list[tuple[Example, np.ndarray]]]
 ) -> None:
     gone = set(np.random.default_rng(7).permutation(list(examples))[:GONE].tolist())
-    whole = head(method, added(None, [one for some in examples.values() for one in some])).to_bytes()
-    left = head(method, added(None, [one for name, some in examples.items() if name not in gone for one in some]))
-    assert whole != left.to_bytes()
+    whole = head(added(None, [one for some in examples.values() for one in some], method)).to_bytes()
+    rest = [one for name, some in examples.items() if name not in gone for one in some]
+    left = head(added(None, rest, method)).to_bytes()
+    assert whole != left
     for order in range(3):
         rng = np.random.default_rng(order)
-        rows = None
+        record = None
         for name in rng.permutation(list(examples)):
-            rows = added(rows, [examples[name][k] for k in rng.permutation(SHOT)])
-        assert rows is not None
-        assert head(method, rows).to_bytes() == whole
+            record = added(record, [examples[name][k] for k in rng.permutation(SHOT)], method)
+        assert record is not None
+        assert head(record).to_bytes() == whole
         for name in rng.permutation(sorted(gone)):
-            rows = without_class(rows, str(name))
-        assert head(method, rows).to_bytes() == left.to_bytes()
+            fewer = without_class(rows_of(record), str(name))
+            record = record_of(fewer, artifact="a", method=method, dim=DIM, limits=LIMITS)
+        assert head(record).to_bytes() == left

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.arrays import softmax
 from models.calibration import Temperature
@@ -30,6 +32,7 @@ from service.support import (
     Rows,
     checked,
     example_id,
+    grown,
     head_id,
     learn,
     like,
@@ -77,6 +80,11 @@ def same(left: Rows, right: Rows) -> bool:
         return {key: (row.feature.dtype, row.feature.tobytes(), row.image) for key, row in every.items()}
 
     return bool(plain(left) == plain(right))
+
+
+def content(given: Record) -> tuple[Any, ...]:
+    arrays = [(array.dtype, array.tobytes()) for array in (given.classes, given.features, given.unlabelled)]
+    return given.artifact, given.method, given.labels, given.ids, given.images, *arrays
 
 
 # What may be asked for
@@ -186,14 +194,34 @@ def test_an_extractor_that_failed_is_never_skipped() -> None:
         usable(EXAMPLES, [], items, on_bad_image="skip")
 
 
-def test_what_is_added_leaves_what_was_there_as_it_was() -> None:
-    before, twin = rows(EXAMPLES[:4], []), rows(EXAMPLES[:4], [])
+def test_of_what_is_added_only_what_is_new_is_kept() -> None:
     more = [*EXAMPLES[3:], Example("green", b"g")]
-    after, rejected = usable(more, EXTRA, features(more, EXTRA), on_bad_image="skip", have=before)
-    assert same(before, twin)
-    assert same(after, rows([*EXAMPLES, more[-1]], EXTRA))
-    assert [item.index for item in rejected] == [0]
-    assert after.labels == ("blue", "green", "red")
+    before = record(rows(EXAMPLES[:4], EXTRA[:1]))
+    new, rejected = usable(more, EXTRA, features(more, EXTRA), on_bad_image="skip", have=before)
+    assert same(new, rows(more[1:], EXTRA[1:]))
+    assert [item.code for item in rejected] == ["duplicate_example"] * 2
+
+
+@given(st.permutations(range(12)), st.integers(1, 11), st.booleans())
+def test_a_record_that_grew_is_that_of_all_its_examples(order: list[int], first: int, retain: bool) -> None:
+    labelled = [Example(f"class {k % 4}", bytes([65 + k])) for k in range(9)]
+    extra = [bytes([97 + k]) for k in range(3)]
+
+    def of(chosen: list[int]) -> Rows:
+        return rows([labelled[k] for k in chosen if k < 9], [extra[k - 9] for k in chosen if k >= 9], retain=retain)
+
+    wide = Limits(max_way=4)
+    whole = record(of(list(range(12))), limits=wide)
+    start = record(of(order[:first]), limits=wide)
+    assert content(grown(start, of(order[first:]), wide, retain=retain)) == content(whole)
+
+
+def test_a_record_grows_within_the_limits() -> None:
+    start = record(rows(EXAMPLES, []))
+    with pytest.raises(TooLarge, match="would have 7 images; the limit is 6"):
+        grown(start, rows([], [b"x"]), Limits(max_examples=6), retain=False)
+    with pytest.raises(TooLarge, match="would have 3 classes; the limit is 2"):
+        grown(start, rows([Example("green", b"x")], []), Limits(max_way=2), retain=False)
 
 
 def test_a_class_that_the_task_has_may_get_only_bad_images_and_a_new_one_may_not() -> None:
@@ -202,10 +230,10 @@ def test_a_class_that_the_task_has_may_get_only_bad_images_and_a_new_one_may_not
         given: list[Example] = [good, Example(label, b"bad"), Example(label, b"worse")]
         items = [feature(b"r"), UndecodableExample("broken"), UndecodableExample("worse")]
         if index is None:
-            usable(given, [], items, on_bad_image="skip", have=rows())
+            usable(given, [], items, on_bad_image="skip", have=record(rows()))
             continue
         with pytest.raises(InvalidSupport, match="'green' has no usable image: broken") as caught:
-            usable(given, [], items, on_bad_image="skip", have=rows())
+            usable(given, [], items, on_bad_image="skip", have=record(rows()))
         assert caught.value.index == index
 
 
@@ -269,7 +297,8 @@ def test_a_record_is_in_canonical_order() -> None:
 
 
 def test_images_are_kept_of_all_examples_or_of_none() -> None:
-    some = usable([Example("red", b"new")], [], [feature(b"new")], on_bad_image="skip", retain=True, have=rows())[0]
+    new = rows([Example("red", b"new")], [], retain=True)
+    some = Rows({**rows().labelled, **new.labelled}, rows().unlabelled)
     assert record(some).images == ()
 
 
