@@ -88,6 +88,16 @@ class Task:
     answered: tuple[Change, int] | None = None  # an acknowledged change with an Idempotency-Key, and its version
 
 
+def body(answer: httpx.Response) -> dict[str, Any]:
+    """What it says. Raises ValueError, which tells the answer, when that is no JSON."""
+    try:
+        said: dict[str, Any] = answer.json()
+    except ValueError:
+        what = f"{answer.request.method} {answer.request.url.path}"
+        raise ValueError(f"{what} was answered {answer.status_code} {answer.headers} {answer.text[:99]!r}") from None
+    return said
+
+
 class School:
     """Clients who teach, take back and ask until they are told to stop, and then look whether all of it is there.
 
@@ -155,13 +165,13 @@ class School:
             self._acknowledge(task, answer)
         else:
             with self._lock:
-                self.refused[f"{answer.status_code} {answer.json()['code']}"] += 1
+                self.refused[f"{answer.status_code} {body(answer)['code']}"] += 1
 
     def _acknowledge(self, task: Task, answer: httpx.Response) -> None:
         assert task.doubt is not None
         change, task.doubt = task.doubt, None
         version = 0 if change.kind == "delete" else task.version + 1
-        told = answer.json()["version"] if version else 0
+        told = body(answer)["version"] if version else 0
         with self._lock:
             self.acknowledged += 1
             if told != version:
@@ -183,8 +193,9 @@ class School:
         answer = http.post(f"/v1/tasks/{task.name}/classify", files=PROBES)
         self.asked[str(answer.status_code)] += 1
         if answer.status_code == 200:
-            self._same(answer.json(), least, task.name)
-            self._seen[task.name] = max(least, answer.json()["version"])
+            said = body(answer)
+            self._same(said, least, task.name)
+            self._seen[task.name] = max(least, said["version"])
         elif (version, None, None) == (task.version, doubt, task.doubt):  # nobody is changing it
             self.wrong.append(f"{task.name} at version {version} was answered {answer.text[:99]}")
 
