@@ -9,7 +9,7 @@ import time
 
 from models.head import Head
 from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer
-from service.stores.record import Base, Bases
+from service.stores.record import Base, RecentRecords
 from service.stores.sealed import Sealed, ends, next_version
 
 # Of a record the name is (task, version), of a remembered value (task, key).
@@ -23,7 +23,7 @@ class MemoryStore:
         self.sealer = Sealer(key)
         self.head_ttl_s = head_ttl_s
         self.versions_kept = versions_kept
-        self.bases = Bases()
+        self.recent = RecentRecords()
         # (tenant, kind, name) -> sealed bytes and when they expire
         self.values: dict[tuple[str, str, Name], tuple[bytes, float | None]] = {}
 
@@ -46,7 +46,7 @@ class MemoryScope:
     def __init__(self, store: MemoryStore, tenant: str):
         self._store = store
         self.tenant = tenant
-        self._sealed = Sealed(store.sealer, tenant, store.bases)
+        self._sealed = Sealed(store.sealer, tenant, store.recent)
 
     def _get(self, kind: str, name: Name) -> bytes | None:
         data, expires = self._store.values.get((self.tenant, kind, name), (None, None))

@@ -24,7 +24,7 @@ FORMATS = ("fewshot-record-1", FORMAT)  # that are read; the first one had no im
 DIFFERENCE = "fewshot-difference-1"
 LEAST = 100  # examples of a base: less is quickly written
 MOST_NEW = 0.25  # examples of a difference that its base has not, as a share of those that it has
-MOST_BYTES = 64 * 2**20  # of the bases in memory
+MOST_BYTES = 32 * 2**20  # of the records in memory
 
 
 class Base(NamedTuple):
@@ -204,8 +204,11 @@ def _text(data: bytes) -> dict[str, Any]:
         raise SealBroken("The record cannot be read.") from error
 
 
-class Bases:
-    """Records that were read or written of late and may be bases, by their seals; as many as memory is for."""
+class RecentRecords:
+    """Records that were read or written of late, by their seals: what is changed next, and what it is a difference to.
+
+    Small ones are quickly read, and have no place here.
+    """
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._records: OrderedDict[str, Record] = OrderedDict()
@@ -218,14 +221,14 @@ class Bases:
             self._records.move_to_end(base.seal)
         return record
 
-    def put(self, base: Base, record: Record) -> None:
+    def put(self, base: Base, record: Record) -> Record:
         size = _size(record)
-        if len(record.ids) < LEAST or size > self._most or base.seal in self._records:
-            return
-        self._records[base.seal] = record
-        self._bytes += size
-        while self._bytes > self._most:
-            self._bytes -= _size(self._records.popitem(last=False)[1])
+        if len(record.ids) >= LEAST and size <= self._most and base.seal not in self._records:
+            self._records[base.seal] = record
+            self._bytes += size
+            while self._bytes > self._most:
+                self._bytes -= _size(self._records.popitem(last=False)[1])
+        return record
 
 
 def _size(record: Record) -> int:

@@ -38,7 +38,7 @@ from redis.asyncio.client import Pipeline
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
 from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured
-from service.stores.record import Base, Bases
+from service.stores.record import Base, RecentRecords
 from service.stores.redis_link import Link
 from service.stores.sealed import History, Sealed, ends, next_version
 
@@ -86,7 +86,7 @@ class RedisStore:
         self.sealer = Sealer(key)
         self.head_ttl_s = head_ttl_s
         self.versions_kept = versions_kept
-        self.bases = Bases()
+        self.recent = RecentRecords()
         # By tenant and task: who remembers here takes turns, so that only other replicas are ever faster.
         self.turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._mark: bytes | None = None  # of the store as it was first met
@@ -141,7 +141,7 @@ class RedisScope:
     def __init__(self, store: RedisStore, tenant: str):
         self._store = store
         self.tenant = tenant
-        self._sealed = Sealed(store.sealer, tenant, store.bases)
+        self._sealed = Sealed(store.sealer, tenant, store.recent)
 
     def _key(self, *parts: str | int) -> str:
         return ":".join(("fs", self.tenant, *map(str, parts)))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from models.errors import VersionConflict
 from models.head import Head, HeadInvalid
 from service.stores import Expected, Pointer, Record, SealBroken, Sealer
-from service.stores.record import Base, Bases, applied, base_of, difference
+from service.stores.record import Base, RecentRecords, applied, base_of, difference
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ def ends(ttl_s: float, expires: float | None, *, now: float) -> float:
 
 
 class Sealed:
-    def __init__(self, sealer: Sealer, tenant: str, bases: Bases):
+    def __init__(self, sealer: Sealer, tenant: str, recent: RecentRecords):
         self._sealer = sealer
         self._tenant = tenant
-        self._bases = bases
+        self._recent = recent
 
     def seal_pointer(self, task: str, pointer: Pointer) -> bytes:
         return self._sealer.seal(pointer.to_bytes(), self._tenant, "pointer", task)
@@ -154,29 +154,30 @@ class Sealed:
 
     def seal_record(self, task: str, version: int, *, record: Record, base: Base | None) -> tuple[bytes, Base]:
         """The record sealed, as a difference to `base` where that is in memory and it is worth it; and its base."""
-        before = None if base is None else self._bases.get(base)
-        if base is not None and before is not None and (payload := difference(base, before, record)) is not None:
-            return self._sealer.seal(payload, self._tenant, "record", task, str(version)), base
-        data = self._sealer.seal(record.to_bytes(), self._tenant, "record", task, str(version))
+        before = None if base is None else self._recent.get(base)
+        payload = None if base is None or before is None else difference(base, before, record)
+        data = self._sealer.seal(payload or record.to_bytes(), self._tenant, "record", task, str(version))
         own = Base(version, self._sealer.name(data))
-        self._bases.put(own, record)
-        return data, own
+        self._recent.put(own, record)
+        return data, base if base is not None and payload else own
 
     def open_record(self, task: str, version: int, *, data: bytes, base: bytes | None = None) -> Record | Base:
         """A record; or its base, where that is needed and neither in memory nor given. Raises SealBroken."""
         payload = self._sealer.open(data, self._tenant, "record", task, str(version))
+        own = Base(version, self._sealer.name(data))
+        known = self._recent.get(own)
+        if known is not None:
+            return known
         needed = base_of(payload)
         if needed is None:
-            record = Record.from_bytes(payload)
-            self._bases.put(Base(version, self._sealer.name(data)), record)
-            return record
-        before = self._bases.get(needed)
+            return self._recent.put(own, Record.from_bytes(payload))
+        before = self._recent.get(needed)
         if before is None and base is not None:
             if self._sealer.name(base) != needed.seal:
                 raise SealBroken("The base of the record is another one.")
             before = Record.from_bytes(self._sealer.open(base, self._tenant, "record", task, str(needed.version)))
-            self._bases.put(needed, before)
-        return needed if before is None else applied(before, payload)
+            self._recent.put(needed, before)
+        return needed if before is None else self._recent.put(own, applied(before, payload))
 
     def seal_head(self, head_id: str, head: Head) -> bytes:
         return self._sealer.seal(head.to_bytes(), self._tenant, "head", head_id)

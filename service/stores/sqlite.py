@@ -23,7 +23,7 @@ from typing import TypeVar
 from models.errors import StoreUnavailable
 from models.head import Head
 from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured, folder
-from service.stores.record import Base, Bases
+from service.stores.record import Base, RecentRecords
 from service.stores.sealed import Sealed, ends, next_version
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class SqliteStore:
         self._dir = data_dir
         self._key = key
         self._held = ExitStack()
-        self.bases = Bases()  # used in the writer's thread only
+        self.recent = RecentRecords()  # used in the writer's thread only
         # By tenant and task, with its end. Used on the event loop only.
         self.pointers: dict[tuple[str, str], tuple[Pointer, float]] = {}
 
@@ -216,7 +216,7 @@ class SqliteScope:
     @cached_property
     def _sealed(self) -> Sealed:
         return Sealed(
-            self._store.sealer, self.tenant, self._store.bases
+            self._store.sealer, self.tenant, self._store.recent
         )  # a scope may be made before the store, and its key, are opened
 
     def _now(self, name: str) -> tuple[str, str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from service.stores import Record, SealBroken, Store
-from service.stores.record import LEAST, Base, Bases, applied, base_of, difference
+from service.stores.record import LEAST, Base, RecentRecords, applied, base_of, difference
 from tests.service.stores.conftest import Beneath, Until
 from tests.service.stores.values import make_head, same
 
@@ -87,7 +87,7 @@ def test_a_difference_that_cannot_be_read_is_damage(damage: Callable[[bytes], by
 
 
 def test_as_many_bases_stay_in_memory_as_it_is_for() -> None:
-    bases = Bases(most_bytes=50_000)
+    bases = RecentRecords(most_bytes=50_000)
     names = [Base(version, str(version)) for version in range(6)]
     for name in names:
         bases.put(name, grown(LEAST))  # some 14,000 bytes each
@@ -104,15 +104,11 @@ async def put(store: Store, record: Record, seed: int) -> int:
     return (await store.scope("t").commit("cats", record, f"hd_{seed}", make_head(seed), expect=None)).version
 
 
-def bases_of(store: Store) -> Bases:
-    bases = getattr(store, "bases")  # noqa: B009 - every store of bytes has them, and none of the protocol
-    assert isinstance(bases, Bases)
-    return bases
-
-
 def forgetful(store: Store) -> None:
     """As after a restart: what is needed has to be read."""
-    bases_of(store)._records.clear()
+    recent = getattr(store, "recent")  # noqa: B009 - every store of bytes has one, and the protocol does not name it
+    assert isinstance(recent, RecentRecords)
+    recent._records.clear()
 
 
 pytestmark = pytest.mark.anyio
@@ -182,6 +178,14 @@ async def test_a_task_made_anew_never_goes_on_from_the_one_that_was_deleted(bare
         assert same((await scope.record("cats") or (None, None))[1], bigger)
         assert same((await scope.record("cats", version=1) or (None, None))[1], new)
         forgetful(bare)
+
+
+async def test_a_record_in_memory_does_not_hide_that_its_bytes_are_damaged(bare: Store, beneath: Beneath) -> None:
+    await put(bare, grown(2 * LEAST), 1)
+    good = beneath.get("record", "t", name="cats")
+    beneath.set("record", "t", name="cats", data=good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(SealBroken):
+        await bare.scope("t").record("cats")
 
 
 async def test_a_damaged_base_is_refused_and_so_is_another_one(bare: Store, beneath: Beneath) -> None:

@@ -18,7 +18,7 @@ import redis.asyncio
 from models.errors import StoreUnavailable
 from service.stores import Pointer, Sealer, StoreMisconfigured, redis_link
 from service.stores.lru import Recent
-from service.stores.record import Bases
+from service.stores.record import RecentRecords
 from service.stores.redis import MARK, Found, RedisScope, RedisStore
 from service.stores.sealed import Sealed
 from tests.redis_server import RedisServer
@@ -521,7 +521,7 @@ async def test_only_what_can_be_made_again_or_ends_has_a_ttl(own_redis: RedisSer
 
 
 async def test_what_an_earlier_program_wrote_is_read_and_gone_on_from(own_redis: RedisServer) -> None:
-    sealed = Sealed(Sealer(b"key"), "t", Bases())
+    sealed = Sealed(Sealer(b"key"), "t", RecentRecords())
 
     def written_by_it(task: str, version: int, *, end: int | None = None) -> None:
         pointer = Pointer(version, f"hd_{version}")

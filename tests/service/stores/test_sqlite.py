@@ -20,7 +20,7 @@ import pytest
 
 from models.errors import StoreUnavailable
 from service.stores import Pointer, Sealer, StoreMisconfigured
-from service.stores.record import Bases
+from service.stores.record import RecentRecords
 from service.stores.sealed import Sealed
 from service.stores.sqlite import SqliteStore
 from tests.service.stores.values import commit, make_head, make_record, same
@@ -320,7 +320,7 @@ OLD_TASKS = {"cats": (7, None), "dogs": (3, 4e9), "gone": (1, 1.0)}
 
 
 def sealed(store_key: bytes = b"key") -> Sealed:
-    return Sealed(Sealer(store_key), "t", Bases())
+    return Sealed(Sealer(store_key), "t", RecentRecords())
 
 
 def old_file(folder: Path) -> Path:
