@@ -69,7 +69,7 @@ class Discriminant(Once):
 
     def _map(self, support: Support, fit: Fit) -> Affine:
         xp = array_namespace(support.features)
-        if support.unlabelled is None:
+        if support.unlabelled is None or support.unlabelled.shape[0] == 0:
             means, counts = fit.means, fit.counts
         else:
             means, counts = prototype.prototypes(support, fit.transform)
