@@ -19,6 +19,9 @@ from service.web.openapi import CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STA
 from service.web.retained import archive, media_type_of, retained
 
 CHANGED: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 500, 503)}
+BRIEFLY = "With the header `Prefer: return=minimal` a change is answered once it is kept, and learned behind the answer."
+    "With the header `Prefer: return=minimal` the change is answered once it is kept, and learned behind the answer."
+)
 READ: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 503)}
 Version = Annotated[int, Field(ge=1, lt=2**53)]
 
@@ -147,6 +150,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         "/v1/tasks/{task}/examples",
         operation_id="add_examples",
         summary="Add examples, perhaps of new classes",
+        description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
         openapi_extra=SUPPORT_BODY,
         responses={**PROBLEMS, **NOT_FOUND, **STALE, **CONFLICT},
@@ -172,6 +176,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         "/v1/tasks/{task}/examples/{example}",
         operation_id="remove_example",
         summary="Take an example back",
+        description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
@@ -185,6 +190,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         "/v1/tasks/{task}/classes/{label:path}",
         operation_id="remove_class",
         summary="Take a class back",
+        description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
@@ -209,6 +215,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         "/v1/tasks/{task}",
         operation_id="change_task",
         summary="Learn the same examples with another method",
+        description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
@@ -220,6 +227,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         "/v1/tasks/{task}/rollback",
         operation_id="rollback",
         summary="Make an earlier version the newest",
+        description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
         responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
     )
