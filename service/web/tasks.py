@@ -19,9 +19,7 @@ from service.web.openapi import CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STA
 from service.web.retained import archive, media_type_of, retained
 
 CHANGED: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 500, 503)}
-BRIEFLY = "With the header `Prefer: return=minimal` a change is answered once it is kept, and learned behind the answer."
-    "With the header `Prefer: return=minimal` the change is answered once it is kept, and learned behind the answer."
-)
+BRIEFLY = "With `Prefer: return=minimal` in the header a change is answered once it is kept, and learned behind that."
 READ: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 503)}
 Version = Annotated[int, Field(ge=1, lt=2**53)]
 
