@@ -14,6 +14,7 @@ import time
 import unicodedata
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeVar
 
@@ -302,6 +303,14 @@ def like(record: Record, before: Record) -> Record:
     return replace(record, created=before.created, expires=before.expires)
 
 
+@contextmanager
+def _solving() -> Iterator[None]:
+    try:
+        yield
+    except (np.linalg.LinAlgError, RuntimeError) as error:  # the second is torch's
+        raise ExtractorFailed("The adaptation has no solution; nothing was learned.") from error
+
+
 def learn(
     record: Record, learner: Learner, temperature: Temperature, rejection: Rejection | None, *, device: str
 ) -> Learned:
@@ -314,13 +323,15 @@ def learn(
         way,
         place(unlabelled, device) if len(unlabelled) else None,
     )
-    affine, leave_out = report.fitted(learner, support)
+    with _solving():
+        affine, leave_out = report.fitted(learner, support)
     shots = tuple(int(count) for count in np.bincount(record.classes, minlength=way))
     folded = temperature.fold(Affine(fetch(affine.weight), fetch(affine.bias)), shots)
     affine = Affine(folded.weight.astype(np.float32), folded.bias.astype(np.float32))
     if not (np.isfinite(affine.weight).all() and np.isfinite(affine.bias).all()):
         raise ExtractorFailed("The adaptation gave numbers that are not finite; nothing was stored.")
-    held = leave_out()
+    with _solving():
+        held = leave_out()
     held = replace(held, logits=held.logits / temperature.at(way, shots))
     head = Head(affine, record.labels, shots, record.method, record.artifact)
     if rejection is not None:

@@ -7,12 +7,13 @@ times what its examples make of it, whatever way it came there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
-from models.errors import TaskNotFound, TaskStale, VersionConflict, VersionNotFound
+from models.errors import FewshotError, TaskNotFound, TaskStale, VersionConflict, VersionNotFound
 from models.head import Head
 from models.report import Report
 from service.batcher import Embedded
@@ -21,6 +22,8 @@ from service.learning import Learning
 from service.metrics import Metrics
 from service.stores import Expected, Pointer, Record, Scope, SealBroken
 from service.support import Rejected, like, record_id, task_name
+
+log = logging.getLogger(__name__)
 
 CHANGES = 16  # how often a change is tried again when others are faster
 STALE_ADVICE = "Learned with another artifact; it is learned again when it is used, if its images were kept."
@@ -47,6 +50,9 @@ class Tasks:
         self._flights = flights
         self._metrics = metrics
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        # By tenant and task, what was stored last and is to be learned; and who does that.
+        self._to_learn: dict[tuple[str, str], tuple[Pointer, Record]] = {}
+        self._learning_behind: set[asyncio.Task[None]] = set()
 
     async def at(self, scope: Scope, task: str) -> Pointer:
         """Where a task is now, without its record."""
@@ -63,7 +69,8 @@ class Tasks:
             found = await scope.record(task_name(task), version=version)
         except SealBroken:
             raise _damaged(task) from None
-        if found is None and version is not None and await scope.pointer(task) is not None:
+        if found is None and version is not None:
+            await self.at(scope, task)
             raise VersionNotFound(f"Version {version} of the task {task!r} is not kept.")
         if found is None:
             raise TaskNotFound(f"There is no task {task!r}.")
@@ -142,16 +149,41 @@ class Tasks:
         good = len(embedded.items) - len(rejected) if embedded else 0
         self._metrics.observe("adapt", timings, good=good, bad=len(rejected))
         if brief:
-            self._flights.once((scope.tenant, task), lambda: self._learn_behind(scope, task))
+            self._learn_behind(scope, task, pointer, record)
         created, rejects = pointer.version == 1, head is not None and head.gauge is not None
         return Adapted(task, pointer, record, report, rejects, created, rejected=rejected, timings_ms=timings)
 
-    async def _learn_behind(self, scope: Scope, task: str) -> None:
-        """Until the task does not move meanwhile: of many changes in a row only a few are learned."""
-        pointer = None
-        while (at := await scope.pointer(task)) is not None and at != pointer:
-            pointer = at
-            await self.made_again(scope, task, at)
+    def _learn_behind(self, scope: Scope, task: str, pointer: Pointer, record: Record) -> None:
+        """Begins to learn what was just stored, or has it learned next: of many changes in a row only a few are."""
+        key = scope.tenant, task
+        at_work = key in self._to_learn
+        self._to_learn[key] = pointer, record
+        if not at_work:
+            task_of_ours = asyncio.create_task(self._learn_all(scope, task))
+            self._learning_behind.add(task_of_ours)
+            task_of_ours.add_done_callback(self._learning_behind.discard)
+
+    async def _learn_all(self, scope: Scope, task: str) -> None:
+        key, done = (scope.tenant, task), None
+        try:
+            while (found := self._to_learn[key]) is not done:
+                done = found
+                await self._learn_one(scope, task, *found)
+        finally:
+            del self._to_learn[key]  # nobody came between the last look and this
+
+    async def _learn_one(self, scope: Scope, task: str, pointer: Pointer, record: Record) -> None:
+        """From its record, not from the store, which may be away by now: the task can be asked about all the same."""
+        flight = scope.tenant, task, pointer.head
+        try:
+            await self._flights.once(flight, lambda: self._made(scope, task, pointer, record))
+        except FewshotError as error:  # whoever asks about the task is told
+            log.warning("Version %d of task %s is kept, but was not learned: %s", pointer.version, task, error)
+
+    async def _made(self, scope: Scope, task: str, pointer: Pointer, record: Record) -> tuple[Pointer, Head]:
+        head = await self._learning.head(record)
+        await scope.keep_head(task, pointer, head)
+        return pointer, head
 
     async def told(self, task: str, pointer: Pointer, record: Record, *, known: bool = False) -> Adapted:
         """A task with its report, which is made again each time: it takes a millisecond and needs no place."""
@@ -170,9 +202,7 @@ class Tasks:
                 return await scope.commit(task, record, record_id(record), head, expect=pointer), head
             except VersionConflict:
                 return await self._rebuild(scope, task)
-        head = await self._learning.head(record)
-        await scope.keep_head(task, pointer, head)
-        return pointer, head
+        return await self._made(scope, task, pointer, record)
 
     def in_memory(self, scope: Scope, pointer: Pointer) -> Head | None:
         """The head at `pointer`, where it is at hand and of the artifact that is served."""

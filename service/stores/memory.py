@@ -113,8 +113,11 @@ class MemoryScope:
         # Counted by the names of records, so that a damaged pointer loses neither count nor record.
         current = max((int(name[1]) for name in records), default=0) if at is not None else 0
         known = self._sealed.history(task, current, pointer=at, history=self._get("history", task))
+        if known.versions and known.base is None:
+            known = self._sealed.with_base(task, known, self._get("record", (task, current)))
         pointer = Pointer(next_version(current, known, expect), head_id)
-        sealed, base = self._sealed.seal_record(task, pointer.version, record=record, base=known.base)
+        stored = None if known.base is None else self._get("record", (task, known.base.version))
+        sealed, base = self._sealed.seal_record(task, pointer.version, record=record, base=known.base, stored=stored)
         history = known.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
         for dropped in known.dropped(history):
             self._drop("head", dropped)
@@ -140,6 +143,7 @@ class MemoryScope:
                 self._drop(kind, name)
         for kind in ("pointer", "history"):
             self._drop(kind, task)
+        self._sealed.forget(task)
         return at is not None
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:

@@ -211,24 +211,32 @@ class RecentRecords:
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._records: OrderedDict[str, tuple[tuple[str, str], Record]] = OrderedDict()  # with tenant and task
         self._bytes = 0
         self._most = most_bytes
 
     def get(self, base: Base) -> Record | None:
-        record = self._records.get(base.seal)
-        if record is not None:
-            self._records.move_to_end(base.seal)
-        return record
+        found = self._records.get(base.seal)
+        if found is None:
+            return None
+        self._records.move_to_end(base.seal)
+        return found[1]
 
-    def put(self, base: Base, record: Record) -> Record:
+    def put(self, owner: tuple[str, str], base: Base, record: Record) -> Record:
         size = _size(record)
         if len(record.ids) >= LEAST and size <= self._most and base.seal not in self._records:
-            self._records[base.seal] = record
+            self._records[base.seal] = owner, record
             self._bytes += size
             while self._bytes > self._most:
-                self._bytes -= _size(self._records.popitem(last=False)[1])
+                self._drop(next(iter(self._records)))
         return record
+
+    def forget(self, owner: tuple[str, str]) -> None:
+        for seal in [seal for seal, (other, _) in self._records.items() if other == owner]:
+            self._drop(seal)
+
+    def _drop(self, seal: str) -> None:
+        self._bytes -= _size(self._records.pop(seal)[1])
 
 
 def _size(record: Record) -> int:

@@ -225,8 +225,11 @@ class RedisScope:
         async def change(pipe: Pipeline) -> Pointer:
             found = await self._found(pipe, task)
             pointer = Pointer(next_version(found.version, found.history, expect), head_id)
+            base, stored = found.history.base, None
+            if base is not None and self._sealed.wants(base):
+                stored = await fetch(pipe, self._key("r", task, base.version))
             sealed_record, base = self._sealed.seal_record(
-                task, pointer.version, record=record, base=found.history.base
+                task, pointer.version, record=record, base=base, stored=stored
             )
             history = found.history.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
             earlier = [self._key("r", task, known) for known in sorted(history.records - {pointer.version})]
@@ -249,7 +252,7 @@ class RedisScope:
             return pointer
 
         watched = self._key("p", task)
-        return await self._store.link.call(lambda client: self._change(client, watched, change), answers=4)
+        return await self._store.link.call(lambda client: self._change(client, watched, change), answers=5)
 
     async def delete(self, task: str) -> bool:
         async def look(client: Redis) -> tuple[bool, list[str]]:
@@ -269,6 +272,7 @@ class RedisScope:
             ]
 
         def forget(pipe: Pipeline, keys: list[str]) -> None:
+            self._sealed.forget(task)
             pipe.delete(*keys)
             pipe.zrem(self._key("tasks"), task)
 
@@ -318,7 +322,11 @@ class RedisScope:
             # The names of records tell their versions, so damage loses neither the count nor a record.
             records = [key.decode() async for key in client.scan_iter(match=f"{prefix}*", count=1000)]
             version = max((int(key.removeprefix(prefix)) for key in records), default=0)
-        return Found(version, self._sealed.history(task, version, pointer=pointer, history=history), records)
+        known = self._sealed.history(task, version, pointer=pointer, history=history)
+        if known.versions and known.base is None:
+            known = self._sealed.with_base(task, known, await fetch(client, f"{prefix}{version}"))
+        records = list({*records, *(f"{prefix}{needed}" for needed in known.records)})
+        return Found(version, known, records)
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         async def operation(client: Redis) -> list[tuple[str, Pointer]]:

@@ -29,7 +29,8 @@ PAUSE_S = 0.7  # between two attempts to reach Redis: with what an attempt takes
 LOOK_S = 5.0  # between two looks at how Redis is set up
 REFUSED_S = 15.0  # how long a command that it refused counts: it may be full, or a right be missing
 GRACE_S = 0.05
-AWAY = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
+# A RuntimeError is how uvloop says that a connection was reset before anything was written to it.
+AWAY = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError, RuntimeError)
 SILENT = "The store does not answer."
 
 

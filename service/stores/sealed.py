@@ -152,32 +152,64 @@ class Sealed:
         log.warning("The index of what is remembered beside task %s is damaged; all of it counts as forgotten.", task)
         return {}
 
-    def seal_record(self, task: str, version: int, *, record: Record, base: Base | None) -> tuple[bytes, Base]:
-        """The record sealed, as a difference to `base` where that is in memory and it is worth it; and its base."""
+    def seal_record(
+        self, task: str, version: int, *, record: Record, base: Base | None, stored: bytes | None
+    ) -> tuple[bytes, Base]:
+        """The record sealed, as a difference to `base` where that is worth it; and its base.
+
+        `stored` is what is there of the base: on what is damaged or gone nothing is built.
+        """
         before = None if base is None else self._recent.get(base)
-        payload = None if base is None or before is None else difference(base, before, record)
+        payload = None
+        if base is not None and before is not None and self._is_base(task, base, stored):
+            payload = difference(base, before, record)
         data = self._sealer.seal(payload or record.to_bytes(), self._tenant, "record", task, str(version))
         own = Base(version, self._sealer.name(data))
-        self._recent.put(own, record)
+        self._recent.put((self._tenant, task), own, record)
         return data, base if base is not None and payload else own
+
+    def wants(self, base: Base | None) -> bool:
+        """Whether a difference to a base could be made, so that it is worth looking at what is stored of it."""
+        return base is not None and self._recent.get(base) is not None
+
+    def _is_base(self, task: str, base: Base, data: bytes | None) -> bool:
+        if data is None or self._sealer.name(data) != base.seal:
+            return False
+        with suppress(SealBroken):
+            self._sealer.open(data, self._tenant, "record", task, str(base.version))
+            return True
+        return False
 
     def open_record(self, task: str, version: int, *, data: bytes, base: bytes | None = None) -> Record | Base:
         """A record; or its base, where that is needed and neither in memory nor given. Raises SealBroken."""
         payload = self._sealer.open(data, self._tenant, "record", task, str(version))
-        own = Base(version, self._sealer.name(data))
+        owner, own = (self._tenant, task), Base(version, self._sealer.name(data))
         known = self._recent.get(own)
         if known is not None:
             return known
         needed = base_of(payload)
         if needed is None:
-            return self._recent.put(own, Record.from_bytes(payload))
+            return self._recent.put(owner, own, Record.from_bytes(payload))
         before = self._recent.get(needed)
-        if before is None and base is not None:
-            if self._sealer.name(base) != needed.seal:
-                raise SealBroken("The base of the record is another one.")
-            before = Record.from_bytes(self._sealer.open(base, self._tenant, "record", task, str(needed.version)))
-            self._recent.put(needed, before)
-        return needed if before is None else self._recent.put(own, applied(before, payload))
+        if before is None and base is not None and self._sealer.name(base) == needed.seal:
+            whole = self._sealer.open(base, self._tenant, "record", task, str(needed.version))
+            before = self._recent.put(owner, needed, Record.from_bytes(whole))
+        return needed if before is None else self._recent.put(owner, own, applied(before, payload))
+
+    def with_base(self, task: str, history: History, data: bytes | None) -> History:
+        """A history that does not know it with the base of its newest version, from what is stored of that one."""
+        if data is None:
+            return history
+        at = history.versions[0]
+        with suppress(SealBroken):
+            payload = self._sealer.open(data, self._tenant, "record", task, str(at.version))
+            base = base_of(payload) or Base(at.version, self._sealer.name(data))
+            return history._replace(bases={**history.bases, at.version: base})
+        return history
+
+    def forget(self, task: str) -> None:
+        """Of a task that was deleted nothing stays in memory."""
+        self._recent.forget((self._tenant, task))
 
     def seal_head(self, head_id: str, head: Head) -> bytes:
         return self._sealer.seal(head.to_bytes(), self._tenant, "head", head_id)

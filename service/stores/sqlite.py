@@ -302,8 +302,12 @@ class SqliteScope:
             # The version has a column of its own, so a damaged pointer does not lose the count.
             current, at, known = db.execute(PLACE, (tenant, task, now)).fetchone() or (0, None, None)
             before = self._sealed.history(task, current, pointer=at, history=known)
+            if before.versions and before.base is None:
+                before = self._sealed.with_base(task, before, self._data(db, task, current))
             pointer = Pointer(next_version(current, before, expect), head_id)
-            value, base = self._sealed.seal_record(task, pointer.version, record=record, base=before.base)
+            base = before.base
+            stored = self._data(db, task, base.version) if base and self._sealed.wants(base) else None
+            value, base = self._sealed.seal_record(task, pointer.version, record=record, base=base, stored=stored)
             history = before.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
             sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_history(task, history)
             db.execute(PUT_TASK, (tenant, task, pointer.version, record.expires, *sealed))
@@ -324,6 +328,7 @@ class SqliteScope:
             for version in self._sealed.history(task, current, pointer=at, history=known).versions:
                 # Should another task share this head, it is made again.
                 db.execute(DROP_HEAD, (self.tenant, version.head))
+            self._sealed.forget(task)
             for table in ("tasks", "records", "remembered"):
                 db.execute(f"DELETE FROM {table} WHERE tenant = ? AND task = ?", (self.tenant, task))  # noqa: S608
             return row is not None

@@ -144,6 +144,10 @@ def create_app(
     async def ours(request: Request, error: FewshotError) -> Response:
         return problems.of_error(error, request_id=request.state.request_id)
 
+    @app.exception_handler(Exception)  # starlette's own answer is no problem document; the log is the boundary's
+    async def bug(request: Request, error: Exception) -> Response:
+        return problems.of_bug(request_id=request.state.request_id)
+
     @app.exception_handler(HTTPException)
     async def theirs(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})

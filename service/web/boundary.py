@@ -92,14 +92,7 @@ class Boundary:
         except Exception:  # a bug: the client learns its number, the log the rest
             log.exception("request %s failed", request_id)
             if not status:
-                response = problems.problem(
-                    500,
-                    "internal_error",
-                    "Internal error",
-                    "Something is wrong here; the log has more.",
-                    request_id=request_id,
-                )
-                await response(scope, receive, answer)
+                await problems.of_bug(request_id=request_id)(scope, receive, answer)
         finally:
             self._observe(scope, status, time.perf_counter() - start, request_id)
 

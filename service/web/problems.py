@@ -109,6 +109,11 @@ def of_error(error: errors.FewshotError, *, request_id: str) -> Response:
     )
 
 
+def of_bug(*, request_id: str) -> Response:
+    detail = "Something is wrong here; the log has more."
+    return problem(500, "internal_error", "Internal error", detail, request_id=request_id)
+
+
 def of_status(status: int, detail: str, *, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
     """For what the router itself refuses: unknown paths and methods."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(status, "invalid_request")

@@ -273,7 +273,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
 
 def _terms(request: Request) -> dict[str, Any]:
     """Where the task must be for a change, and whether the client prefers a short answer to a report (RFC 7240)."""
-    preferences = ",".join(request.headers.getlist("prefer")).lower().replace(";", ",").split(",")
+    preferences = ",".join(request.headers.getlist("prefer")).lower().replace(";", ",").replace('"', "").split(",")
     return {"expect": _expected(request), "brief": "return=minimal" in (part.strip() for part in preferences)}
 
 

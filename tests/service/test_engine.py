@@ -36,6 +36,7 @@ from service.batcher import Batcher
 from service.engine import Engine
 from service.quota import Allowance
 from service.stores import Record, Scope
+from service.stores.lru import Recent
 from service.stores.memory import MemoryStore
 from service.support import Example, Limits, example_id, record_id, task_name
 from service.tasks import CHANGES, Adapted
@@ -251,6 +252,45 @@ def test_a_brief_change_is_kept_at_once_and_learned_behind_the_answer(tmp_path: 
             answer = await engine.classify(scope, "brief", [RED, BLUE])  # right after it: it waits for the head
             assert answer.pointer == short.pointer
             assert await everything(engine, scope, "brief") == await everything(engine, scope, "told")
+
+    run(tmp_path, work)
+
+
+def test_a_task_changed_briefly_is_known_though_the_store_goes_away_at_once(tmp_path: Path) -> None:
+    """It is learned from what was stored, which is in hand."""
+
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+        recent = Recent(store, most=10, stale_ok_s=60).scope("a")
+        await engine.classify(recent, "t", [RED])
+        changed = await engine.learn_with(recent, "t", "ridge", brief=True)
+        away = AsyncMock(side_effect=StoreUnavailable("It is away."))
+        with patch.multiple(type(scope), pointer=away, record=away, head=away, keep_head=away):
+            while recent.head_in_memory(changed.pointer.head) is None:
+                await asyncio.sleep(0.001)
+            answer = await engine.classify(recent, "t", [RED, BLUE])
+        assert (answer.pointer, labels_of(answer.rows)) == (dataclasses.replace(changed.pointer, stale=True), [1, 0])
+
+    run(tmp_path, work)
+
+
+def test_what_cannot_be_learned_after_a_brief_change_is_said_in_the_log_and_to_who_asks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+        whole = engine._learning.head
+        monkeypatch.setattr(engine._learning, "head", AsyncMock(side_effect=ExtractorFailed("It has no solution.")))
+        await engine.learn_with(scope, "t", "ridge", brief=True)
+        with pytest.raises(ExtractorFailed):
+            await engine.classify(scope, "t", [RED])
+        while "kept, but was not learned: It has no solution." not in caplog.text:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(engine._learning, "head", whole)
+        assert labels_of((await engine.classify(scope, "t", [RED])).rows) == [1]  # nothing stays in the way
+        again = await engine.learn_with(scope, "t", "prototype", brief=True)
+        while await scope.head(again.pointer.head) is None:
+            await asyncio.sleep(0.001)
 
     run(tmp_path, work)
 

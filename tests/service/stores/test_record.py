@@ -90,11 +90,13 @@ def test_as_many_bases_stay_in_memory_as_it_is_for() -> None:
     bases = RecentRecords(most_bytes=50_000)
     names = [Base(version, str(version)) for version in range(6)]
     for name in names:
-        bases.put(name, grown(LEAST))  # some 14,000 bytes each
+        bases.put(("t", f"task {name.version}"), name, grown(LEAST))  # some 14,000 bytes each
         bases.get(names[0])
     assert [bases.get(name) is not None for name in names] == [True, False, False, False, True, True]
-    bases.put(Base(9, "small"), grown(LEAST - 50))
+    bases.put(("t", "small"), Base(9, "small"), grown(LEAST - 50))
     assert bases.get(Base(9, "small")) is None
+    bases.forget(("t", "task 4"))
+    assert [bases.get(name) is not None for name in names] == [True, False, False, False, False, True]
 
 
 # In the stores.
@@ -200,6 +202,57 @@ async def test_a_damaged_base_is_refused_and_so_is_another_one(bare: Store, bene
             await scope.record("cats")
     beneath.set("record", "t", name="cats", version=1, data=good)
     assert same((await scope.record("cats") or (None, None))[1], grown(2 * LEAST + 1))
+
+
+@pytest.mark.parametrize("damage", ["rotten", "another", "gone"])
+async def test_nothing_is_built_on_a_base_that_is_damaged_or_gone(bare: Store, beneath: Beneath, damage: str) -> None:
+    """Though it is in memory: what is acknowledged now is to be there after a restart."""
+    scope = bare.scope("t")
+    await put(bare, grown(2 * LEAST), 1)
+    await put(bare, grown(2 * LEAST + 1), 2)
+    good = beneath.get("record", "t", name="cats", version=1)
+    other = beneath.get("record", "t", name="cats", version=2)
+    bad = {"rotten": good[:-1] + bytes([good[-1] ^ 1]), "another": other, "gone": b""}[damage]
+    beneath.set("record", "t", name="cats", version=1, data=bad)
+    await put(bare, grown(2 * LEAST + 2), 3)
+    await put(bare, grown(2 * LEAST + 3), 4)
+    forgetful(bare)
+    for version in (3, 4):
+        found = await scope.record("cats", version=version)
+        assert same((found or (None, None))[1], grown(2 * LEAST + version - 1))
+
+
+@pytest.mark.parametrize("kind", ["history", "pointer"])
+async def test_what_a_damaged_history_forgot_is_found_in_the_record(bare: Store, beneath: Beneath, kind: str) -> None:
+    """The version that is kept keeps its base."""
+    scope = bare.scope("t")
+    for extra in range(3):
+        await put(bare, grown(2 * LEAST + extra), extra)
+    beneath.set(kind, "t", name="cats", data=b"rotten")
+    await put(bare, grown(2 * LEAST + 3), 3)
+    forgetful(bare)
+    for version in (3, 4):
+        found = await scope.record("cats", version=version)
+        assert same((found or (None, None))[1], grown(2 * LEAST + version - 1))
+
+
+async def test_a_history_without_bases_learns_them(bare: Store, beneath: Beneath) -> None:
+    """As it was written before there were any."""
+    scope = bare.scope("t")
+    await put(bare, grown(2 * LEAST), 0)
+    sealed = scope._sealed  # type: ignore[attr-defined]
+    history = sealed.open_history("cats", beneath.get("history", "t", name="cats"))
+    beneath.set("history", "t", name="cats", data=sealed.seal_history("cats", history._replace(bases={})))
+    await put(bare, grown(2 * LEAST + 1), 1)
+    assert len(beneath.get("record", "t", name="cats")) < len(beneath.get("record", "t", name="cats", version=1)) / 2
+    forgetful(bare)
+    assert same((await scope.record("cats") or (None, None))[1], grown(2 * LEAST + 1))
+
+
+async def test_of_a_deleted_task_nothing_stays_in_memory(bare: Store) -> None:
+    await put(bare, grown(2 * LEAST), 0)
+    await bare.scope("t").delete("cats")
+    assert not bare.recent._records  # type: ignore[attr-defined]
 
 
 async def test_a_base_ends_with_the_versions_that_need_it(bare: Store, beneath: Beneath, until: Until) -> None:

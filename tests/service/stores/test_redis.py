@@ -529,7 +529,9 @@ async def test_what_an_earlier_program_wrote_is_read_and_gone_on_from(own_redis:
         with redis.Redis(port=own_redis.port) as client:
             client.delete(f"fs:t:r:{task}:{version - 1}")
             client.set(
-                f"fs:t:r:{task}:{version}", sealed.seal_record(task, version, record=record, base=None)[0], exat=end
+                f"fs:t:r:{task}:{version}",
+                sealed.seal_record(task, version, record=record, base=None, stored=None)[0],
+                exat=end,
             )
             client.set(f"fs:t:p:{task}", sealed.seal_pointer(task, pointer), exat=end)
             client.set(f"fs:t:h:{pointer.head}", sealed.seal_head(pointer.head, make_head(version)), ex=100)
@@ -636,6 +638,19 @@ async def storm(read: Callable[[str], Awaitable[str]], names: list[str]) -> int:
     for name in names:
         foreign += await read(name) != name
     return foreign
+
+
+async def test_a_connection_that_is_reset_before_it_is_used_is_a_redis_that_is_away(own_redis: RedisServer) -> None:
+    """uvloop says so by a RuntimeError, which redis-py hands on as it is."""
+
+    async def reset(client: redis.asyncio.Redis) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    async with opened(own_redis) as store:
+        with pytest.raises(StoreUnavailable):
+            await store.link.call(reset)
+        assert not store.link.well
+        assert await back(store.scope("t")) < PAUSE_S + 0.5
 
 
 async def test_callers_who_leave_never_get_each_others_answers(own_redis: RedisServer) -> None:

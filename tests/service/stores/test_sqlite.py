@@ -332,7 +332,9 @@ def old_file(folder: Path) -> Path:
         db.execute("INSERT INTO seal VALUES (?)", (Sealer(b"key").seal(b"", "store"),))
         for task, (version, end) in OLD_TASKS.items():
             pointer = sealed().seal_pointer(task, Pointer(version, f"hd_{version}"))
-            record, _ = sealed().seal_record(task, version, record=make_record(version, expires=end), base=None)
+            record, _ = sealed().seal_record(
+                task, version, record=make_record(version, expires=end), base=None, stored=None
+            )
             db.execute("INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?)", ("t", task, version, end, pointer, record))
             head = sealed().seal_head(f"hd_{version}", make_head(version))
             db.execute("INSERT INTO heads VALUES (?, ?, ?, ?)", ("t", f"hd_{version}", 4e9, head))

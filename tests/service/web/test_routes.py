@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import httpx
 import pytest
 
+from service.engine import Engine
 from service.web import schemas
 from tests.fakes import picture
 from tests.service.web.asks import colours, folders, refused, support_json, tarred, text, zipped
@@ -33,6 +35,28 @@ def test_a_support_set_becomes_a_task_named_after_its_head(http: httpx.Client) -
     again = http.post("/v1/tasks", files=colours("red", "green"))
     assert again.status_code == 200
     assert again.json()["version"] == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/tasks", "/v1/classify", "/v1/artifact"])
+def test_a_bug_is_answered_as_a_problem_like_any_other(
+    http: httpx.Client, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not in starlette's own words; what went wrong is for the log alone."""
+
+    async def broken(*_: object, **__: object) -> None:
+        raise KeyError("a secret")
+
+    for name in ("tasks", "classify_once"):
+        monkeypatch.setattr(Engine, name, broken)
+    monkeypatch.setattr("service.web.about._artifact", lambda *_: 1 / 0)
+    posted = {"files": [*colours("red", "blue"), ("query", RED)]} if path == "/v1/classify" else {}
+    response = http.request("POST" if posted else "GET", path, **posted)
+    problem = refused(response, 500, "internal_error")
+    assert "secret" not in response.text
+    give_up = time.monotonic() + 5  # it is written behind the answer
+    while f"request {problem['request_id']} failed" not in caplog.text:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
 
 
 def test_all_spellings_of_a_support_set_give_the_same_head(http: httpx.Client) -> None:
