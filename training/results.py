@@ -49,6 +49,20 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
             *("best_without_memory", "over_best_without_memory", "episodes", "seed", "note"),
         ),
     ),
+    "objectives": (
+        "Objectives",
+        "The same small network on the same images for the same time: by all losses alike, with weights that are "
+        "learned, by the uncertainty of each, and by each loss alone; prototypes on test classes. Steps are as many as "
+        "fitted into the time. The best single loss wins by far; learned weights go its way in two seeds of three.",
+        ("task", "method", "accuracy", "steps", "seconds", "episodes", "seed"),
+    ),
+    "pretext": (
+        "Pretext",
+        "Self-supervised tasks that no extractor was trained on, learned by a linear head from ten images in ten steps "
+        "of gradient descent, and from all of them. The ratio flatters where little is learned from all; above chance "
+        "it does not.",
+        ("task", "method", "objectives", "accuracy", "full", "ratio", "ratio_above_chance", "chance", "episodes"),
+    ),
     "trust": (
         'Probabilities and "none of these"',
         "Expected calibration error (ECE, 15 bins, pooled), the share of genuine images turned away where 5 % were "

@@ -91,7 +91,8 @@ def kin(lines: Sequence[Line]) -> list[list[Line]]:
         same = {
             key: value
             for key, value in line.items()
-            if key not in {*BESIDE, "seed", "training_seed", "episodes"} and not isinstance(value, float | list | dict)
+            if key not in {*BESIDE, "seed", "training_seed", "episodes", "steps"}
+            and not isinstance(value, float | list | dict)
         }
         same.pop("seconds", None)
         groups.setdefault(repr(sorted(same.items(), key=lambda item: item[0])), []).append(line)
@@ -111,6 +112,8 @@ def together(group: Sequence[Line], name: str) -> str:
         numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
         if len(numbers) == len(group) and any(isinstance(value, float) for value in values) and len(set(numbers)) > 1:
             return over_seeds(numbers)
+        if len(numbers) == len(group) and len(set(numbers)) > 1:  # a count: how many fitted into the time, perhaps
+            return shown(round(statistics.mean(numbers)))
     if name in ("seed", "training_seed"):
         return str(values[0]) if values[0] is not None else NOTHING
     return quantity(group[0], name)
@@ -145,6 +148,9 @@ def _measured(groups: Sequence[Sequence[Line]], name: str) -> bool:
 
 
 def task(line: Line) -> str:
+    """Its own name, where it has one."""
+    if "task" in line:
+        return str(line["task"])
     return f"{line['way']}-way {line['shot']}-shot" if "way" in line and "shot" in line else NOTHING
 
 

@@ -118,6 +118,25 @@ def test_several_seeds_are_a_mean_and_each(tmp_path: Path) -> None:
     assert "training seed 0 or 1 or 2" in text
 
 
+def test_seeds_for_which_another_number_of_steps_fitted_into_the_time_are_one_row(tmp_path: Path) -> None:
+    same = {
+        "experiment": "objectives",
+        "labels": "none",
+        "way": 5,
+        "shot": 1,
+        "method": "uniform",
+        "command": "python x",
+    }
+    lines = [{**same, "seed": seed, "accuracy": 60.0 + seed, "steps": 1000 + 10 * seed} for seed in range(3)]
+    table = part(made(tmp_path, lines), "Objectives")
+    assert "| 5-way 1-shot | uniform | 61.00 ± 2.48 (60.00, 61.00, 62.00) | 1,010 |" in table
+
+
+def test_a_task_that_has_a_name_is_called_by_it(tmp_path: Path) -> None:
+    line = {"experiment": "pretext", "labels": "none", "task": "jigsaw-3x3", "way": 8, "shot": 10, "accuracy": 41.0}
+    assert "jigsaw-3x3" in made(tmp_path, [line | {"method": "random", "command": "python x"}])
+
+
 def test_of_the_same_measurement_the_one_with_most_episodes_counts(tmp_path: Path) -> None:
     text = made(tmp_path, [ours(episodes=10_000, accuracy=62.22), ours(), ours(method="lstm", accuracy=1.0)])
     assert "62.22" in text
