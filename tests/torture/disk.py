@@ -322,7 +322,7 @@ def power_loss_redis(n: int, seed: int, folder: Path) -> Outcome:
 # Damage to what is stored.
 
 UNSEALED = """
-from service.stores import SEAL, Sealer
+from service.stores.seal import SEAL, Sealer
 Sealer.open = lambda self, data, *place: data[len(SEAL) + 32:]
 """
 Said = tuple[int, str, list[dict[str, Any]]]

@@ -483,8 +483,8 @@ def expiring_tasks(n: int, seed: int, folder: Path) -> Outcome:
     """A task that ends between the look at it and its use is answered as one that is there or is not: 200 or 404."""
     # Without the check that a record was found, what ends in between is a bug.
     naive = without(
-        "from service.engine import Engine\n"
-        "Engine._found = lambda self, scope, task, *, version=None: scope.record(task, version=version)"
+        "from service.tasks import Tasks\n"
+        "Tasks.found = lambda self, scope, task, *, version=None: scope.record(task, version=version)"
     )
     (folder / "redis").mkdir()
     with RedisServer(folder / "redis") as server, closing(redis.Redis(port=server.port)) as client:

@@ -92,6 +92,7 @@ def until(monkeypatch: pytest.MonkeyPatch) -> Until:
     async def passed(store: Store, moment: float) -> None:
         if store.name != "redis":
             monkeypatch.setattr(time, "time", lambda: moment + 0.001)
+            return
         while time.time() <= moment + 0.002:  # Redis counts whole milliseconds, and ends a key after the one it names
             await asyncio.sleep(0.02)
 
