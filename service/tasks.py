@@ -26,6 +26,7 @@ from service.support import Rejected, like, record_id, task_name
 log = logging.getLogger(__name__)
 
 CHANGES = 16  # how often a change is tried again when others are faster
+MOST_BEHIND = 64  # tasks that wait to be learned behind an answer; the head of any other is made when it is asked for
 STALE_ADVICE = "Learned with another artifact; it is learned again when it is used, if its images were kept."
 
 
@@ -53,6 +54,7 @@ class Tasks:
         # By tenant and task, what was stored last and is to be learned; and who does that.
         self._to_learn: dict[tuple[str, str], tuple[Pointer, Record]] = {}
         self._learning_behind: set[asyncio.Task[None]] = set()
+        self._one_behind = asyncio.Semaphore(1)  # at a time, or whoever changes much would keep those who ask waiting
 
     async def at(self, scope: Scope, task: str) -> Pointer:
         """Where a task is now, without its record."""
@@ -157,6 +159,8 @@ class Tasks:
         """Begins to learn what was just stored, or has it learned next: of many changes in a row only a few are."""
         key = scope.tenant, task
         at_work = key in self._to_learn
+        if not at_work and len(self._to_learn) >= MOST_BEHIND:
+            return
         self._to_learn[key] = pointer, record
         if not at_work:
             task_of_ours = asyncio.create_task(self._learn_all(scope, task))
@@ -176,7 +180,8 @@ class Tasks:
         """From its record, not from the store, which may be away by now: the task can be asked about all the same."""
         flight = scope.tenant, task, pointer.head
         try:
-            await self._flights.once(flight, lambda: self._made(scope, task, pointer, record))
+            async with self._one_behind:
+                await self._flights.once(flight, lambda: self._made(scope, task, pointer, record))
         except FewshotError as error:  # whoever asks about the task is told
             log.warning("Version %d of task %s is kept, but was not learned: %s", pointer.version, task, error)
 

@@ -318,6 +318,37 @@ def test_of_many_brief_changes_in_a_row_only_a_few_are_learned(tmp_path: Path, m
     run(tmp_path, work)
 
 
+def test_brief_changes_of_many_tasks_are_learned_one_at_a_time_and_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is behind an answer has no client who waits for it, so nothing else would bound it."""
+
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        monkeypatch.setattr("service.tasks.MOST_BEHIND", 5)
+        for number in range(9):
+            await engine.adapt(scope, f"t{number}", SUPPORT)
+        at_once, learned, original = [0], [], engine._learning.head
+
+        async def slowly(record: Record) -> Head:
+            at_once.append(at_once[-1] + 1)
+            await asyncio.sleep(0.02)
+            at_once.append(at_once[-1] - 1)
+            learned.append(record)
+            return await original(record)
+
+        monkeypatch.setattr(engine._learning, "head", slowly)
+        for number in range(9):
+            await engine.learn_with(scope, f"t{number}", "ridge", brief=True)
+        while len(learned) < 5:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)
+        assert (len(learned), max(at_once)) == (5, 1)
+        monkeypatch.setattr(engine._learning, "head", original)
+        assert labels_of((await engine.classify(scope, "t8", [RED])).rows) == [1]
+
+    run(tmp_path, work)
+
+
 def test_a_brief_change_of_nothing_moves_nothing(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         before = await engine.adapt(scope, "t", SUPPORT)
