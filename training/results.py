@@ -53,7 +53,7 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "Objectives",
         "The same small network on the same images for the same time: by all losses alike, with weights that are "
         "learned, by the uncertainty of each, and by each loss alone; prototypes on test classes. Steps are as many as "
-        "fitted into the time. The best single loss wins by far; learned weights go its way in two seeds of three.",
+        "fitted into the time.",
         ("task", "method", "accuracy", "steps", "seconds", "episodes", "seed"),
     ),
     "pretext": (
