@@ -168,9 +168,9 @@ class Sealed:
         self._recent.put((self._tenant, task), own, record)
         return data, base if base is not None and payload else own
 
-    def wants(self, base: Base | None) -> bool:
+    def wants(self, base: Base) -> bool:
         """Whether a difference to a base could be made, so that it is worth looking at what is stored of it."""
-        return base is not None and self._recent.get(base) is not None
+        return self._recent.get(base) is not None
 
     def _is_base(self, task: str, base: Base, data: bytes | None) -> bool:
         if data is None or self._sealer.name(data) != base.seal:

@@ -215,9 +215,8 @@ class SqliteScope:
 
     @cached_property
     def _sealed(self) -> Sealed:
-        return Sealed(
-            self._store.sealer, self.tenant, self._store.recent
-        )  # a scope may be made before the store, and its key, are opened
+        # A scope may be made before the store, and its key, are opened.
+        return Sealed(self._store.sealer, self.tenant, self._store.recent)
 
     def _now(self, name: str) -> tuple[str, str, float]:
         return self.tenant, name, time.time()
