@@ -263,10 +263,13 @@ def grown(record: Record, rows: Rows, limits: Limits, *, retain: bool) -> Record
     if len(labels) > limits.max_way:
         raise TooLarge(f"The task would have {len(labels)} classes; the limit is {limits.max_way} (MAX_WAY).")
     n, order = len(record.classes), {label: index for index, label in enumerate(labels)}
-    known = [(record.labels[c], name) for c, name in zip(record.classes.tolist(), record.ids[:n], strict=True)]
+
+    def key_of(place: int) -> tuple[str, str]:
+        return record.labels[record.classes[place]], record.ids[place]
+
     keys, extra = sorted(rows.labelled), sorted(rows.unlabelled)
     new = [rows.labelled[key] for key in keys], [rows.unlabelled[name] for name in extra]
-    places = [bisect(known, key) for key in keys], [bisect(record.ids, name, lo=n) - n for name in extra]
+    places = [bisect(range(n), key, key=key_of) for key in keys], [bisect(record.ids, name, lo=n) - n for name in extra]
     moved = np.array([order[label] for label in record.labels], np.int32)[record.classes]
     return replace(
         record,

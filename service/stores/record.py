@@ -133,7 +133,11 @@ def difference(base: Base, before: Record, record: Record) -> bytes | None:
     places |= {name: kept + index for index, name in enumerate(new)}
     rows = np.array([places[name] for name in record.ids], np.int32)
     features, known, old = _all(record), _all(before), rows < kept
-    if not np.array_equal(features[old].view(np.uint16), known[rows[old]].view(np.uint16)):
+    same = features[old] if new else features  # a copy of all is most of the work here, so none is made without need
+    order = rows[old]
+    if (order[1:] < order[:-1]).any():
+        known = known[order]
+    if not np.array_equal(same.view(np.uint16), known.view(np.uint16)):
         return None  # looked at anew, perhaps in another batch, they end in other bits
     images = [record.images[index] for index in np.flatnonzero(~old)] if record.images else []
     text = {
@@ -204,6 +208,18 @@ def _text(data: bytes) -> dict[str, Any]:
         raise SealBroken("The record cannot be read.") from error
 
 
+class Recent(NamedTuple):
+    owner: tuple[str, str]  # tenant and task
+    record: Record
+    sealed: bytes  # as they were read or written
+
+    @property
+    def size(self) -> int:
+        own = self.record
+        arrays = own.features.nbytes + own.unlabelled.nbytes
+        return arrays + sum(map(len, own.images)) + 100 * len(own.ids) + len(self.sealed)
+
+
 class RecentRecords:
     """Records that were read or written of late, by their seals: what is changed next, and what it is a difference to.
 
@@ -211,7 +227,7 @@ class RecentRecords:
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self._records: OrderedDict[str, tuple[tuple[str, str], Record]] = OrderedDict()  # with tenant and task
+        self._records: OrderedDict[str, Recent] = OrderedDict()
         self._bytes = 0
         self._most = most_bytes
 
@@ -220,24 +236,25 @@ class RecentRecords:
         if found is None:
             return None
         self._records.move_to_end(base.seal)
-        return found[1]
+        return found.record
 
-    def put(self, owner: tuple[str, str], base: Base, record: Record) -> Record:
-        size = _size(record)
-        if len(record.ids) >= LEAST and size <= self._most and base.seal not in self._records:
-            self._records[base.seal] = owner, record
-            self._bytes += size
+    def is_there(self, base: Base, stored: bytes | None) -> bool:
+        """Whether what is stored of a record in memory still is what it was, byte for byte."""
+        found = self._records.get(base.seal)
+        return found is not None and found.sealed == stored
+
+    def put(self, owner: tuple[str, str], base: Base, record: Record, sealed: bytes) -> Record:
+        recent = Recent(owner, record, sealed)
+        if len(record.ids) >= LEAST and recent.size <= self._most and base.seal not in self._records:
+            self._records[base.seal] = recent
+            self._bytes += recent.size
             while self._bytes > self._most:
                 self._drop(next(iter(self._records)))
         return record
 
     def forget(self, owner: tuple[str, str]) -> None:
-        for seal in [seal for seal, (other, _) in self._records.items() if other == owner]:
+        for seal in [seal for seal, recent in self._records.items() if recent.owner == owner]:
             self._drop(seal)
 
     def _drop(self, seal: str) -> None:
-        self._bytes -= _size(self._records.pop(seal)[1])
-
-
-def _size(record: Record) -> int:
-    return record.features.nbytes + record.unlabelled.nbytes + sum(map(len, record.images)) + 100 * len(record.ids)
+        self._bytes -= self._records.pop(seal).size

@@ -161,24 +161,16 @@ class Sealed:
         """
         before = None if base is None else self._recent.get(base)
         payload = None
-        if base is not None and before is not None and self._is_base(task, base, stored):
+        if base is not None and before is not None and self._recent.is_there(base, stored):
             payload = difference(base, before, record)
         data = self._sealer.seal(payload or record.to_bytes(), self._tenant, "record", task, str(version))
         own = Base(version, self._sealer.name(data))
-        self._recent.put((self._tenant, task), own, record)
+        self._recent.put((self._tenant, task), own, record, data)
         return data, base if base is not None and payload else own
 
     def wants(self, base: Base) -> bool:
         """Whether a difference to a base could be made, so that it is worth looking at what is stored of it."""
         return self._recent.get(base) is not None
-
-    def _is_base(self, task: str, base: Base, data: bytes | None) -> bool:
-        if data is None or self._sealer.name(data) != base.seal:
-            return False
-        with suppress(SealBroken):
-            self._sealer.open(data, self._tenant, "record", task, str(base.version))
-            return True
-        return False
 
     def open_record(self, task: str, version: int, *, data: bytes, base: bytes | None = None) -> Record | Base:
         """A record; or its base, where that is needed and neither in memory nor given. Raises SealBroken."""
@@ -189,12 +181,12 @@ class Sealed:
             return known
         needed = base_of(payload)
         if needed is None:
-            return self._recent.put(owner, own, Record.from_bytes(payload))
+            return self._recent.put(owner, own, Record.from_bytes(payload), data)
         before = self._recent.get(needed)
         if before is None and base is not None and self._sealer.name(base) == needed.seal:
             whole = self._sealer.open(base, self._tenant, "record", task, str(needed.version))
-            before = self._recent.put(owner, needed, Record.from_bytes(whole))
-        return needed if before is None else self._recent.put(owner, own, applied(before, payload))
+            before = self._recent.put(owner, needed, Record.from_bytes(whole), base)
+        return needed if before is None else self._recent.put(owner, own, applied(before, payload), data)
 
     def with_base(self, task: str, history: History, data: bytes | None) -> History:
         """A history that does not know it with the base of its newest version, from what is stored of that one."""

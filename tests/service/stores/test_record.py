@@ -90,10 +90,10 @@ def test_as_many_bases_stay_in_memory_as_it_is_for() -> None:
     bases = RecentRecords(most_bytes=50_000)
     names = [Base(version, str(version)) for version in range(6)]
     for name in names:
-        bases.put(("t", f"task {name.version}"), name, grown(LEAST))  # some 14,000 bytes each
+        bases.put(("t", f"task {name.version}"), name, grown(LEAST), b"sealed")  # some 14,000 bytes each
         bases.get(names[0])
     assert [bases.get(name) is not None for name in names] == [True, False, False, False, True, True]
-    bases.put(("t", "small"), Base(9, "small"), grown(LEAST - 50))
+    bases.put(("t", "small"), Base(9, "small"), grown(LEAST - 50), b"sealed")
     assert bases.get(Base(9, "small")) is None
     bases.forget(("t", "task 4"))
     assert [bases.get(name) is not None for name in names] == [True, False, False, False, False, True]
