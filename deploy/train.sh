@@ -2,10 +2,12 @@
 # Trains the artifacts of the results page from random weights, `characters` and `photos`, which ship, among them. Every
 # step resumes: run it again after a stop.
 #
-#   FEWSHOT_DATA=/path/to/data bash deploy/train.sh [characters] [photos-cpu] [photos-free] [photos-64] [photos]
+#   FEWSHOT_DATA=/path/to/data bash deploy/train.sh [characters] [photos-cpu] [photos-free] [photos-64] [photos] \
+#     [photos-free-long] [photos-64-long]
 #
-# characters and photos-cpu are for two CPU cores and take hours; the others are for a GPU and take eleven minutes of an
-# H100 in all, but for their learners, which take some minutes of two cores each; each goes on from the one before it.
+# characters and photos-cpu are for two CPU cores and take hours; the others are for a GPU, but for their learners, which
+# take some minutes of two cores each: photos-free, photos-64 and photos, each of which goes on from the one before it,
+# eleven minutes of an H100 in all, and photos-free-long and photos-64-long, which go on from photos-free, nine of an H200.
 # $FEWSHOT_DATA holds omniglot/ and mini_imagenet/, each with zips of class folders and a splits.json, and, for what the
 # artifact says of itself, trashnet/, magnetic_tile/ and gtsrb/.
 set -euo pipefail
@@ -77,6 +79,26 @@ photos-64() { # the same with their labels, from where those without ended
     --objectives supervised=1 --epochs 0
   python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
   finish photos-64 "$data" "--way 5 --shot 1,5,10" --description "Photographs: 64 classes of mini-ImageNet"
+}
+
+photos-free-long() { # photos-free, and 95 more passes with a learning rate that rises again
+  local data=$DATA/mini_imagenet out=$RUNS/photos-free-long
+  python -m training pretrain --data "$data" --out "$out" --shape resnet18 --start "$RUNS/photos-free" --size 112 \
+    --small 64 --small-share 0.88 --objectives momentum=1,rotation=0.4 --details 2 --augment strong --epochs 95 \
+    --batch 1024 --lr 0.25 --warmup 0.05 --precision bfloat16 --seed 1
+  python -m training metatrain --data "$data" --out "$out" --tasks mixed --views 6 --per-class 60 --steps 1000
+  finish photos-free-long "$data" "--way 5 --shot 1,5,10" --description "Photographs: mini-ImageNet without labels"
+}
+
+photos-64-long() { # the same with labels, of turned and of mixed images
+  local data=$DATA/mini_imagenet out=$RUNS/photos-64-long
+  python -m training pretrain --data "$data" --out "$out-128" --shape resnet18 --start "$RUNS/photos-free-long" \
+    --size 128 --small 96 --small-share 0.65 --rotations --mix --objectives supervised=0.5,projected=0.5 --epochs 50 \
+    --batch 512 --lr 0.2 --warmup 0.1 --precision bfloat16
+  python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 144 --start "$out-128" \
+    --objectives supervised=1 --epochs 0
+  python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
+  finish photos-64-long "$data" "--way 5 --shot 1,5,10" --description "Photographs: 64 classes of mini-ImageNet"
 }
 
 photos() { # ships: 80 classes, pictures as people take them; calibrated on the 20 that are left

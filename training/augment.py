@@ -152,6 +152,25 @@ def close(augmentation: Augmentation) -> Augmentation:
     )
 
 
+def mixed(images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A square of each image from another one of the batch, every other time; and of what class how much is seen.
+
+    Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", 2019,
+    https://arxiv.org/abs/1905.04899. Images [n, C, H, W] and labels [n] -> images and shares [n, classes].
+    """
+    n, side = len(images), images.shape[-1]
+    order = torch.randperm(n, generator=rng).to(images.device)
+    # The share of the square is even between nothing and all, as in the paper.
+    chance, share, down, right = torch.rand(4, generator=rng).tolist()
+    edge = round(side * math.sqrt(share)) if chance < 0.5 else 0
+    top, left = round(down * (side - edge)), round(right * (side - edge))
+    images = images.clone()
+    images[:, :, top : top + edge, left : left + edge] = images[order, :, top : top + edge, left : left + edge]
+    part = (edge / side) ** 2
+    shares = F.one_hot(labels, classes).float()
+    return images, torch.lerp(shares, shares[order], part)
+
+
 def turned_hue(turns: Tensor) -> Tensor:
     """Parts of a full turn [n] -> matrices [n, 3, 3] that turn red, green and blue about the axis of greys."""
     angle = 2 * math.pi * turns

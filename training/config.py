@@ -58,6 +58,7 @@ class PretrainConfig(Config):
     rounds: int = Field(3, ge=1, description="of --epochs each, with --labels clusters")
     cluster: int = Field(15, ge=2, description="images in a cluster, on average")
     augment: Literal["photos", "strong", "snapshots", "characters"] = "photos"
+    mix: bool = Field(False, description="cuts pieces of other images into each, which then is of both classes")
     details: int = Field(0, ge=0, description="small cut-outs of each image, asked about beside its views (momentum)")
     detail_size: int = Field(32, ge=16, description="pixels of a detail, height and width")
     rotations: bool = Field(False, description="turns by 90, 180, 270 degrees are images (and classes) of their own")

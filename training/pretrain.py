@@ -25,7 +25,7 @@ from models.artifact import Artifact
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES, ImageExtractor, ResNet
 from training import checkpoint, data, evaluate, inputs
-from training.augment import AUGMENTATIONS, close
+from training.augment import AUGMENTATIONS, close, mixed
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
 from training.heldout import SHARE, HeldOut
@@ -88,8 +88,8 @@ class Run:
             self._move_pixels()
         weights = dict(part.split("=") for part in config.objectives.split(","))
         self.weights = {name: float(weight) for name, weight in weights.items()}
-        classes = len(images.classes) * self.turns
-        self.heads = nn.ModuleDict({name: OBJECTIVES[name](self.backbone, classes) for name in self.weights})
+        self.classes = len(images.classes) * self.turns
+        self.heads = nn.ModuleDict({name: OBJECTIVES[name](self.backbone, self.classes) for name in self.weights})
         self.network = nn.ModuleDict({"backbone": self.backbone, "heads": self.heads})
         # torch's stub of Module.to leaves out memory_format.
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -171,6 +171,8 @@ class Run:
                 some = round(head.share * len(images)) if self.views else len(images)
                 posed[name] = head.pose(views[0][: max(1, some)], rng)
         plain = views[: self.views]
+        if self.config.mix:
+            plain[0], labels = mixed(plain[0], labels, self.classes, rng)
         plain += [self.detail(images, self.config.detail_size, rng) for _ in range(self.config.details)]
         due = (self.step + 1) % self.config.weighting_steps == 0
         learned = self.weighting if isinstance(self.weighting, Learned) and due else None
@@ -282,6 +284,8 @@ def main(config: PretrainConfig) -> Path:
         sys.exit("--rotations, --small, --labels clusters and --weighting are for images.")
     if config.details and (text or not any(part.startswith("momentum=") for part in config.objectives.split(","))):
         sys.exit("--details are asked about by the objective momentum alone.")
+    if config.mix and (text or not may_mix(config)):
+        sys.exit("--mix is for supervised and projected, and for what poses its own question beside them.")
     if config.epochs == 0 and config.start is None:
         sys.exit("--epochs 0 takes the weights of --start as they are: which?")
     decoder = inputs.decoder(config)
@@ -296,6 +300,12 @@ def main(config: PretrainConfig) -> Path:
 
         return progressive.train(config, images, check)
     return train(config, images, check)
+
+
+def may_mix(config: PretrainConfig) -> bool:
+    """Not where views of one image are held against each other, in which nothing else may be seen."""
+    asked = [OBJECTIVES[part.split("=")[0]] for part in config.objectives.split(",")]
+    return {objective.uses_labels for objective in asked if objective.views} == {True}
 
 
 def same(before: PretrainConfig, config: PretrainConfig) -> bool:

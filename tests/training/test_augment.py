@@ -10,7 +10,7 @@ needs("torch")
 import torch
 from torch import Tensor
 
-from training.augment import AUGMENTATIONS, Augmentation, Characters, Photos, close, turned_hue
+from training.augment import AUGMENTATIONS, Augmentation, Characters, Photos, close, mixed, turned_hue
 
 CHANNELS = {"photos": 3, "strong": 3, "snapshots": 3, "characters": 1}
 KINDS = pytest.mark.parametrize("name", list(CHANNELS))
@@ -169,6 +169,21 @@ def test_each_strength_does_something_of_its_own(only: Augmentation) -> None:
     changed = (only(pages, 28, rng()) - pages).abs().amax(dim=(1, 2, 3))
     assert changed.max() > 0.1
     assert len(set(changed.tolist())) > 1
+
+
+def test_a_mixed_image_is_of_two_classes_by_how_much_of_each_is_seen() -> None:
+    n = 6
+    images = torch.arange(n).float()[:, None, None, None].expand(n, 3, 20, 20) / n  # each of one colour
+    labels = torch.arange(n) % 4
+    rng, mixes = torch.Generator().manual_seed(0), 0
+    for _ in range(20):
+        found, shares = mixed(images, labels, 4, rng)
+        assert shares.shape == (n, 4)
+        for image, share in zip((found * n).round().long(), shares, strict=True):
+            seen = torch.bincount(labels[image[0].flatten()], minlength=4) / image[0].numel()
+            torch.testing.assert_close(share, seen)
+        mixes += bool((shares.max(dim=1).values < 1).any())
+    assert 4 <= mixes <= 16
 
 
 def test_a_turned_hue_leaves_greys_and_brings_red_to_green_to_blue() -> None:

@@ -36,6 +36,7 @@ KINDS += [{"objectives": MIX, "weighting": weighting, "optimizer": "adamw"} for 
 KINDS += [
     {"objectives": MIX, "weighting": "learned", "weighting_steps": 2, "optimizer": "sgd"},
     {"objectives": "rotation=1,jigsaw=1"},  # no view is read as it is
+    {"objectives": "supervised=1,projected=1,rotation=0.5", "mix": True},
 ]
 # On drawn shapes: 72 images.
 TINY = {"shape": "tiny", "size": 32, "batch": 8, "lr": 0.05, "device": "cpu", "precision": "float32"}
@@ -145,6 +146,20 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_unbroken_run(kind: dict[str
     learns = kind.get("weighting", "fixed") != "fixed"
     assert any(name.startswith("/weighting") for name in moved) == learns
     assert unbroken.weighting.weights() == broken.weighting.weights()
+
+
+def test_labels_of_mixed_images_are_those_of_the_training_classes_in_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(objectives="supervised=1,rotation=1", mix=True)
+    told: list[torch.Tensor] = []
+    head = run.heads["supervised"]
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda views, labels: told.append(labels) or forward(views, labels))
+    for _ in range(12):
+        run.advance()
+    assert {tuple(labels.shape) for labels in told} == {(run.config.batch, 3)}
+    assert all(torch.allclose(labels.sum(dim=1), torch.ones(len(labels))) for labels in told)
+    purest = [float(labels.max(dim=1).values.min()) for labels in told]
+    assert min(purest) < 1 == max(purest)
 
 
 def test_details_are_small_cut_outs_beside_the_views() -> None:
@@ -359,10 +374,12 @@ def test_data_may_have_moved_and_the_clock_may_be_set_anew(shapes: Path, unbroke
         ({"shape": "resnet1000"}, "Known shapes: resnet18"),
         ({"objectives": "contrastive=1,magic=2"}, "its objectives: contrastive, supervised"),
         ({"weighting": "learned", "objectives": "contrastive=1,rotation=1"}, "need 300 images or more"),
+        ({"mix": True, "objectives": "supervised=1,contrastive=1"}, "--mix is for supervised and projected"),
+        ({"mix": True, "objectives": "rotation=1"}, "--mix is for supervised and projected"),
         ({"small": 48}, "--small must not be larger than --size"),
         ({"lr": 1e30, "objectives": "supervised=1"}, "not finite at step .* Lower --lr"),
     ],
-    ids=["shape", "objective", "images", "small", "lr"],
+    ids=["shape", "objective", "images", "mix", "mix of nothing", "small", "lr"],
 )
 def test_what_cannot_be_trained_ends_with_a_sentence(
     shapes: Path, tmp_path: Path, other: dict[str, Any], sentence: str

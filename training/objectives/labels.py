@@ -1,4 +1,4 @@
-"""Objectives that read the labels of the training classes."""
+"""Objectives that read the labels of the training classes: one of each image, or how much it is of each class."""
 
 from __future__ import annotations
 
