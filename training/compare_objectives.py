@@ -18,7 +18,7 @@ import numpy as np
 from models.images import ImageDecoder
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES
-from training import data, evaluate, pretrain, rows
+from training import data, evaluate, pretrain, pretrained, rows, vision
 from training.config import CompareObjectivesConfig, PretrainConfig
 from training.episodes import Pool, digest, frozen
 from training.objectives import OBJECTIVES
@@ -48,7 +48,7 @@ def arms(objectives: str) -> list[Arm]:
     ]
 
 
-def train(run: pretrain.Run, seconds: float, *, clock: str) -> float:
+def train(run: vision.Run, seconds: float, *, clock: str) -> float:
     """Steps until the time is up, at least two; returns the seconds used."""
     now = time.process_time if clock == "cpu" else time.monotonic
     spent = 0.0
@@ -123,13 +123,13 @@ def _run(
             "seed": seed,
         }
     )
-    run = pretrain.Run(settings, images)
+    run = vision.Run(settings, images)
     if run.precision == "auto":
         run.precision = run.time_precision()
     seconds = train(run, config.seconds, clock=config.clock)
-    pretrain.finish(run, settings.out / pretrain.CHECKPOINT)
-    extractor, _ = pretrain.load_extractor(settings.out)
-    features = pretrain.embed(extractor.to(run.device), asked.pixels, run.device)
+    pretrain.finish(run, settings.out / pretrained.CHECKPOINT)
+    extractor, _ = pretrained.load_extractor(settings.out)
+    features = pretrained.embed(extractor.to(run.device), asked.pixels, run.device)
     pool = Pool.of(asked.labels, asked.groups)
     for shot in SHOTS:
         episodes = frozen(pool, way=WAY, shot=shot, queries=QUERIES, count=config.episodes, seed=EPISODE_SEED)

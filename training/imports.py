@@ -28,7 +28,7 @@ from training.config import ImportConfig, MetatrainConfig
 from training.export import seal, stored
 from training.int8 import int8_loss, quantise
 from training.practice import Tasks, own_source
-from training.pretrain import choose_device
+from training.stepping import choose_device
 from training.wrap import PARITY, ROUNDING, Normalisation, in_float, normalised, save, vectors_of
 
 INT8_LOSS = 0.5  # points of accuracy; a graph that loses more is left out

@@ -18,7 +18,8 @@ from training import data, inputs
 from training.config import PretrainConfig
 from training.objective import Fixed
 from training.objectives import POOLED, View
-from training.pretrain import autocast, choose_device, generator, learning_rate, load_extractor
+from training.pretrained import load_extractor
+from training.stepping import autocast, choose_device, generator, learning_rate, optimizer
 
 
 class Language(nn.Module):
@@ -65,21 +66,13 @@ class Run:
         self.network = nn.ModuleDict({"backbone": self.backbone, "heads": self.heads}).to(self.device)
         self.views = max([1, *(POOLED[name].views for name in self.weights if name in POOLED)])
         self.weighting = Fixed(self.weights)
-        self.optimizer = self._optimizer()
+        self.optimizer = optimizer(self.network, config)
         self.step = 0
         self.precision: str = config.precision
         self.augment = inputs.augmentation(config)
         self.steps_per_epoch = max(1, len(self.labels) // config.batch)
         self.steps = self.steps_per_epoch * config.epochs
         self._order: tuple[int, Tensor] | None = None
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        decayed = [p for p in self.network.parameters() if p.ndim > 1]
-        plain = [p for p in self.network.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        if self.config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=self.config.lr)
-        return torch.optim.SGD(groups, lr=self.config.lr, momentum=0.9, nesterov=True)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Texts uint8 [n, length] and their labels [n], both on the device."""

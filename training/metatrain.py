@@ -32,8 +32,9 @@ from training import checkpoint, data, evaluate, inputs, memory
 from training.config import MetatrainConfig
 from training.episodes import Indices, frozen, varied
 from training.practice import Source, Tasks, cached, practice, slots_of
-from training.pretrain import choose_device, load_extractor
+from training.pretrained import load_extractor
 from training.reptile import interpolate
+from training.stepping import choose_device
 
 CHECKPOINT = "metatrain.safetensors"
 HIDDEN, STEPS = 32, 10

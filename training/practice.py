@@ -21,7 +21,7 @@ from models.extractor import Decoder
 from training import data, evaluate, inputs, memory, pseudo
 from training.config import MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool
-from training.pretrain import autocast, generator
+from training.stepping import autocast, generator
 
 
 class Tasks:

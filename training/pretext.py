@@ -26,7 +26,8 @@ from training import data, rows
 from training.config import PretextConfig
 from training.evaluate import interval
 from training.pretexts import PRETEXTS, Pretext
-from training.pretrain import choose_device, load_extractor
+from training.pretrained import load_extractor
+from training.stepping import choose_device
 
 RANDOM = "random"
 

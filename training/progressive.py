@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training import checkpoint, data, evaluate, pretrain, pseudo
+from training import checkpoint, data, evaluate, pretrain, pretrained, pseudo, vision
 from training.config import PretrainConfig
 
 
@@ -27,7 +27,7 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
         sys.exit("--labels clusters needs --start: clusters of what an untrained extractor sees mean nothing.")
     if config.rotations:
         images = evaluate.turned(images)
-    path, began = config.out / pretrain.CHECKPOINT, time.monotonic()
+    path, began = config.out / pretrained.CHECKPOINT, time.monotonic()
     start = config.start
     for number in range(1, config.rounds + 1):
         left = config.minutes - (time.monotonic() - began) / 60 if config.minutes else 0.0
@@ -47,13 +47,13 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
         if not finished(own):
             return path
         start = own.out
-    shutil.copyfile(start / pretrain.CHECKPOINT, path)
+    shutil.copyfile(start / pretrained.CHECKPOINT, path)
     return path
 
 
 def finished(config: PretrainConfig) -> bool:
     """Whether a round with these settings is done."""
-    path = config.out / pretrain.CHECKPOINT
+    path = config.out / pretrained.CHECKPOINT
     if not path.exists():
         return False
     state = checkpoint.load(path)
@@ -62,8 +62,8 @@ def finished(config: PretrainConfig) -> bool:
 
 def clustered(config: PretrainConfig, images: data.Images) -> data.Images:
     """The images with clusters for classes, without those that belong to none."""
-    run = pretrain.Run(config, images)
-    features = pretrain.embed(run.extractor(), images.pixels, run.device)
+    run = vision.Run(config, images)
+    features = pretrained.embed(run.extractor(), images.pixels, run.device)
     named = pseudo.clusters(features, config.cluster, seed=config.seed)
     kept = np.flatnonzero(named >= 0)
     classes = tuple(f"cluster{label}" for label in range(int(named.max()) + 1))

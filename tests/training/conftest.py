@@ -135,3 +135,15 @@ def tree(checkpoint: Path) -> Any:
     except FileNotFoundError:
         return {}
     return plain(json.loads(header["__metadata__"]["tree"]))
+
+
+@pytest.fixture(scope="module")
+def unbroken(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished pretraining on the drawn shapes."""
+    from tests.training.runs import TINY  # torch may be absent
+    from training import pretrain
+    from training.config import PretrainConfig
+
+    out = tmp_path_factory.mktemp("unbroken")
+    pretrain.main(PretrainConfig(data=shapes, out=out, **TINY, epochs=2))
+    return out

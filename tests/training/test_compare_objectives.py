@@ -11,7 +11,7 @@ from tests.training.conftest import needs, noise
 pytestmark = pytest.mark.torch
 needs("torch")
 
-from training import compare_objectives, pretrain
+from training import compare_objectives, pretrained, vision
 from training.config import CompareObjectivesConfig, PretrainConfig
 from training.synthetic import write
 
@@ -59,7 +59,7 @@ def test_every_arm_is_trained_measured_and_not_run_again(
     assert rows[0]["command"].startswith(
         f"python -m training compare-objectives --data DATA/{many.name} --out {tmp_path}/runs"
     )
-    extractor, settings = pretrain.load_extractor(tmp_path / "runs" / "learned-0")
+    extractor, settings = pretrained.load_extractor(tmp_path / "runs" / "learned-0")
     assert settings.weighting == "learned"
     assert extractor.centre.abs().max() > 0
     printed = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_every_arm_is_trained_measured_and_not_run_again(
 
 
 def test_the_time_is_kept_and_the_rate_has_fallen_when_it_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = pretrain.Run(
+    run = vision.Run(
         PretrainConfig(data=Path("d"), out=Path("o"), shape="tiny", size=16, batch=8, precision="float32"), noise(3, 20)
     )
     clock, rates = 0.0, []

@@ -33,7 +33,7 @@ from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.report import held_out, without_own
 from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain, probe
+from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain, pretrained, probe
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Pool, frozen
 
@@ -279,9 +279,9 @@ def test_the_runtimes_agree_with_each_other_and_with_the_probe(artifact: Artifac
 
 @pytest.mark.slow
 def test_the_features_are_those_of_the_checkpoint_but_for_the_rounding(artifact: Artifact, demo: Path) -> None:
-    trained, settings = pretrain.load_extractor(demo / "run")
+    trained, settings = pretrained.load_extractor(demo / "run")
     images = data.load(demo / "shapes", "test", ImageDecoder(settings.size, settings.size, 3)).pixels
-    expected = pretrain.embed(trained, images, torch.device("cpu"))
+    expected = pretrained.embed(trained, images, torch.device("cpu"))
     assert np.abs(OnnxExtractor(artifact)(images) - expected).max() < 0.02
 
 
@@ -534,8 +534,8 @@ def test_no_image_of_the_data_is_in_the_artifact(artifact: Artifact, demo: Path)
 
 @pytest.mark.slow
 def test_the_epochs_of_what_was_started_from_count(artifact: Artifact, demo: Path, tmp_path: Path) -> None:
-    _, settings = pretrain.load_extractor(demo / "run")
-    assert artifact.manifest.training["epochs"] == pretrain.epochs(settings) == settings.epochs
-    assert pretrain.epochs(settings.model_copy(update={"start": demo / "run", "epochs": 2})) == settings.epochs + 2
-    assert pretrain.epochs(settings.model_copy(update={"start": artifact.path, "epochs": 1})) == settings.epochs + 1
-    assert pretrain.epochs(settings.model_copy(update={"start": tmp_path, "epochs": 3})) == 3
+    _, settings = pretrained.load_extractor(demo / "run")
+    assert artifact.manifest.training["epochs"] == pretrained.epochs(settings) == settings.epochs
+    assert pretrained.epochs(settings.model_copy(update={"start": demo / "run", "epochs": 2})) == settings.epochs + 2
+    assert pretrained.epochs(settings.model_copy(update={"start": artifact.path, "epochs": 1})) == settings.epochs + 1
+    assert pretrained.epochs(settings.model_copy(update={"start": tmp_path, "epochs": 3})) == 3

@@ -23,7 +23,7 @@ from service.settings import Settings
 from service.stores.memory import MemoryStore
 from service.web.app import create_app
 from tests.service.live import served
-from training import checkpoint, data, evaluate, export, inputs, language, metatrain, pretrain, synthetic
+from training import checkpoint, data, evaluate, export, inputs, language, metatrain, pretrain, pretrained, synthetic
 from training.config import EvaluateConfig, ExportConfig, MetatrainConfig, PretrainConfig
 
 SETTINGS = {
@@ -92,11 +92,11 @@ def test_both_losses_fall(finished: Path, corpus: Path) -> None:
 def test_a_run_that_was_stopped_ends_at_the_same_weights(finished: Path, corpus: Path, tmp_path: Path) -> None:
     config = PretrainConfig(data=corpus, out=tmp_path, minutes=1e-9, **SETTINGS)  # type: ignore[arg-type]
     starts = 0
-    while "extractor" not in (checkpoint.load(tmp_path / pretrain.CHECKPOINT) if starts else {}):
+    while "extractor" not in (checkpoint.load(tmp_path / pretrained.CHECKPOINT) if starts else {}):
         pretrain.main(config)  # one step, then the time is up
         starts += 1
     assert starts == 3 * (72 // 16)
-    unbroken, resumed = (pretrain.load_extractor(folder)[0].state_dict() for folder in (finished, tmp_path))
+    unbroken, resumed = (pretrained.load_extractor(folder)[0].state_dict() for folder in (finished, tmp_path))
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
 
 

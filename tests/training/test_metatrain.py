@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from models.images import ImageDecoder
 from models.learners import LEARNERS, build
-from training import checkpoint, data, evaluate, metatrain, practice, pretrain
+from training import checkpoint, data, evaluate, metatrain, practice, pretrain, pretrained
 from training.config import MetatrainConfig, PretrainConfig, parse
 from training.episodes import Indices, Pool, varied
 
@@ -387,7 +387,7 @@ def test_a_cell_goes_on_to_another_extractor(shapes: Path, folder: Callable[[str
     pretrain.main(PretrainConfig(data=shapes, out=other, **given))
     asked = MetatrainConfig(data=shapes, out=other, **SHORT, learners="lstm", cell=first)
     tasks, _ = practice.practice(
-        *pretrain.load_extractor(other)[:1],
+        *pretrained.load_extractor(other)[:1],
         ImageDecoder(16, 16, 1),
         asked,
         PretrainConfig(data=shapes, out=other, **given),

@@ -16,7 +16,7 @@ import torch
 from models.images import ImageDecoder
 from models.learners import build
 from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import data, evaluate, metatrain, practice, pretrain, synthetic
+from training import data, evaluate, metatrain, practice, pretrained, synthetic
 from training.config import MetatrainConfig, PretrainConfig
 from training.episodes import frozen
 
@@ -51,7 +51,7 @@ def test_features_are_those_of_the_images_and_then_of_views_of_them(extractor: I
     images = evaluate.turned(images) if rotations else images
     n = len(images)
     assert tasks.features.shape == (3 * n, 8)
-    np.testing.assert_allclose(tasks.features[:n], pretrain.embed(extractor, images.pixels, CPU), atol=1e-6)
+    np.testing.assert_allclose(tasks.features[:n], pretrained.embed(extractor, images.pixels, CPU), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(tasks.features, axis=1), 1, atol=1e-3)
     assert np.array_equal(tasks.labels, np.tile(images.labels, 3))
     plain, first, second = tasks.features.reshape(3, n, 8)
@@ -133,7 +133,7 @@ def test_classes_held_out_are_practised_on_and_never_remembered(extractor: Image
     remembered, (source,) = practised(extractor, config(data=shapes), hold_out=2)
     for tasks, expected in ((remembered, known), (source.tasks, unknown)):
         assert np.array_equal(tasks.labels[: tasks.plain], expected.labels)
-        embedded = pretrain.embed(extractor, expected.pixels, CPU)
+        embedded = pretrained.embed(extractor, expected.pixels, CPU)
         np.testing.assert_allclose(tasks.features[: tasks.plain], embedded, atol=1e-6)
     assert source.owners is None
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.images import ImageDecoder
-from training import checkpoint, data, pretrain, progressive
+from training import checkpoint, data, pretrain, pretrained, progressive, vision
 from training.config import PretrainConfig
 
 TINY = {"shape": "tiny", "size": 32, "batch": 8, "lr": 0.05, "device": "cpu", "precision": "float32", "epochs": 1}
@@ -40,22 +40,22 @@ def unbroken(shapes: Path, start: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def same(first: Path, second: Path) -> bool:
-    one, two = (load_file(folder / pretrain.CHECKPOINT) for folder in (first, second))
+    one, two = (load_file(folder / pretrained.CHECKPOINT) for folder in (first, second))
     return len(one) > 3 and one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def heads(folder: Path) -> int:
     """For how many classes the last round had directions."""
-    return len(checkpoint.load(folder / pretrain.CHECKPOINT)["network"]["heads.projected.directions"])
+    return len(checkpoint.load(folder / pretrained.CHECKPOINT)["network"]["heads.projected.directions"])
 
 
 def test_each_round_starts_from_the_one_before_and_the_last_is_the_result(unbroken: Path, start: Path) -> None:
-    first, last = (pretrain.load_extractor(unbroken / f"round{n}")[0].state_dict() for n in (1, 2))
-    found, config = pretrain.load_extractor(unbroken)
+    first, last = (pretrained.load_extractor(unbroken / f"round{n}")[0].state_dict() for n in (1, 2))
+    found, config = pretrained.load_extractor(unbroken)
     assert all(torch.equal(found.state_dict()[name], last[name]) for name in last)
     assert any(not torch.equal(first[name], last[name]) for name in last)
     assert config.start == unbroken / "round1"
-    assert pretrain.load_extractor(unbroken / "round1")[1].start == start
+    assert pretrained.load_extractor(unbroken / "round1")[1].start == start
     assert 5 < heads(unbroken) <= 12  # 72 images in clusters of six
 
 
@@ -78,17 +78,17 @@ def test_rounds_stopped_by_the_clock_go_on_to_the_same_end(
     shapes: Path, start: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"data": shapes, "out": tmp_path, "start": start, **ROUNDS}
-    take_step = pretrain.Run.take_step
+    take_step = vision.Run.take_step
 
-    def slowly(run: pretrain.Run) -> dict[str, Tensor]:
+    def slowly(run: vision.Run) -> dict[str, Tensor]:
         time.sleep(0.03)  # so that of its 16 steps the clock lets no run make more than three
         return take_step(run)
 
     with monkeypatch.context() as slow:
-        slow.setattr(pretrain.Run, "take_step", slowly)
+        slow.setattr(vision.Run, "take_step", slowly)
         for _ in range(4):
             pretrain.main(PretrainConfig(**given, minutes=1e-3))
-            assert not (tmp_path / pretrain.CHECKPOINT).exists()
+            assert not (tmp_path / pretrained.CHECKPOINT).exists()
     pretrain.main(PretrainConfig(**given))
     assert same(unbroken, tmp_path)
     before = (tmp_path / "round1" / "pretrain.jsonl").stat().st_size
@@ -118,11 +118,11 @@ def test_clusters_are_no_labels_but_a_start_may_have_seen_some(shapes: Path, sta
     seen, unseen = tmp_path / "seen", tmp_path / "unseen"
     for folder, objectives in ((seen, "projected=1"), (unseen, "contrastive=1")):
         pretrain.main(PretrainConfig(data=shapes, out=folder, **{**TINY, "objectives": objectives}))
-    assert pretrain.labelled(PretrainConfig(**own, **{**TINY, "objectives": "supervised=1,contrastive=1"}))
-    assert not pretrain.labelled(PretrainConfig(**own, **TINY))
-    assert pretrain.labelled(PretrainConfig(**own, start=seen, **ROUNDS))
-    assert not pretrain.labelled(PretrainConfig(**own, start=unseen, **ROUNDS))
-    assert pretrain.labelled(PretrainConfig(**own, start=tmp_path / "gone", **ROUNDS))  # nobody knows
+    assert pretrained.labelled(PretrainConfig(**own, **{**TINY, "objectives": "supervised=1,contrastive=1"}))
+    assert not pretrained.labelled(PretrainConfig(**own, **TINY))
+    assert pretrained.labelled(PretrainConfig(**own, start=seen, **ROUNDS))
+    assert not pretrained.labelled(PretrainConfig(**own, start=unseen, **ROUNDS))
+    assert pretrained.labelled(PretrainConfig(**own, start=tmp_path / "gone", **ROUNDS))  # nobody knows
 
 
 def test_what_is_left_out_is_said(

@@ -14,7 +14,7 @@ import torch
 from models.artifact import Artifact
 from models.extractor_torch import TorchExtractor
 from models.resnet import ImageExtractor
-from training.pretrain import embed
+from training.pretrained import embed
 from training.start import convolutions, from_artifact, is_artifact
 
 CHARACTERS = Path(__file__).resolve().parents[2] / "models" / "pretrained" / "characters"

@@ -19,7 +19,7 @@ from models.resnet import ImageExtractor
 from training.augment import AUGMENTATIONS
 from training.baselines import Answers, Given
 from training.data import DataError
-from training.pretrain import generator
+from training.stepping import generator
 
 
 class Classifier(nn.Module):

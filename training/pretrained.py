@@ -1,0 +1,78 @@
+"""What a pretraining left: its extractor, what that was learned from, and the features that it gives.
+
+Knows nothing of how it was trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.artifact import Artifact
+from training import checkpoint, data, inputs
+from training.config import PretrainConfig
+from training.objectives import OBJECTIVES
+from training.start import from_artifact, is_artifact
+
+CHECKPOINT = "pretrain.safetensors"
+
+
+def load_extractor(folder: Path) -> tuple[inputs.Network, PretrainConfig]:
+    """The extractor of a finished pretraining."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        raise data.DataError(f"{path} does not exist: run `python -m training pretrain --out {folder}` first.")
+    state = checkpoint.load(path)
+    if "extractor" not in state:
+        raise data.DataError(f"{path} is not finished: run the same `pretrain` command again, it goes on.")
+    # With the precision that was decided on, where it was to be timed.
+    config = PretrainConfig(**{**state["config"], "precision": state["precision"]})
+    extractor = inputs.network(config.shape)
+    extractor.load_state_dict(state["extractor"])
+    return extractor.eval(), config
+
+
+def starting(folder: Path, pixels: Tensor) -> nn.Module:
+    """The backbone of a finished pretraining, or of an artifact."""
+    if is_artifact(folder):
+        return from_artifact(Artifact.load(folder), pixels)
+    return load_extractor(folder)[0].backbone
+
+
+@torch.no_grad()
+def embed(extractor: nn.Module, pixels: np.ndarray, device: torch.device, *, batch: int = 128) -> np.ndarray:
+    """uint8 [n, H, W, C] or [n, length] -> float32 features [n, dim]."""
+    extractor.eval()
+    parts = [
+        extractor(torch.from_numpy(pixels[at : at + batch]).to(device)).float().cpu()
+        for at in range(0, len(pixels), batch)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def labelled(config: PretrainConfig) -> bool:
+    """Whether an extractor has seen a label of its training classes, or started from one that has.
+
+    A start that is gone cannot be asked, and counts as one that has.
+    """
+    names = [part.split("=")[0] for part in config.objectives.split(",")]
+    if config.labels == "classes" and any(name in OBJECTIVES and OBJECTIVES[name].uses_labels for name in names):
+        return True
+    if config.start is None:
+        return False
+    if is_artifact(config.start):
+        return bool(Artifact.load(config.start).manifest.training["labels_used"])
+    return not (config.start / CHECKPOINT).exists() or labelled(load_extractor(config.start)[1])
+
+
+def epochs(config: PretrainConfig) -> int:
+    """Passes over training images behind an extractor, those of what it started from among them, as far as is known."""
+    own = config.epochs * (config.rounds if config.labels == "clusters" else 1)
+    if config.start is None:
+        return own
+    if is_artifact(config.start):
+        return own + int(Artifact.load(config.start).manifest.training["epochs"])
+    return own + epochs(load_extractor(config.start)[1]) if (config.start / CHECKPOINT).exists() else own
