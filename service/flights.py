@@ -30,12 +30,18 @@ class Flights:
             flight = self._flights[key] = asyncio.create_task(fly())
 
             def landed(done: asyncio.Task[Any]) -> None:
-                self._flights.pop(key, None)
+                if self._flights.get(key) is done:
+                    del self._flights[key]
                 if not done.cancelled():
                     done.exception()  # seen, even if every caller has left
 
             flight.add_done_callback(landed)
         return asyncio.shield(flight)
+
+    def leave_alone(self, *start: str) -> None:
+        """Who comes from now on shares no work under way whose key starts so; who waits for it already still does."""
+        for key in [key for key in self._flights if key[: len(start)] == start]:
+            del self._flights[key]
 
 
 async def both(first: Awaitable[T], second: Awaitable[U]) -> tuple[T, U]:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import AsyncMock, patch
 
 import numpy as np
@@ -35,7 +36,7 @@ from service.answering import Answer
 from service.batcher import Batcher
 from service.engine import Engine
 from service.quota import Allowance
-from service.stores import Record, Scope
+from service.stores import Pointer, Record, Scope
 from service.stores.lru import Recent
 from service.stores.memory import MemoryStore
 from service.support import Example, Limits, example_id, record_id, task_name
@@ -425,6 +426,34 @@ def test_a_change_of_a_task_that_is_deleted_and_made_anew_is_made_to_the_new_one
         found = await engine.learn_with(late, "t", "ridge")
         assert found.record.labels == ("blue", "green", "red")
         assert found.pointer.version == 2
+
+    run(tmp_path, work)
+
+
+def test_a_task_learned_again_after_it_was_deleted_is_there_although_its_first_answer_is_late(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        done, go = asyncio.Event(), asyncio.Event()
+
+        class Stalled:
+            """A store does what it is asked at once, and tells of it when it may."""
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(scope, name)
+
+            async def commit(self, *given: Any, **named: Any) -> Pointer:
+                pointer = await scope.commit(*given, **named)
+                done.set()
+                await go.wait()
+                return pointer
+
+        stalled: Scope = Stalled()  # type: ignore[assignment]
+        first = asyncio.create_task(engine.adapt(stalled, "t", SUPPORT))
+        await done.wait()
+        await engine.forget(scope, "t")
+        again = await engine.adapt(scope, "t", SUPPORT)
+        assert await scope.pointer("t") == again.pointer
+        go.set()
+        assert (await first).pointer.version == 1
 
     run(tmp_path, work)
 

@@ -62,6 +62,21 @@ async def test_a_failure_is_told_to_all_who_wait_and_to_none_who_come_later() ->
     assert await flights.once(("a",), work) == 2
 
 
+async def test_work_that_is_left_alone_ends_for_who_waits_and_begins_anew_for_who_comes() -> None:
+    flights, old, new = Flights(), Work(), Work()
+    waiting, other = flights.once(("t", "cats", "hd"), old), flights.once(("t", "dogs", "hd"), old)
+    await asyncio.sleep(0)
+    flights.leave_alone("t", "cats")
+    later = flights.once(("t", "cats", "hd"), new)
+    old.go.set()
+    assert (await waiting, await other, old.ended) == (2, 2, 2)
+    await asyncio.sleep(0)  # what landed was not what is under way
+    assert flights.once(("t", "cats", "hd"), new) is not later
+    new.go.set()
+    assert await later == 1
+    assert new.begun == 1
+
+
 async def test_both_are_begun_before_either_ends() -> None:
     one, two = Work(), Work()
     waiting = asyncio.create_task(both(one(), two()))
