@@ -302,9 +302,11 @@ class Engine:
 
     async def forget(self, scope: Scope, task: str) -> None:
         """When this returns, the task is gone for good. Raises TaskNotFound."""
-        found = await scope.delete(task_name(task))
-        # What an earlier caller still waits to be told was undone with it: who asks for it again is not told the same.
-        self._flights.leave_alone(scope.tenant, task)
+        try:
+            found = await scope.delete(task_name(task))
+        finally:  # also where nobody knows whether it was deleted
+            # What an earlier caller still waits to be told was undone with it: who asks again is not told the same.
+            self._flights.leave_alone(scope.tenant, task)
         if not found:
             raise TaskNotFound(f"There is no task {task!r}.")
 

@@ -143,6 +143,7 @@ class Tasks:
         head, report = (None, None) if brief else await self._learning.head_and_report(record)
         adapted = time.perf_counter()
         pointer = await scope.commit(task, record, head_id, head, expect=expect)
+        self._flights.leave_alone(scope.tenant, task)  # what is still to be told was of before
         timings = {
             **(embedded.stages() if embedded else {}),
             **({} if brief else {"adapt": (adapted - start) * 1e3}),

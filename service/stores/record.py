@@ -24,7 +24,7 @@ FORMATS = ("fewshot-record-1", FORMAT)  # that are read; the first one had no im
 DIFFERENCE = "fewshot-difference-1"
 LEAST = 100  # examples of a base: less is quickly written
 MOST_NEW = 0.25  # examples of a difference that its base has not, as a share of those that it has
-MOST_BYTES = 32 * 2**20  # of the records in memory
+MOST_BYTES = 48 * 2**20  # of the records in memory, and of the bases as they are stored
 
 
 class Base(NamedTuple):
@@ -211,7 +211,7 @@ def _text(data: bytes) -> dict[str, Any]:
 class Recent(NamedTuple):
     owner: tuple[str, str]  # tenant and task
     record: Record
-    sealed: bytes  # as they were read or written
+    sealed: bytes  # of a whole record, as it was read or written; others are differences to it
 
     @property
     def size(self) -> int:
@@ -239,11 +239,11 @@ class RecentRecords:
         return found.record
 
     def is_there(self, base: Base, stored: bytes | None) -> bool:
-        """Whether what is stored of a record in memory still is what it was, byte for byte."""
+        """Whether what is stored of a whole record in memory still is what it was, byte for byte."""
         found = self._records.get(base.seal)
         return found is not None and found.sealed == stored
 
-    def put(self, owner: tuple[str, str], base: Base, record: Record, sealed: bytes) -> Record:
+    def put(self, owner: tuple[str, str], base: Base, record: Record, *, sealed: bytes = b"") -> Record:
         recent = Recent(owner, record, sealed)
         if len(record.ids) >= LEAST and recent.size <= self._most and base.seal not in self._records:
             self._records[base.seal] = recent
@@ -252,8 +252,10 @@ class RecentRecords:
                 self._drop(next(iter(self._records)))
         return record
 
-    def forget(self, owner: tuple[str, str]) -> None:
-        for seal in [seal for seal, recent in self._records.items() if recent.owner == owner]:
+    def forget(self, owner: tuple[str, str], *, but: tuple[Base, ...] = ()) -> None:
+        """Those of a task, but for some: after a change, what it was before."""
+        kept = {base.seal for base in but}
+        for seal in [seal for seal, recent in self._records.items() if recent.owner == owner and seal not in kept]:
             self._drop(seal)
 
     def _drop(self, seal: str) -> None:

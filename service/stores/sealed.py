@@ -164,9 +164,11 @@ class Sealed:
         if base is not None and before is not None and self._recent.is_there(base, stored):
             payload = difference(base, before, record)
         data = self._sealer.seal(payload or record.to_bytes(), self._tenant, "record", task, str(version))
-        own = Base(version, self._sealer.name(data))
-        self._recent.put((self._tenant, task), own, record, data)
-        return data, base if base is not None and payload else own
+        own, owner = Base(version, self._sealer.name(data)), (self._tenant, task)
+        base = base if base is not None and payload else own
+        self._recent.put(owner, own, record, sealed=data if base is own else b"")
+        self._recent.forget(owner, but=(base, own))
+        return data, base
 
     def wants(self, base: Base) -> bool:
         """Whether a difference to a base could be made, so that it is worth looking at what is stored of it."""
@@ -181,12 +183,12 @@ class Sealed:
             return known
         needed = base_of(payload)
         if needed is None:
-            return self._recent.put(owner, own, Record.from_bytes(payload), data)
+            return self._recent.put(owner, own, Record.from_bytes(payload), sealed=data)
         before = self._recent.get(needed)
         if before is None and base is not None and self._sealer.name(base) == needed.seal:
             whole = self._sealer.open(base, self._tenant, "record", task, str(needed.version))
-            before = self._recent.put(owner, needed, Record.from_bytes(whole), base)
-        return needed if before is None else self._recent.put(owner, own, applied(before, payload), data)
+            before = self._recent.put(owner, needed, Record.from_bytes(whole), sealed=base)
+        return needed if before is None else self._recent.put(owner, own, applied(before, payload))
 
     def with_base(self, task: str, history: History, data: bytes | None) -> History:
         """A history that does not know it with the base of its newest version, from what is stored of that one."""

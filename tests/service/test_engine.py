@@ -430,7 +430,10 @@ def test_a_change_of_a_task_that_is_deleted_and_made_anew_is_made_to_the_new_one
     run(tmp_path, work)
 
 
-def test_a_task_learned_again_after_it_was_deleted_is_there_although_its_first_answer_is_late(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["deleted", "perhaps deleted", "replaced", "added to"])
+def test_a_task_learned_again_after_it_was_changed_is_what_is_told_although_the_first_answer_is_late(
+    tmp_path: Path, change: str
+) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         done, go = asyncio.Event(), asyncio.Event()
 
@@ -446,11 +449,24 @@ def test_a_task_learned_again_after_it_was_deleted_is_there_although_its_first_a
                 await go.wait()
                 return pointer
 
+            async def delete(self, task: str) -> bool:
+                await scope.delete(task)
+                raise StoreUnavailable("Nobody knows.")
+
         stalled: Scope = Stalled()  # type: ignore[assignment]
         first = asyncio.create_task(engine.adapt(stalled, "t", SUPPORT))
         await done.wait()
-        await engine.forget(scope, "t")
+        if change == "deleted":
+            await engine.forget(scope, "t")
+        elif change == "perhaps deleted":
+            with pytest.raises(StoreUnavailable):
+                await engine.forget(stalled, "t")
+        elif change == "replaced":
+            await engine.adapt(scope, "t", [*SUPPORT, *GREEN])
+        else:
+            await engine.add(scope, "t", GREEN)
         again = await engine.adapt(scope, "t", SUPPORT)
+        assert again.record.labels == ("blue", "red")
         assert await scope.pointer("t") == again.pointer
         go.set()
         assert (await first).pointer.version == 1

@@ -90,13 +90,21 @@ def test_as_many_bases_stay_in_memory_as_it_is_for() -> None:
     bases = RecentRecords(most_bytes=50_000)
     names = [Base(version, str(version)) for version in range(6)]
     for name in names:
-        bases.put(("t", f"task {name.version}"), name, grown(LEAST), b"sealed")  # some 14,000 bytes each
+        bases.put(("t", f"task {name.version}"), name, grown(LEAST))  # some 14,000 bytes each
         bases.get(names[0])
     assert [bases.get(name) is not None for name in names] == [True, False, False, False, True, True]
-    bases.put(("t", "small"), Base(9, "small"), grown(LEAST - 50), b"sealed")
+    bases.put(("t", "small"), Base(9, "small"), grown(LEAST - 50))
     assert bases.get(Base(9, "small")) is None
     bases.forget(("t", "task 4"))
     assert [bases.get(name) is not None for name in names] == [True, False, False, False, False, True]
+
+
+def test_a_whole_record_takes_room_for_its_bytes_as_well() -> None:
+    bases, whole = RecentRecords(most_bytes=50_000), Base(1, "whole")
+    bases.put(("t", "cats"), whole, grown(LEAST), sealed=bytes(30_000))
+    bases.put(("t", "dogs"), Base(1, "other"), grown(LEAST))
+    assert bases.get(whole) is None
+    assert bases.get(Base(1, "other")) is not None
 
 
 # In the stores.
@@ -114,6 +122,14 @@ def forgetful(store: Store) -> None:
 
 
 pytestmark = pytest.mark.anyio
+
+
+async def test_of_a_task_that_grows_its_base_and_its_newest_version_stay_in_memory(bare: Store) -> None:
+    for extra in range(6):
+        await put(bare, grown(2 * LEAST + extra, unlabelled=0), extra)
+    recent = getattr(bare, "recent")  # noqa: B009 - as above
+    assert sorted(len(known.record.ids) for known in recent._records.values()) == [2 * LEAST, 2 * LEAST + 5]
+    assert sum(known.size for known in recent._records.values()) == recent._bytes
 
 
 @pytest.mark.parametrize("images", [False, True])
