@@ -147,7 +147,7 @@ READINGS = (
 
 def ten_samples(lines: Sequence[Line], measured: Sequence[Line], goals: Sequence[Line]) -> tuple[str, dict[str, str]]:
     """The four readings of "80 % from ten samples", as a table and as a picture, by the default learner."""
-    head = ["reading", "data", "task", "labels", "accuracy", "episodes", "80 % reached"]
+    head = ["reading", "data", "task", "artifact", "labels", "accuracy", "episodes", "80 % reached"]
     rows, bars = [], []
     for letter, words, cells in READINGS:
         for line in measured:
@@ -164,6 +164,7 @@ def ten_samples(lines: Sequence[Line], measured: Sequence[Line], goals: Sequence
                     f"({letter}) {words}",
                     f"{line['data']}{turned}",
                     task(line),
+                    f"`{line['artifact']}`",
                     line["labels"],
                     f"{line['accuracy']:.2f} ± {width:.2f}",
                     shown(line["episodes"]),
@@ -175,10 +176,10 @@ def ten_samples(lines: Sequence[Line], measured: Sequence[Line], goals: Sequence
                 for goal in goals
                 if "least" in goal and goal.get("where") and all(line.get(k) == v for k, v in goal["where"].items())
             ]
-            name = f"({letter}) {line['data']}, {task(line)}"
+            name = f"({letter}) {line['data']}, {task(line)}, {line['artifact']}"
             bars.append(svg.Bar(name, line["accuracy"], width, max(aims, default=None)))
     pretext = [line for line in lines if line["experiment"] == "pretext"]
-    nothing = [NOTHING] * 3
+    nothing = [NOTHING] * 4
     found = "see [Pretext](#pretext)" if pretext else "not measured"
     rows.append(["(c) ten images of a self-supervised task never trained on", *nothing, found, NOTHING, NOTHING])
     far = "not measured: out of reach of a small extractor without outside weights"

@@ -153,7 +153,7 @@ def close(augmentation: Augmentation) -> Augmentation:
 
 
 def mixed(images: Tensor, labels: Tensor, classes: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A square of each image from another one of the batch, every other time; and of what class how much is seen.
+    """A square of each image from another one of the batch, or, as often, none; and of what class how much is seen.
 
     Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", 2019,
     https://arxiv.org/abs/1905.04899. Images [n, C, H, W] and labels [n] -> images and shares [n, classes].

@@ -2,7 +2,7 @@
 
 Every random choice of step s is drawn from a generator seeded with (seed, s), so a checkpoint holds no random state
 and a run that was killed ends at the same weights, bit for bit, as one that was not (on one kind of CPU and the same
-number of threads). Knows nothing of networks.
+number of threads). Knows nothing of what is read or asked.
 """
 
 from __future__ import annotations

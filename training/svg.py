@@ -84,7 +84,7 @@ def curves(title: str, found: Sequence[Curve], *, x: str, y: str) -> str:
 
 def bars(title: str, found: Sequence[Bar]) -> str:
     """Horizontal bars from 0 to 100 with their intervals, and a tick where the aim is."""
-    width, left, right, top, row = 720, 270, 40, 50, 34
+    width, left, right, top, row = 800, 350, 40, 50, 34
     height = top + row * len(found) + 46
 
     def at(value: float) -> float:
