@@ -142,8 +142,10 @@ class Tasks:
         start = time.perf_counter()
         head, report = (None, None) if brief else await self._learning.head_and_report(record)
         adapted = time.perf_counter()
-        pointer = await scope.commit(task, record, head_id, head, expect=expect)
-        self._flights.leave_alone(scope.tenant, task)  # what is still to be told was of before
+        try:
+            pointer = await scope.commit(task, record, head_id, head, expect=expect)
+        finally:  # what is still to be told was of before; also where nobody knows whether this was written
+            self._flights.leave_alone(scope.tenant, task)
         timings = {
             **(embedded.stages() if embedded else {}),
             **({} if brief else {"adapt": (adapted - start) * 1e3}),

@@ -430,7 +430,7 @@ def test_a_change_of_a_task_that_is_deleted_and_made_anew_is_made_to_the_new_one
     run(tmp_path, work)
 
 
-@pytest.mark.parametrize("change", ["deleted", "perhaps deleted", "replaced", "added to"])
+@pytest.mark.parametrize("change", ["deleted", "perhaps deleted", "replaced", "perhaps replaced", "added to"])
 def test_a_task_learned_again_after_it_was_changed_is_what_is_told_although_the_first_answer_is_late(
     tmp_path: Path, change: str
 ) -> None:
@@ -445,6 +445,8 @@ def test_a_task_learned_again_after_it_was_changed_is_what_is_told_although_the_
 
             async def commit(self, *given: Any, **named: Any) -> Pointer:
                 pointer = await scope.commit(*given, **named)
+                if done.is_set():
+                    raise StoreUnavailable("Nobody knows.")
                 done.set()
                 await go.wait()
                 return pointer
@@ -463,6 +465,9 @@ def test_a_task_learned_again_after_it_was_changed_is_what_is_told_although_the_
                 await engine.forget(stalled, "t")
         elif change == "replaced":
             await engine.adapt(scope, "t", [*SUPPORT, *GREEN])
+        elif change == "perhaps replaced":
+            with pytest.raises(StoreUnavailable):
+                await engine.adapt(stalled, "t", [*SUPPORT, *GREEN])
         else:
             await engine.add(scope, "t", GREEN)
         again = await engine.adapt(scope, "t", SUPPORT)
