@@ -7,8 +7,6 @@ are those of training/pretrain.py; what differs is the batch and what is asked o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +17,7 @@ from training.config import PretrainConfig
 from training.objective import Fixed
 from training.objectives import POOLED, View
 from training.pretrained import load_extractor
-from training.stepping import autocast, choose_device, generator, learning_rate, optimizer
+from training.stepping import Stepper, autocast, choose_device, generator, learning_rate, optimizer
 
 
 class Language(nn.Module):
@@ -42,7 +40,7 @@ LANGUAGE = "language"
 OBJECTIVES = (LANGUAGE, *POOLED)
 
 
-class Run:
+class Run(Stepper):
     """All state of one pretraining: networks, optimizer, step."""
 
     def __init__(self, config: PretrainConfig, texts: data.Images):
@@ -83,12 +81,7 @@ class Run:
         chosen = self._order[1][at * self.config.batch : (at + 1) * self.config.batch]
         return self.texts[chosen].to(self.device), self.labels[chosen].to(self.device)
 
-    def advance(self) -> dict[str, float]:
-        """One step; returns the losses by name."""
-        return {name: loss.item() for name, loss in self.take_step().items()}
-
     def take_step(self) -> dict[str, Tensor]:
-        """The same without waiting for the device."""
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.config)
@@ -110,21 +103,6 @@ class Run:
         self.optimizer.step()
         self.step += 1
         return {name: loss.detach() for name, loss in losses.items()}
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "step": self.step,
-            "precision": self.precision,
-            "network": dict(self.network.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.precision = state["precision"]
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
     def time_precision(self) -> str:
         """float32, untimed: a trunk of this size is cheap in any precision."""

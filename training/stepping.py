@@ -1,4 +1,4 @@
-"""What every step of a pretraining needs, whatever is read: its random numbers, precision, learning rate and optimizer.
+"""What every step of a pretraining needs, whatever is read: random numbers, precision, learning rate, optimizer, state.
 
 Every random choice of step s is drawn from a generator seeded with (seed, s), so a checkpoint holds no random state
 and a run that was killed ends at the same weights, bit for bit, as one that was not (on one kind of CPU and the same
@@ -8,13 +8,15 @@ number of threads). Knows nothing of what is read or asked.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.config import PretrainConfig
+from training.objective import Fixed, Learned, Uncertainty
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,3 +58,40 @@ def optimizer(network: nn.Module, config: PretrainConfig) -> torch.optim.Optimiz
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
     return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+
+
+class Stepper(ABC):
+    """One pretraining, step by step, and all of its state."""
+
+    config: PretrainConfig
+    network: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    weighting: Fixed | Uncertainty | Learned
+    step: int
+    precision: str
+
+    @abstractmethod
+    def take_step(self) -> dict[str, Tensor]:
+        """One step; returns the losses by name without waiting for the device, which then always has the next to do."""
+
+    def advance(self) -> dict[str, float]:
+        """The same, with the losses as numbers."""
+        return {name: loss.item() for name, loss in self.take_step().items()}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "step": self.step,
+            "precision": self.precision,
+            "network": dict(self.network.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "weighting": self.weighting.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.precision = state["precision"]
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.config.weighting != "fixed":
+            self.weighting.restore(state["weighting"])

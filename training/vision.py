@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from training.heldout import SHARE, HeldOut
 from training.objective import Fixed, Learned, Uncertainty, unchanged
 from training.objectives import OBJECTIVES, Kept, Objective, Posed, View, rotated
 from training.pretrained import starting
-from training.stepping import autocast, choose_device, generator, learning_rate, optimizer, trial
+from training.stepping import Stepper, autocast, choose_device, generator, learning_rate, optimizer, trial
 
 
-class Run:
+class Run(Stepper):
     """All state of one pretraining: networks, optimizer, step."""
 
     def __init__(self, config: PretrainConfig, images: data.Images):
@@ -96,12 +96,7 @@ class Run:
             return self.config.small
         return self.config.size
 
-    def advance(self) -> dict[str, float]:
-        """One step; returns the losses by name."""
-        return {name: loss.item() for name, loss in self.take_step().items()}
-
     def take_step(self) -> dict[str, Tensor]:
-        """The same without waiting for the device, which then always has the next step to do."""
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.config)
@@ -159,24 +154,6 @@ class Run:
         sizes = [len(images) for images in shown]
         parts = zip(shown, torch.split(maps, sizes), torch.split(maps.mean(dim=(2, 3)), sizes), strict=True)
         return [View(*part) for part in parts]
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "step": self.step,
-            "precision": self.precision,
-            "network": dict(self.network.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "weighting": self.weighting.state(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.precision = state["precision"]
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.config.weighting != "fixed":
-            self.weighting.restore(state["weighting"])
 
     def time_precision(self) -> str:
         """Times a few steps in each precision and puts everything back as it was."""
