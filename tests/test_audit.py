@@ -140,19 +140,19 @@ def test_a_service_at_work_does_none_of_it(store: str, tmp_path: Path) -> None:
 def at_work(address: str) -> None:
     images = [(label, picture(label, seed=k)) for label in ("red", "blue") for k in range(3)]
     with httpx.Client(base_url=address, timeout=60) as http:
-        assert http.put("/v1/tasks/work?retain=images", files=images).status_code == 201
+        assert http.put("/v1/tasks/watched?retain=images", files=images).status_code == 201
         for content, status in ((picture("red", seed=9), 200), (b"<svg/>", 422), (b"\x80\x04N.", 422)):
-            answer = http.post("/v1/tasks/work/classify", content=content, headers={"Content-Type": "image/png"})
+            answer = http.post("/v1/tasks/watched/classify", content=content, headers={"Content-Type": "image/png"})
             assert answer.status_code == status, answer.text
         large = [("i", picture("red", seed=k, size=(500, 500))) for k in range(12)]  # more than forms keep in memory
-        assert http.post("/v1/tasks/work/classify", files=large).status_code == 200
+        assert http.post("/v1/tasks/watched/classify", files=large).status_code == 200
         assert http.post("/v1/classify", files=[*images, ("query", picture("red"))]).status_code == 200
         # What looks like an address is a label, and nobody goes there.
         odd = [(f"http://127.0.0.1:9/{k}", image) for k, (_, image) in enumerate(images)]
         assert http.put("/v1/tasks/odd", files=odd, headers={"Host": "elsewhere.invalid"}).status_code == 201
-        for path in ("/docs", "/metrics", "/v1/tasks", "/v1/tasks/work/export", "/nothing", "/readyz", "/"):
+        for path in ("/docs", "/metrics", "/v1/tasks", "/v1/tasks/watched/export", "/nothing", "/readyz", "/"):
             assert http.get(path).status_code < 500, path
-        assert http.delete("/v1/tasks/work").status_code == 204
+        assert http.delete("/v1/tasks/watched").status_code == 204
 
 
 FAILING = """
