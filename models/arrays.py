@@ -46,6 +46,13 @@ def square_sum(x: Array) -> Array:
     return xp.sum(x * x, axis=-1)
 
 
+def each_own(belongs: Array, values: Array) -> Array:
+    """[n]: of values [way], that of each row's class, or its mix of them, for rows [n, way] that sum to one."""
+    # A sum and not `belongs @ values`: on some CPUs OpenBLAS warns of an invalid value there where there is none.
+    xp = array_namespace(belongs)
+    return xp.sum(belongs * values[None, :], axis=1)
+
+
 def class_means(features: Array, weights: Array) -> Array:
     """Weighted mean of [n, dim] per column of weights [n, way] -> [way, dim]."""
     xp = array_namespace(features)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from array_api_compat import array_namespace, device
 
 from models import arrays
-from models.arrays import Array, class_means, one_hot
+from models.arrays import Array, class_means, each_own, one_hot
 from models.episode import Support
 from models.head import Affine
 from models.learners import prototype
@@ -102,7 +102,7 @@ class Discriminant(Once):
         part = 1 / others
         mine_across = xp.sum(across * own, axis=1) - part * own_scatter
         mine_score = xp.sum(scores * own, axis=1) - part * seen
-        mine_length = own @ lengths - 2 * part * xp.sum(across * own, axis=1)
+        mine_length = each_own(own, lengths) - 2 * part * xp.sum(across * own, axis=1)
         mine_length = mine_length + part * part * own_scatter
         mine = logits(mine_score[:, None], mine_across[:, None], mine_length[:, None], self._sure(others)[:, None])
         return xp.exp(self.log_scale) * (rivals * (1 - own) + mine * own)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
-from models.arrays import Array, normalise, one_hot, softmax
+from models.arrays import Array, each_own, normalise, one_hot, softmax
 from models.episode import Support
 from models.head import Affine
 from models.learners.prototype import prototypes
@@ -29,7 +29,7 @@ class Gradient:
         scale = xp.exp(self.log_scale)
         labels = one_hot(support.labels, support.way, features)
         # Every class weighs the same, however many examples it has.
-        share = labels @ (1 / (support.way * xp.sum(labels, axis=0)))  # [n]
+        share = each_own(labels, 1 / (support.way * xp.sum(labels, axis=0)))  # [n]
         weight = scale * normalise(prototypes(support)[0])
         bias = xp.zeros_like(weight[:, 0])
         steps = xp.exp(self.log_steps)

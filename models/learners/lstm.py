@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
 
-from models.arrays import Array, normalise, one_hot, sigmoid, softmax, square_sum
+from models.arrays import Array, each_own, normalise, one_hot, sigmoid, softmax, square_sum
 from models.episode import Support
 from models.head import Affine
 from models.learners.memory import attend
@@ -157,7 +157,7 @@ def look(met: Met, means: Array, directions: Array, labels: Array, focus: Array,
 
     # Its own examples, each met as if it were a question: its mean is taken without it.
     sizes, together, sums = (part @ (lens * lens) for part in (met.squares, met.together, met.sums))
-    rest = labels @ sums - 2 * together + sizes  # squared length of the sum of the others
+    rest = each_own(labels, sums) - 2 * together + sizes  # squared length of the sum of the others
     size = xp.sqrt(sizes + 1e-12)
     mine = (together - sizes) / (size * xp.sqrt(xp.maximum(rest, xp.zeros_like(rest)) + 1e-12))
     rival = xp.max((met.examples @ (names * lens).T) / size[:, None] - 3 * labels, axis=1)

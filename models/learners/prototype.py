@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
-from models.arrays import Array, class_means, normalise, one_hot
+from models.arrays import Array, class_means, each_own, normalise, one_hot
 from models.episode import Support
 from models.head import Affine
 from models.learners.unlabelled import shares, trust
@@ -42,7 +42,7 @@ def left_out(features: Array, support: Support) -> tuple[Array, Array, Array, Ar
     own = one_hot(support.labels, support.way, features)
     counts = xp.sum(own, axis=0)
     sums = own.T @ features
-    others = own @ counts - 1
+    others = each_own(own, counts) - 1
     others = xp.maximum(others, xp.full_like(others, 1e-6))
     return own, sums / counts[:, None], others, (own @ sums - features) / others[:, None]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace, device
 
-from models.arrays import Array, one_hot
+from models.arrays import Array, each_own, one_hot
 from models.episode import Support
 from models.head import Affine
 
@@ -72,6 +72,6 @@ def _weighted(features: Array, belongs: Array) -> tuple[Array, Array, Array]:
     way = belongs.shape[1]
     counts = xp.sum(belongs, axis=0)
     each = xp.sum(belongs, axis=1)[:, None]
-    root = xp.sqrt(belongs @ (xp.sum(counts) / (way * counts)))[:, None]
+    root = xp.sqrt(each_own(belongs, xp.sum(counts) / (way * counts)))[:, None]
     targets = belongs / xp.maximum(each, xp.full_like(each, 1e-9)) - 1 / way
     return features * root, targets * root, root
