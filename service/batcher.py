@@ -93,6 +93,7 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._calls: deque[_Job] = deque()
         self._waiting = 0  # images in self._jobs
+        self._underway = 0  # images that the lanes have taken and not done
         self._idle = 0
         self._closing = False
         self._dead = False
@@ -161,7 +162,8 @@ class Batcher:
         # lanes take next is no queue, and a wait no longer than the own work is fair.
         ahead = min(self._waiting, len(self._jobs) * images)
         if ahead > max(self._max_batch * len(self._lanes), images):
-            wait = ahead * self._lane_s / (self._lane_images or 1) / len(self._lanes)
+            # Places are free when a batch has just been taken, so none of what is on the lanes counts as done.
+            wait = (ahead + self._underway) * self._lane_s / (self._lane_images or 1) / len(self._lanes)
             if wait > self._max_wait_s:
                 raise Overloaded(f"This would wait for {wait:.1f} s; the limit is {self._max_wait_s:g} s (MAX_WAIT_S).")
 
@@ -180,9 +182,11 @@ class Batcher:
     # What follows runs on the lanes.
 
     def _lane(self) -> None:
+        batch: list[tuple[_Job, int]] = []
         try:
             while True:
                 with self._changed:
+                    self._underway -= len(batch)
                     self._idle += 1
                     while not self._jobs and not self._calls:
                         if self._closing:
@@ -190,6 +194,7 @@ class Batcher:
                         self._changed.wait()
                     job = self._calls.popleft() if self._calls else None
                     batch = [] if job else self._take()
+                    self._underway += len(batch)
                     self._idle -= 1
                 if job and job.call:
                     self._do_call(job, job.call)
