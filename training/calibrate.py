@@ -17,6 +17,7 @@ from training import evaluate
 from training.episodes import Indices, Pool, frozen
 
 SHOTS = (1, 2, 5, 10)
+LOG_TEMPERATURES = np.linspace(np.log(0.05), np.log(20), 121)
 SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
 
 
@@ -43,25 +44,37 @@ def calibrate(
         for shot in [shot for shot in SHOTS if shot <= most]:
             count = max(10, episodes * 5 // max(5, way))
             cells.append((way, shot, frozen(pool, way=way, shot=shot, queries=queries, count=count, seed=seed)))
-    sizes = np.array([[1.0, np.log(way), np.log(shot)] for way, shot, _ in cells])
     temperatures, rejections, scores = {}, {}, {}
-    grid = np.linspace(np.log(0.05), np.log(20), 121)
     for method, learner in learners.items():
         found = [_answered(learner, features, task, cell) for cell, (_, _, tasks) in enumerate(cells) for task in tasks]
-        logs, right = [], []
+        curves, right = [], []
         for cell, (way, _, _) in enumerate(cells):
             stacked = np.concatenate([task.logits for task in found if task.cell == cell])
             truth = np.concatenate([task.answers for task in found if task.cell == cell])
-            losses = [_nll(stacked / np.exp(value), truth) for value in grid]
-            logs.append(grid[int(np.argmin(losses))])
+            curves.append([_nll(stacked / np.exp(value), truth) for value in LOG_TEMPERATURES])
             if way == min(5, len(pool.classes)):
                 right.append(float((stacked.argmax(axis=1) == truth).mean()))
-        fit = np.linalg.lstsq(sizes, np.array(logs), rcond=None)[0]
-        names = ("constant", "by_way", "by_shot")
-        temperatures[method] = {name: round(float(value), 4) for name, value in zip(names, fit, strict=True)}
+        temperatures[method] = fit_temperature([(way, shot) for way, shot, _ in cells], np.array(curves))
         scores[method] = float(np.mean(right))
         rejections[method] = fit_rejection(found, Temperature(**temperatures[method]))
     return temperatures, rejections, scores
+
+
+def fit_temperature(sizes: list[tuple[int, int]], curves: np.ndarray) -> dict[str, float]:
+    """The numbers of a Temperature, from the loss of tasks of each way and shot at LOG_TEMPERATURES, [sizes, 121].
+
+    By least squares on the best of each size, which counts by how much a wrong temperature costs there: an easy task
+    answers well at any, and its best is mostly chance; a little it counts all the same.
+    """
+    width = len(LOG_TEMPERATURES) // 20
+    at = np.clip(curves.argmin(axis=1), width, len(LOG_TEMPERATURES) - 1 - width)
+    best = LOG_TEMPERATURES[curves.argmin(axis=1)]
+    bend = [curve[i - width] + curve[i + width] - 2 * curve[i] for curve, i in zip(curves, at, strict=True)]
+    weight = np.sqrt(np.maximum(bend, 0) + 0.1 * max(bend) + 1e-9)
+    inputs = np.array([[1.0, np.log(way), np.log(shot)] for way, shot in sizes])
+    fit = np.linalg.lstsq(inputs * weight[:, None], best * weight, rcond=None)[0]
+    names = ("constant", "by_way", "by_shot")
+    return {name: round(float(value), 4) for name, value in zip(names, fit, strict=True)}
 
 
 def _answered(learner: Learner, features: np.ndarray, task: Indices, cell: int) -> Answered:

@@ -1,0 +1,35 @@
+"""The temperature of tasks of each size: what counts in its fit."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.calibration import Temperature
+from training.calibrate import LOG_TEMPERATURES, fit_temperature
+
+SIZES = [(way, shot) for way in (2, 5, 20) for shot in (1, 5)]
+
+
+def curves(bests: list[float], bends: list[float]) -> np.ndarray:
+    """The loss at each temperature: least at `bests`, and the steeper around there the greater `bends`."""
+    return np.array([bend * (LOG_TEMPERATURES - best) ** 2 for best, bend in zip(bests, bends, strict=True)])
+
+
+def test_what_fits_all_sizes_is_found() -> None:
+    bests = [0.3 + 0.2 * float(np.log(way)) - 0.4 * float(np.log(shot)) for way, shot in SIZES]
+    fit = Temperature(**fit_temperature(SIZES, curves(bests, [1.0] * 6)))
+    for (way, shot), best in zip(SIZES, bests, strict=True):
+        assert abs(np.log(fit.at(way, (shot,) * way)) - best) < 0.04  # of a grid of steps of 0.05
+
+
+def test_a_size_that_answers_well_at_any_temperature_does_not_spoil_the_others() -> None:
+    bests, bends = [0.0] * 6, [1.0] * 6
+    bests[0], bends[0] = -2.5, 1e-4  # two classes: hardly an error, so the best is chance
+    fit = Temperature(**fit_temperature(SIZES, curves(bests, bends)))
+    for way, shot in SIZES[1:]:
+        assert abs(np.log(fit.at(way, (shot,) * way))) < 0.2  # counted like the others, it moves one by 0.9
+
+
+def test_a_best_temperature_at_the_end_of_the_grid_is_taken_as_it_is() -> None:
+    fit = Temperature(**fit_temperature(SIZES, curves([float(LOG_TEMPERATURES[0])] * 6, [1.0] * 6)))
+    assert abs(np.log(fit.at(5, (1,) * 5)) - LOG_TEMPERATURES[0]) < 0.01
