@@ -9,7 +9,8 @@
 # take some minutes of two cores each: photos-free, photos-64 and photos, each of which goes on from the one before it,
 # eleven minutes of an H100 in all, and photos-free-long and photos-64-long, which go on from photos-free, nine of an H200.
 # $FEWSHOT_DATA holds omniglot/ and mini_imagenet/, each with zips of class folders and a splits.json, and, for what the
-# artifact says of itself, trashnet/, magnetic_tile/ and gtsrb/.
+# artifact says of itself, trashnet/, magnetic_tile/ and gtsrb/. SEED=1 trains `characters` from other random weights, in
+# a folder of its own: three seeds tell how much of a figure is chance.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${FEWSHOT_DATA:-../shared/data}
@@ -20,7 +21,7 @@ export MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
 finish() { # name, data, flags of evaluate, flags of export...
   local name=$1 data=$2 measure=$3
   shift 3
-  local out=$RUNS/$name
+  local out=$RUNS/$name${SEED:+-$SEED}
   rm -rf "$out/draft" "$out/artifact" "$out/metrics.jsonl"
   python -m training export --checkpoint "$out" --data "$data" --out "$out/draft" --name "$name" "$@"
   local default
@@ -35,12 +36,12 @@ finish() { # name, data, flags of evaluate, flags of export...
 }
 
 characters() {
-  local data=$DATA/omniglot out=$RUNS/characters
+  local data=$DATA/omniglot out=$RUNS/characters${SEED:+-$SEED} seed=${SEED:-0}
   python -m training pretrain --data "$data" --out "$out" --shape resnet10-grey --size 28 --augment characters \
     --rotations --objectives contrastive=1 --epochs 30 --batch 512 --optimizer adamw --lr 2e-3 --weight-decay 0.01 \
-    --check-epochs 3
+    --check-epochs 3 --seed "$seed"
   python -m training metatrain --data "$data" --out "$out" --tasks pseudo --rotations --views 11 --per-class 5 \
-    --max-shot 5 --queries 3 --steps 600
+    --max-shot 5 --queries 3 --steps 600 --seed "$seed"
   # Pseudo-tasks are too easy to calibrate on: at their word half of all genuine characters would be turned away. What
   # the numbers behind "none of these" and the temperatures come from are the labels of the validation classes.
   finish characters "$data" "--way 5,20 --shot 1,5 --rotations" --tasks labels --rotations --default whitened \
@@ -131,5 +132,11 @@ END
 }
 
 for name in "${@:-characters photos-free photos-64 photos}"; do
-  for part in $name; do "$part"; done
+  for part in $name; do
+    if [[ -n ${SEED:-} && $part != characters ]]; then
+      echo "SEED is for characters alone." >&2
+      exit 2
+    fi
+    "$part"
+  done
 done
