@@ -207,7 +207,8 @@ class Tasks:
             record = await self._learning.renewed(task, record)
             head = await self._learning.head(record)
             try:
-                return await scope.commit(task, record, record_id(record), head, expect=pointer), head
+                # Instead of the version that it was: two artifacts that take turns must not push out what came before.
+                return await scope.commit(task, record, record_id(record), head, expect=pointer, instead=True), head
             except VersionConflict:
                 return await self._rebuild(scope, task)
         return await self._made(scope, task, pointer, record)

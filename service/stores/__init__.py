@@ -85,7 +85,9 @@ class Scope(Protocol):
         """Puts a head that was made again back into the cache, unless the task is not at `pointer` any more."""
         ...
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
+    async def commit(
+        self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected, instead: bool = False
+    ) -> Pointer:
         """Writes a record, with its head where there is one yet, and moves the pointer to the next version.
 
         All or nothing, durably.
@@ -93,7 +95,7 @@ class Scope(Protocol):
         `expect` is where the task must be: a version (0: it must not exist; None: any), or a version and its head,
         which tells it from a task of the same name that was deleted and made anew. Raises VersionConflict. Earlier
         records are kept, as many as the store was made for, and end when this one does; heads of those that are not
-        go with them.
+        go with them. `instead`: the newest of them is not, for this one says the same.
         """
         ...
 

@@ -147,10 +147,11 @@ class RecentScope:
         except StoreUnavailable:  # it can be made again: no reason to fail
             log.warning("The head %s is kept in memory only.", pointer.head)
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
-        pointer = await self._recent.whole(
-            self._write(task, self._beneath.commit(task, record, head_id, head, expect=expect), lambda pointer: pointer)
-        )
+    async def commit(
+        self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected, instead: bool = False
+    ) -> Pointer:
+        change = self._beneath.commit(task, record, head_id, head, expect=expect, instead=instead)
+        pointer = await self._recent.whole(self._write(task, change, lambda pointer: pointer))
         if head is not None:
             self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
         return pointer

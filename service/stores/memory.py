@@ -108,7 +108,9 @@ class MemoryScope:
         sealed = self._sealed.seal_head(head_id, head)
         self._put("head", head_id, data=sealed, expires=ends(self._store.head_ttl_s, expires, now=time.time()))
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
+    async def commit(
+        self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected, instead: bool = False
+    ) -> Pointer:
         at, records = self._get("pointer", task), self._beside(task, "record")
         # Counted by the names of records, so that a damaged pointer loses neither count nor record.
         current = max((int(name[1]) for name in records), default=0) if at is not None else 0
@@ -118,7 +120,8 @@ class MemoryScope:
         pointer = Pointer(next_version(current, known, expect), head_id)
         stored = None if known.base is None else self._get("record", (task, known.base.version))
         sealed, base = self._sealed.seal_record(task, pointer.version, record=record, base=known.base, stored=stored)
-        history = known.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
+        most = self._store.versions_kept
+        history = known.then(pointer, base, expires=record.expires, most=most, instead=instead)
         for dropped in known.dropped(history):
             self._drop("head", dropped)
         for name in records:

@@ -218,7 +218,9 @@ class RedisScope:
         """When a head of a task that ends then is thrown away, in milliseconds since 1970."""
         return int(1000 * ends(self._store.head_ttl_s, expires, now=time.time()))
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
+    async def commit(
+        self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected, instead: bool = False
+    ) -> Pointer:
         sealed_head = None if head is None else self._sealed.seal_head(head_id, head)
         expires = None if record.expires is None else int(record.expires * 1000)
 
@@ -231,7 +233,8 @@ class RedisScope:
             sealed_record, base = self._sealed.seal_record(
                 task, pointer.version, record=record, base=base, stored=stored
             )
-            history = found.history.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
+            most = self._store.versions_kept
+            history = found.history.then(pointer, base, expires=record.expires, most=most, instead=instead)
             earlier = [self._key("r", task, known) for known in sorted(history.records - {pointer.version})]
             moved = await pipe.mget(earlier) if earlier and found.history.expires != record.expires else []
             pipe.multi()  # type: ignore[no-untyped-call]

@@ -39,9 +39,9 @@ class History(NamedTuple):
         """The versions whose records are needed."""
         return {n for known in self.versions for n in (known.version, *self.bases.get(known.version, ())[:1])}
 
-    def then(self, pointer: Pointer, base: Base, *, expires: float | None, most: int) -> History:
-        """The history after a commit: at most so many versions, the new one included."""
-        kept = [pointer, *self.versions][:most]
+    def then(self, pointer: Pointer, base: Base, *, expires: float | None, most: int, instead: bool) -> History:
+        """The history after a commit: at most so many versions, the new one included. `instead`: see Scope.commit."""
+        kept = [pointer, *self.versions[instead:]][:most]
         bases = {known.version: self.bases[known.version] for known in kept if known.version in self.bases}
         return History(kept, expires, {**bases, pointer.version: base})
 

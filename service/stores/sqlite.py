@@ -293,7 +293,9 @@ class SqliteScope:
         db.execute("DELETE FROM heads WHERE expires <= ?", (now,))
         db.execute("REPLACE INTO heads VALUES (?, ?, ?, ?)", (tenant, head_id, until, value))
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected) -> Pointer:
+    async def commit(
+        self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected, instead: bool = False
+    ) -> Pointer:
         def work(db: sqlite3.Connection) -> Pointer:
             tenant, _, now = self._now(task)
             for statement in EXPIRED:
@@ -307,7 +309,8 @@ class SqliteScope:
             base = before.base
             stored = self._data(db, task, base.version) if base and self._sealed.wants(base) else None
             value, base = self._sealed.seal_record(task, pointer.version, record=record, base=base, stored=stored)
-            history = before.then(pointer, base, expires=record.expires, most=self._store.versions_kept)
+            most = self._store.versions_kept
+            history = before.then(pointer, base, expires=record.expires, most=most, instead=instead)
             sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_history(task, history)
             db.execute(PUT_TASK, (tenant, task, pointer.version, record.expires, *sealed))
             db.execute(UNNEEDED, (tenant, task, json.dumps(sorted(history.records))))

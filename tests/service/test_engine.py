@@ -1187,6 +1187,22 @@ def test_many_first_uses_at_once_learn_the_task_again_once(tmp_path: Path) -> No
     run(tmp_path, work, extractor=extractor)
 
 
+def test_artifacts_that_take_turns_with_a_task_push_out_no_version_of_it(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT, retain=True)
+        await engine.add(scope, "t", GREEN)
+        other = served_by_another(engine, tmp_path)
+        for _ in range(2 * store.versions_kept):
+            for one in (other, engine):
+                assert labels_of((await one.classify(scope, "t", [RED])).rows) == [2]
+        at, first = await engine.versions(scope, "t")
+        assert (at.version, first.version) == (2 + 4 * store.versions_kept, 1)
+        back = await engine.rollback(scope, "t", 1)
+        assert back.record.labels == ("blue", "red")
+
+    run(tmp_path, work)
+
+
 def test_without_its_images_a_task_of_another_artifact_can_be_read_but_not_used(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         old = await engine.adapt(scope, "t", SUPPORT)

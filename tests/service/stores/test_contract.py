@@ -249,6 +249,24 @@ async def test_earlier_versions_are_kept_with_their_heads_newest_first(store: St
     assert await scope.versions("dogs") == [Pointer(1, "hd_8")]
 
 
+async def test_a_version_that_says_the_same_takes_the_place_of_the_newest(bare: Store, beneath: Beneath) -> None:
+    scope = bare.scope("t")
+    for seed in (5, 6):
+        await commit(scope, "cats", seed)
+    values = beneath.left()
+    for seed in range(7, 37):
+        await commit(scope, "cats", seed, instead=True)
+    assert beneath.left() == values
+    at = await scope.pointer("cats")
+    assert at == Pointer(32, "hd_36")
+    assert await scope.versions("cats") == [at, Pointer(1, "hd_5")]
+    assert same(await read(scope, "cats", 1), make_record(5))
+    assert await scope.record("cats", version=at.version - 1) is None
+    assert await scope.head("hd_35") is None
+    await commit(scope, "dogs", 1, instead=True)
+    assert await scope.versions("dogs") == [Pointer(1, "hd_1")]
+
+
 async def test_versions_that_are_not_kept_are_none(store: Store) -> None:
     scope = store.scope("t")
     assert await scope.versions("cats") == []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from typing import Any
 
 import pytest
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import Pointer, Record
+from service.stores import Pointer
 from service.stores.lru import Recent
 from service.stores.memory import MemoryScope, MemoryStore
 from tests.service.stores.values import commit, make_head, make_record, same
@@ -62,10 +63,10 @@ class FaultyScope(MemoryScope):
         await self._faulty.answered("keep_head")
         await super().keep_head(task, pointer, head)
 
-    async def commit(self, task: str, record: Record, head_id: str, head: Head, *, expect: int | None) -> Pointer:
+    async def commit(self, *given: Any, **named: Any) -> Pointer:
         await self._faulty.reached("commit")
         await self._faulty.answered("before the commit")
-        answer = await super().commit(task, record, head_id, head, expect=expect)
+        answer = await super().commit(*given, **named)
         await self._faulty.answered("commit")
         return answer
 

@@ -51,10 +51,16 @@ def _same(left: object, right: object) -> bool:
 
 
 async def commit(
-    scope: Scope, task: str, seed: int = 0, *, expect: Expected = None, expires: float | None = None
+    scope: Scope,
+    task: str,
+    seed: int = 0,
+    *,
+    expect: Expected = None,
+    expires: float | None = None,
+    instead: bool = False,
 ) -> int:
     """Puts the record and head of a seed there, the head under the id "hd_{seed}"; returns the version."""
     record = make_record(seed, expires=expires)
-    pointer = await scope.commit(task, record, f"hd_{seed}", make_head(seed), expect=expect)
+    pointer = await scope.commit(task, record, f"hd_{seed}", make_head(seed), expect=expect, instead=instead)
     assert pointer.head == f"hd_{seed}"
     return pointer.version
