@@ -125,6 +125,7 @@ def line(
         "artifact": served["name"],
         "digest": served["digest"].removeprefix("sha256:")[:16],
         "precision": served["precision"],
+        **({"views": served["views"]} if served["views"] > 1 else {}),
         "labels": "training classes" if training.get("labels_used") else "none",
         "trained_on": f"{training.get('data')} ({training.get('split')})",
         "training_seed": training.get("seed"),

@@ -47,7 +47,7 @@ def square_sum(x: Array) -> Array:
 
 
 def each_own(belongs: Array, values: Array) -> Array:
-    """[n]: of values [way], that of each row's class, or its mix of them, for rows [n, way] that sum to one."""
+    """[n]: of values [way], that of the class of each row [n, way], or their sum by how much it belongs to each."""
     # A sum and not `belongs @ values`: on some CPUs OpenBLAS warns of an invalid value there where there is none.
     xp = array_namespace(belongs)
     return xp.sum(belongs * values[None, :], axis=1)

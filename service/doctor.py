@@ -205,6 +205,8 @@ def artifact(settings: Settings) -> Check:
     try:
         loaded = Artifact.load(settings.artifact)
         loaded.learners()
+        if settings.views > 1 and loaded.kind != "image":
+            return Check("artifact", "fail", f"it reads {loaded.kind}s, which have no views", "Unset FEWSHOT_VIEWS.")
         device = best_device(loaded) if settings.device == "auto" else settings.device
         precision: str = settings.precision
         if precision == "auto":

@@ -19,6 +19,7 @@ from models.errors import (
     TaskNotFound,
     TaskStale,
     TooLarge,
+    VersionNotFound,
 )
 from models.head import Head
 from service.answering import Answer, Predictions, answered
@@ -230,8 +231,11 @@ class Engine:
             return Predictions(task, pointer, head, pointer.head, rows, timings)
         record = None
         if explain:
-            at, record = await self._tasks.found(scope, task, version=pointer.version)
-            if at.head != pointer.head:  # the task was deleted and made anew since
+            try:
+                at, record = await self._tasks.found(scope, task, version=pointer.version)
+            except VersionNotFound:  # another version took its place since
+                at = None
+            if at is None or at.head != pointer.head:  # or the task was deleted and made anew
                 return await self.classify(scope, task, payloads, explain=True, on_bad_image=on_bad_image)
         embedded = await self._embed(payloads)
         rows, timings = self._rows(head, embedded, on_bad_image, record)

@@ -39,6 +39,13 @@ class Settings(BaseModel):
         description="of the extractor; auto = on a CPU int8 where it loses at most half a point and is faster, "
         "on a GPU bfloat16 where it has that, else float32",
     )
+    views: int = Field(
+        1,
+        ge=1,
+        le=3,
+        description="views of each image, at so many times the work: 2 = its middle too, 3 = mirrored too (not for "
+        "what left and right tell apart)",
+    )
     default_method: str = Field("", description="learner used when a request names none; empty = the artifact's own")
     keys_file: Path | None = Field(
         None, description="file of the API keys, made by `fewshot keys`; without one no key is asked for"

@@ -204,11 +204,13 @@ class Tasks:
         """Makes a head again from its record, and tells whose it is: the task may have moved meanwhile."""
         pointer, record = await self.found(scope, task)
         if not self._learning.is_ours(record):
-            record = await self._learning.renewed(task, record)
+            before, record = record, await self._learning.renewed(task, record)
             head = await self._learning.head(record)
+            # Instead of the version that it was, or two artifacts that take turns would push out what came before; but
+            # not of one whose method this artifact lacks.
+            instead = record.method == before.method
             try:
-                # Instead of the version that it was: two artifacts that take turns must not push out what came before.
-                return await scope.commit(task, record, record_id(record), head, expect=pointer, instead=True), head
+                return await scope.commit(task, record, record_id(record), head, expect=pointer, instead=instead), head
             except VersionConflict:
                 return await self._rebuild(scope, task)
         return await self._made(scope, task, pointer, record)

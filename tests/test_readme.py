@@ -47,7 +47,7 @@ def accuracy_tables() -> str:
     lines, _, _ = results.load(ROOT / "training" / "results")
     found = accuracy.distinct([line for line in lines if line["experiment"] == "accuracy"])
     values = {
-        (line["artifact"], line["shot"]): f"{line['accuracy']:.2f} ± {line['interval']:.2f}"
+        (line["artifact"], line["shot"], line.get("views", 1)): f"{line['accuracy']:.2f} ± {line['interval']:.2f}"
         for line in found
         if line["default"] and line["data"] == "mini_imagenet" and line["precision"] == "float32" and line["way"] == 5
     }
@@ -56,7 +56,9 @@ def accuracy_tables() -> str:
     parts.append("| artifact | learned from | " + " | ".join(f"5-way {shot}-shot" for shot in shots) + " |")
     parts.append("|---|---|" + "---|" * len(shots))
     for name, source in BENCHMARK.items():
-        parts.append(f"| `{name}` | {source} | " + " | ".join(values[name, shot] for shot in shots) + " |")
+        parts.append(f"| `{name}` | {source} | " + " | ".join(values[name, shot, 1] for shot in shots) + " |")
+        seen = " | ".join(values[name, shot, 3] for shot in shots)
+        parts.append(f"| | the same in three views an image (`FEWSHOT_VIEWS=3`) | {seen} |")
     manifest = json.loads((PRETRAINED / "characters" / "manifest.json").read_text())
     rows = manifest["accuracy"]
     cells = sorted({(row["way"], row["shot"]) for row in rows})
@@ -113,7 +115,7 @@ def cross_table() -> str:
     """The default learner of `photos` on domains that it never saw."""
     lines = [line for line in measured("accuracy") if line["data"] in ("trashnet", "magnetic_tile", "gtsrb")]
     values = {
-        (line["data"], line["shot"]): f"{line['accuracy']:.1f} ± {line['interval']:.1f}"
+        (line["data"], line["shot"], line.get("views", 1)): f"{line['accuracy']:.1f} ± {line['interval']:.1f}"
         for line in lines
         if line["way"] == 5
     }
@@ -124,7 +126,9 @@ def cross_table() -> str:
         "|---|" + "---|" * len(shots),
     ]
     for name in ("trashnet", "magnetic_tile", "gtsrb"):
-        parts.append(f"| {NAMES[name]} | " + " | ".join(values[name, shot] for shot in shots) + " |")
+        parts.append(f"| {NAMES[name]} | " + " | ".join(values[name, shot, 1] for shot in shots) + " |")
+        seen = " | ".join(values[name, shot, 2] for shot in shots)
+        parts.append(f"| the same in two views an image (`FEWSHOT_VIEWS=2`) | {seen} |")
     return "\n".join(parts)
 
 
@@ -136,7 +140,7 @@ def trust_table() -> str:
         "| foreign images turned away | AUROC |",
         "|---|---|---|---|---|---|",
     ]
-    for line in measured("trust"):
+    for line in [line for line in measured("trust") if "views" not in line]:
         parts.append(
             f"| {line['artifact']}, {NAMES[line['data']]} | {line['way']}-way {line['shot']}-shot "
             f"| {line['ece']:.1f} | "

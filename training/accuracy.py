@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from training import svg
 from training.raw import Line
-from training.tables import NOTHING, Commands, half, markdown, over_seeds, shown, task
+from training.tables import NOTHING, Commands, fits, half, markdown, over_seeds, shown, task
 
-SETTING = ("data", "split", "rotations", "artifact", "trained_on", "precision")
+SETTING = ("data", "split", "rotations", "artifact", "trained_on", "precision", "views")
 # What may differ between two lines of the same measurement, beside what was measured.
 FREE = {"episodes", "digest", "command", "episode_list", "measured_in_s", "seconds", "default"}
 
@@ -55,7 +55,11 @@ def at_home(line: Line) -> bool:
 def name_of(line: Line) -> str:
     turned = ", with rotations" if line.get("rotations") else ""
     precision = "" if line.get("precision", "float32") == "float32" else f", {line['precision']}"
-    return f"`{line['data']}` ({line['split']} classes{turned}), artifact `{line['artifact']}`{precision}"
+    return f"`{line['data']}` ({line['split']} classes{turned}), artifact `{line['artifact']}`{precision}{seen(line)}"
+
+
+def seen(line: Line) -> str:
+    return f", {line['views']} views an image" if "views" in line else ""
 
 
 def facts(lines: Sequence[Line]) -> str:
@@ -113,7 +117,7 @@ def learning_curves(lines: Sequence[Line], *, least: int = 4) -> dict[str, tuple
     pictures: dict[str, tuple[str, str]] = {}
     settings: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
-        if line.get("precision", "float32") == "float32":
+        if line.get("precision", "float32") == "float32" and "views" not in line:
             settings.setdefault((*(shown(line.get(n)) for n in SETTING), f"{line['way']:03d}"), []).append(line)
     for key in sorted(settings):
         group = settings[key]
@@ -164,7 +168,7 @@ def ten_samples(lines: Sequence[Line], measured: Sequence[Line], goals: Sequence
                     f"({letter}) {words}",
                     f"{line['data']}{turned}",
                     task(line),
-                    f"`{line['artifact']}`",
+                    f"`{line['artifact']}`{seen(line)}",
                     line["labels"],
                     f"{line['accuracy']:.2f} ± {width:.2f}",
                     shown(line["episodes"]),
@@ -172,11 +176,9 @@ def ten_samples(lines: Sequence[Line], measured: Sequence[Line], goals: Sequence
                 ]
             )
             aims = [
-                goal["least"]
-                for goal in goals
-                if "least" in goal and goal.get("where") and all(line.get(k) == v for k, v in goal["where"].items())
+                goal["least"] for goal in goals if "least" in goal and goal.get("where") and fits(line, goal["where"])
             ]
-            name = f"({letter}) {line['data']}, {task(line)}, {line['artifact']}"
+            name = f"({letter}) {line['data']}, {task(line)}, {line['artifact']}{seen(line)}"
             bars.append(svg.Bar(name, line["accuracy"], width, max(aims, default=None)))
     pretext = [line for line in lines if line["experiment"] == "pretext"]
     nothing = [NOTHING] * 4

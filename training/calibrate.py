@@ -69,8 +69,8 @@ def fit_temperature(sizes: list[tuple[int, int]], curves: np.ndarray) -> dict[st
     width = len(LOG_TEMPERATURES) // 20
     at = np.clip(curves.argmin(axis=1), width, len(LOG_TEMPERATURES) - 1 - width)
     best = LOG_TEMPERATURES[curves.argmin(axis=1)]
-    bend = [curve[i - width] + curve[i + width] - 2 * curve[i] for curve, i in zip(curves, at, strict=True)]
-    weight = np.sqrt(np.maximum(bend, 0) + 0.1 * max(bend) + 1e-9)
+    bend = [max(0.0, curve[i - width] + curve[i + width] - 2 * curve[i]) for curve, i in zip(curves, at, strict=True)]
+    weight = np.sqrt(np.array(bend) + 0.1 * max(bend) + 1e-9)
     inputs = np.array([[1.0, np.log(way), np.log(shot)] for way, shot in sizes])
     fit = np.linalg.lstsq(inputs * weight[:, None], best * weight, rcond=None)[0]
     names = ("constant", "by_way", "by_shot")

@@ -136,6 +136,7 @@ class EvaluateConfig(Config):
     only_distractors: bool = Field(False, description="the unlabelled images show those classes alone")
     group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
     precision: Literal["float32", "int8"] = "float32"
+    views: int = Field(1, ge=1, le=3, description="of each image: 2 = its middle too, 3 = mirrored too")
     against_float32: bool = Field(False, description="also the difference to float32, paired on the same episodes")
     per_class: int = Field(0, ge=0)
     seed: int = 7

@@ -18,6 +18,7 @@ from models.episode import Support
 from models.extractor import Extractor, load_extractor
 from models.head import Affine
 from models.learners import Learner
+from models.views import seen
 from training import data, honesty, paired, raw
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, digest, frozen
@@ -150,7 +151,9 @@ def against(
 def main(config: EvaluateConfig) -> list[Row]:
     begun = time.perf_counter()
     artifact = Artifact.load(config.artifact)
-    extractor = load_extractor(artifact, precision=config.precision)
+    if config.views > 1 and artifact.kind != "image":
+        sys.exit(f"--views: {config.artifact} reads {artifact.kind}s.")
+    extractor = seen(load_extractor(artifact, precision=config.precision), config.views)
     images = data.load(
         config.data, config.split, artifact.decoder(), per_class=config.per_class or None, group=config.group
     )
@@ -178,7 +181,7 @@ def main(config: EvaluateConfig) -> list[Row]:
         f"{config.episodes} episodes, {config.queries} queries a class, 95 % intervals\n\n{table(rows)}\n"
     )
     if config.against_float32:
-        exact = embed(load_extractor(artifact, precision="float32"), images.pixels)
+        exact = embed(seen(load_extractor(artifact, precision="float32"), config.views), images.pixels)
         lines += against(config, rows, single, measure(learners, exact, pool, config)[1])
         for line in lines[len(rows) :]:
             print(
@@ -213,6 +216,7 @@ def main(config: EvaluateConfig) -> list[Row]:
         of_all = {
             **raw.made_with(artifact),
             "rotations": config.rotations,
+            **({"views": config.views} if config.views > 1 else {}),
             "command": raw.command("evaluate", config),
             "measured_in_s": round(time.perf_counter() - begun, 1),
         }

@@ -106,7 +106,7 @@ def main(config: ExportConfig) -> Path:
             {name: value for name, value in line.items() if name in MEASURED}
             for file in filter(None, config.metrics.split(","))
             for line in raw.read(Path(file))
-            if line.get("experiment", "accuracy") == "accuracy"
+            if line.get("experiment", "accuracy") == "accuracy" and "views" not in line  # the manifest is of one view
         ],
         "int8": None,
     }

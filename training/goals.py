@@ -2,7 +2,8 @@
 
 A goal is a line of `goals.jsonl`: `goal` and `text`, the fields that a result must have (`where`), the `field` that is
 read and what it must reach (`least`), stay under (`most`), or both. One without `where` says instead (`see`) in which
-experiment the answer is to be read. Knows nothing of how results were made.
+experiment the answer is to be read. `why` is what we believe holds back one that is not reached, and what was tried.
+Knows nothing of how results were made.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from collections.abc import Sequence
 
 from training.accuracy import distinct
 from training.raw import Line
-from training.tables import NOTHING, Commands, half, markdown
+from training.tables import NOTHING, Commands, fits, half, markdown
 
 
 def goals_table(goals: Sequence[Line], lines: Sequence[Line], commands: Commands) -> str:
     found = distinct(lines)
     rows = [_row(goal, found, lines, commands) for goal in goals]
     return markdown(["goal", "what", "aim", "ours", "episodes", "reached", "command"], rows)
+
+
+def reasons(goals: Sequence[Line]) -> str:
+    """What is said of the goals that are not reached, one a line."""
+    return "\n".join(f"- **{goal['goal']}**, {goal['text']}: {goal['why']}" for goal in goals if "why" in goal)
 
 
 def _row(goal: Line, found: Sequence[Line], lines: Sequence[Line], commands: Commands) -> list[str]:
@@ -30,7 +36,7 @@ def _row(goal: Line, found: Sequence[Line], lines: Sequence[Line], commands: Com
         name = goal["see"][:1].upper() + goal["see"][1:]
         text = f"see [{name}](#{goal['see'].replace(' ', '-')})" if there else "not measured"
         return [*start, text, NOTHING, NOTHING, NOTHING]
-    mine = [line for line in found if all(line.get(key) == value for key, value in goal["where"].items())]
+    mine = [line for line in found if fits(line, goal["where"])]
     mine = [line for line in mine if isinstance(line.get(goal["field"]), int | float)]
     if not mine:
         return [*start, "not measured", NOTHING, NOTHING, NOTHING]

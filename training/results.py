@@ -1,9 +1,9 @@
 """`python -m training results`: raw results -> RESULTS.md and its pictures, the same bytes for the same files.
 
-Every number of the page stands in a line of `results/*.jsonl`, with the command that made it; nothing is typed in by
-hand. Results that used no label of the training classes stand in other tables than those that did. An experiment that
-this module does not know becomes a plain table. `published.jsonl` holds what others reached, `goals.jsonl` what was
-aimed at. Knows nothing of how a result was made.
+Every number of a table stands in a line of `results/*.jsonl`, with the command that made it; what is said of goals that
+were not reached is typed by hand. Results that used no label of the training classes stand in other tables than those
+that did. An experiment that this module does not know becomes a plain table. `published.jsonl` holds what others
+reached, `goals.jsonl` what was aimed at. Knows nothing of how a result was made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from training import raw
 from training.accuracy import accuracy_tables, distinct, learning_curves, ten_samples
 from training.config import ResultsConfig
 from training.data import DataError
-from training.goals import goals_table
+from training.goals import goals_table, reasons
 from training.raw import Line
 from training.tables import Commands, general, markdown, quantity, shown
 
@@ -35,7 +35,7 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "int8 against float32": (
         "int8 against float32",
         "The int8 graph and the float32 graph on the same episodes. Difference: int8 less float32, paired.",
-        ("data", "split", "method", "task", "accuracy", "difference", "episodes", "training_seed"),
+        ("data", "split", "method", "task", "views", "accuracy", "difference", "episodes", "training_seed"),
     ),
     "lstm": (
         "LSTM",
@@ -67,7 +67,8 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         'Probabilities and "none of these"',
         "Expected calibration error (ECE, 15 bins, pooled), the share of genuine images turned away where 5 % were "
         "asked for, the share of foreign images turned away, and the area under the ROC curve within an episode. "
-        "Temperatures and rejection were fitted on validation classes, with their labels.",
+        "Temperatures and rejection were fitted on validation classes, with their labels, and on one view an image; of "
+        "`characters` by the present fit, of photographs by the one before it, which differs little there.",
         None,
     ),
     "field": (
@@ -77,7 +78,7 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "and intervals are over them: of five or ten draws they are wide.",
         (
             *("artifact", "data", "method", "task", "unlabelled", "accuracy", "genuine_rejected", "foreign_rejected"),
-            *("foreign", "episodes", "precision", "note"),
+            *("foreign", "episodes", "precision", "views", "note"),
         ),
     ),
 }
@@ -155,6 +156,8 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
     curves = learning_curves(measured)
     pictures |= {name: picture for name, (_, picture) in curves.items()}
     parts = [INTRODUCTION, "## Goals\n\n" + ON_GOALS + goals_table(goals, lines, commands)]
+    if said := reasons(goals):
+        parts.append("### What was not reached: what was tried, and what we believe holds it back\n\n" + said)
     parts.append("## Ten samples\n\n" + ten)
     parts.append(
         "## Learning curves\n\nAccuracy over examples a class, with 95 % intervals; chance is 100 / way. A learner "
@@ -192,7 +195,9 @@ Made by `python -m training results` from the raw lines in [results/](results/);
 every byte. Accuracies are per cent, mean ± half the 95 % interval of the mean over frozen episodes (the same list for
 the same seed, way and shot), each question answered alone (inductive) unless said; no choice was made on test classes,
 but for one artifact: the size at which `photos` sees, and that `discriminant` is a learner and its default, were chosen
-with looks at `trashnet`, `gtsrb` and `magnetic_tile` as well. No outside weights: all was learned from random weights.
+with looks at `trashnet`, `gtsrb` and `magnetic_tile` as well. How temperatures are fitted was looked at again because
+of a test figure (`characters`, 20-way 1-shot), and chosen on validation classes. No outside weights: all was learned
+from random weights.
 Where there are several training seeds, a cell is their mean with its own interval, and each seed in brackets; where
 there is one, the spread over trainings is **not** known. Wall-clock is that of the training; "not recorded" where
 nobody wrote it down. Results that used labels of the training classes stand in tables of their own. A number that is

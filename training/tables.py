@@ -74,6 +74,11 @@ def quantity(line: Line, name: str) -> str:
     return shown(value)
 
 
+def fits(line: Line, where: Line) -> bool:
+    """Whether a line is what a goal asks for: in one view an image, unless it names more."""
+    return all(line.get(key) == value for key, value in {"views": None, **where}.items())
+
+
 def over_seeds(values: Sequence[float]) -> str:
     """The mean over training seeds, its interval, and each."""
     width = T95.get(len(values), 1.96) * statistics.stdev(values) / len(values) ** 0.5

@@ -214,6 +214,7 @@ class Artifact:
     precision: str = "float32"
     accuracy: tuple[Json, ...] = ()
     training: Json | None = None
+    views: int = 1  # of each image, whose features are averaged
 
 
 @dataclass(frozen=True, slots=True)

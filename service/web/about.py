@@ -24,7 +24,7 @@ def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter
         response_model=schemas.ArtifactInfo,
     )
     async def get_artifact(_: Annotated[schemas.NoOptions, Query()]) -> Response:
-        return answers.answer(_artifact(engine.artifact, engine.default_method, settings.precision))
+        return answers.answer(_artifact(engine.artifact, engine.default_method, settings))
 
     @router.get(
         "/v1/limits",
@@ -78,7 +78,7 @@ def is_stopping(request: Request) -> bool:
     return bool(getattr(request.state, "stopping", False))
 
 
-def _artifact(artifact: Artifact, default: str, precision: str) -> dict[str, Any]:
+def _artifact(artifact: Artifact, default: str, settings: Settings) -> dict[str, Any]:
     manifest = artifact.manifest
     return {
         "digest": artifact.digest,
@@ -89,7 +89,8 @@ def _artifact(artifact: Artifact, default: str, precision: str) -> dict[str, Any
         "methods": [
             {"name": name, "default": name == default, "unlabelled": name != "ridge"} for name in manifest.methods
         ],
-        "precision": precision,
+        "precision": settings.precision,
+        "views": settings.views,
         "accuracy": [dict(row) for row in manifest.accuracy],
         "training": dict(manifest.training),
     }

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from models.artifact import Artifact
 from models.errors import FewshotError, InvalidRequest
 from models.extractor import Extractor, best_device, cuda_works, load_extractor
+from models.views import seen
 from service.batcher import Batcher
 from service.engine import Engine
 from service.keys import Keyring
@@ -63,12 +64,14 @@ def create_app(
         log.info(
             "artifact %s (%s) on %s, probe within %.1e", artifact.manifest.name, artifact.digest, device, difference
         )
+    if settings.views > 1 and artifact.kind != "image":
+        raise SettingsError(f"FEWSHOT_VIEWS is for images; {artifact.manifest.name} reads {artifact.kind}s.")
     metrics = Metrics()
     metrics.build_info.labels(VERSION, artifact.manifest.name).set(1)
     store = store or open_store(settings)
     # Lanes are threads and threads belong to a running app: they start with the event loop.
     batcher = Batcher(
-        extractor,
+        seen(extractor, settings.views),
         artifact.decoder(
             max_pixels=settings.max_pixels,
             max_bytes=settings.max_example_bytes,
@@ -130,9 +133,9 @@ def create_app(
             max_text_bytes=settings.max_text_bytes,
             reject=settings.reject,
         ),
-        export.create_router(engine, precision=settings.precision, reject=settings.reject),
+        export.create_router(engine, precision=settings.precision, reject=settings.reject, views=settings.views),
         docs.create_router(),
-        page.create_router(kind=artifact.kind, offline=export.runtime_is_there()),
+        page.create_router(kind=artifact.kind, offline=export.runtime_is_there() and settings.views == 1),
     ]
     for router in routers:
         app.include_router(router)

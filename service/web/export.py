@@ -11,6 +11,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
+from models.errors import ExportRefused
 from service.engine import Engine
 from service.export_onnx import bundle, export
 from service.web import schemas
@@ -38,8 +39,8 @@ class ExportOptions(schemas.Closed):
 GRAPH_OF = {"bfloat16": "float32"}
 
 
-def create_router(engine: Engine, *, precision: str, reject: float) -> APIRouter:
-    """`precision` is what the engine runs at; `reject` what the service turns away as none of these."""
+def create_router(engine: Engine, *, precision: str, reject: float, views: int) -> APIRouter:
+    """`precision` and `views` are what the engine runs at; `reject` what the service turns away as none of these."""
     router = APIRouter()
     one_at_a_time = asyncio.Lock()  # each takes a core for a second, and several times the size of its file
 
@@ -59,6 +60,10 @@ def create_router(engine: Engine, *, precision: str, reject: float) -> APIRouter
     )
     async def export_task(request: Request, task: str, options: Annotated[ExportOptions, Query()]) -> Response:
         pointer, head = await engine.head(scope_of(request), task)
+        if views > 1:
+            raise ExportRefused(
+                f"A file sees one view of an image, and this service {views} (VIEWS): export from one that sees one."
+            )
         headers = {"ETag": f'"{pointer.head}"'}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)

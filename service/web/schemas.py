@@ -296,6 +296,7 @@ class ArtifactInfo(Closed):
     dim: int
     methods: list[MethodInfo]
     precision: str
+    views: int = Field(description="of each image, whose features are averaged")
     accuracy: list[dict[str, str | int | float]]
     training: dict[str, str | int | float | bool | None]
 

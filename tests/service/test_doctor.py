@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from models.artifact import Artifact
 from service import doctor, keys
 from service.cli import main
 from service.doctor import Check
@@ -133,7 +134,7 @@ def test_passwords_in_settings_are_not_shown() -> None:
     assert {"data", "disk"} & set(found) == set()
 
 
-def test_an_artifact_that_is_none_or_was_changed_is_told(tmp_path: Path) -> None:
+def test_an_artifact_that_is_none_or_was_changed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(PRETRAINED / "characters", tmp_path / "changed")
     with (tmp_path / "changed" / "learners.safetensors").open("ab") as file:
         file.write(b"x")
@@ -142,6 +143,8 @@ def test_an_artifact_that_is_none_or_was_changed_is_told(tmp_path: Path) -> None
     found = doctor.artifact(Settings(artifact=PRETRAINED / "characters", default_method="magic"))
     wrong(found, "no method 'magic'")
     fine(doctor.artifact(Settings(artifact=PRETRAINED / "characters", precision="int8")), "probe within")
+    monkeypatch.setattr(Artifact, "kind", "text")
+    wrong(doctor.artifact(Settings(artifact=PRETRAINED / "characters", views=2)), "texts, which have no views")
 
 
 def test_a_port_is_free_taken_or_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

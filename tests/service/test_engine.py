@@ -1203,6 +1203,35 @@ def test_artifacts_that_take_turns_with_a_task_push_out_no_version_of_it(tmp_pat
     run(tmp_path, work)
 
 
+def test_an_explanation_whose_version_another_replica_replaces_meanwhile_is_of_the_new_one(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT, retain=True)
+        other = served_by_another(engine, tmp_path)
+        asked: list[int | None] = []
+
+        class Overtaken:
+            """Another replica learns the task again between the look at where it is and that at its record."""
+
+            tenant = scope.tenant
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(scope, name)
+
+            async def record(self, task: str, *, version: int | None = None) -> object:
+                if not asked:
+                    await other.classify(scope, "t", [RED])
+                asked.append(version)
+                return await scope.record(task, version=version)
+
+        found = await engine.classify(Overtaken(), "t", [RED], explain=True)  # type: ignore[arg-type]
+        assert asked[0] == 1
+        assert found.pointer is not None
+        assert found.pointer.version == 3  # learned again here, too
+        assert labels_of(found.rows) == [1]
+
+    run(tmp_path, work)
+
+
 def test_without_its_images_a_task_of_another_artifact_can_be_read_but_not_used(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         old = await engine.adapt(scope, "t", SUPPORT)
@@ -1235,12 +1264,15 @@ def test_an_earlier_version_of_another_artifact_can_be_read_and_come_back(tmp_pa
     run(tmp_path, work)
 
 
-def test_a_method_that_the_new_artifact_lacks_gives_way_to_its_default(tmp_path: Path) -> None:
+def test_a_method_that_the_new_artifact_lacks_gives_way_to_its_default_and_can_come_back(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         await engine.adapt(scope, "t", SUPPORT, method="ridge", retain=True)
         other = served_by_another(engine, tmp_path)
         other._learning.learners = {"prototype": other._learning.learners["prototype"]}
-        assert (await other.classify(scope, "t", [RED])).head.method == "prototype"
+        for one in (other, engine, other, engine):
+            assert (await one.classify(scope, "t", [RED])).head.method == "prototype"
+        assert [at.version for at in await engine.versions(scope, "t")] == [5, 1]
+        assert (await engine.rollback(scope, "t", 1)).record.method == "ridge"
 
     run(tmp_path, work)
 

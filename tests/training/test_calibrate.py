@@ -30,6 +30,12 @@ def test_a_size_that_answers_well_at_any_temperature_does_not_spoil_the_others()
         assert abs(np.log(fit.at(way, (shot,) * way))) < 0.2  # counted like the others, it moves one by 0.9
 
 
+def test_where_a_wrong_temperature_costs_nothing_the_best_is_taken_as_it_is() -> None:
+    hollow = -curves([3.0] * 6, [1e-3] * 6)  # the surer the better: concave at its low end
+    fit = Temperature(**fit_temperature(SIZES, hollow))
+    assert abs(np.log(fit.at(5, (1,) * 5)) - LOG_TEMPERATURES[0]) < 0.01
+
+
 def test_a_best_temperature_at_the_end_of_the_grid_is_taken_as_it_is() -> None:
     fit = Temperature(**fit_temperature(SIZES, curves([float(LOG_TEMPERATURES[0])] * 6, [1.0] * 6)))
     assert abs(np.log(fit.at(5, (1,) * 5)) - LOG_TEMPERATURES[0]) < 0.01

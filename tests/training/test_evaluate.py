@@ -196,6 +196,21 @@ def test_a_line_says_what_was_measured_with_what_and_by_which_command(
     assert (line["artifact"], line["labels"], line["seconds"], line["rotations"]) == ("tiny", "none", None, False)
 
 
+def test_a_line_of_several_views_says_how_many_they_were(shapes: Path, fake: MeanColour, tmp_path: Path) -> None:
+    out = tmp_path / "figures.jsonl"
+    given = {"data": shapes, "split": "train", "way": "3", "shot": "2", "learners": "prototype", "json_out": out}
+    shown: list[int] = []
+    for views in (1, 2):
+        fake.batches.clear()
+        evaluate.main(config(**given, views=views))
+        shown.append(sum(fake.batches))
+    one, two = [json.loads(text) for text in out.read_text().splitlines()]
+    assert "views" not in one
+    assert two["views"] == 2
+    assert two["command"].endswith("--learners prototype --views 2")
+    assert shown[1] == 2 * shown[0]
+
+
 def test_trust_and_what_int8_loses_are_lines_of_their_own(shapes: Path, fake: MeanColour, tmp_path: Path) -> None:
     out = tmp_path / "figures.jsonl"
     given = {"data": shapes, "split": "train", "way": "3", "shot": "2", "json_out": out}

@@ -488,7 +488,8 @@ def test_an_export_is_refused_when_the_runtimes_disagree_and_else_whole(
 ) -> None:
     figures = [{"accuracy": 81.5, "interval": 0.2, "way": 5, "shot": 1}, {"accuracy": 90.0}]
     metrics = tmp_path / "figures.jsonl"
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in figures))
+    several = [{"accuracy": 83.0, "interval": 0.2, "way": 5, "shot": 1, "views": 3}]  # an artifact speaks of one
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in [*figures, *several]))
     asked = ExportConfig(
         checkpoint=characters,
         data=shapes,

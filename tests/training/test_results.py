@@ -185,6 +185,20 @@ def test_a_goal_is_reached_or_missed_by_so_much(
     assert table.splitlines()[-1].split(" | ")[5] == said
 
 
+def test_what_was_seen_in_several_views_stands_apart_and_answers_no_goal_that_does_not_say_so(tmp_path: Path) -> None:
+    lines = [ours(shot=10, accuracy=79.0), ours(shot=10, accuracy=82.0, views=3)]
+    aims = [
+        {"goal": "M", "text": "t", "least": 80, "where": {"way": 5} | more, "field": "accuracy"}
+        for more in ({}, {"views": 3})
+    ]
+    one, three = goals.goals_table(aims, lines, tables.Commands()).splitlines()[-2:]
+    assert "79.00 ± 0.40 | 2,000 | no" in one
+    assert "82.00 ± 0.40 | 2,000 | yes" in three
+    text = made(tmp_path, lines)
+    assert "| `small`, 3 views an image | none | 82.00 ± 0.40 |" in part(text, "Ten samples")
+    assert "artifact `small`, 3 views an image\n" in text
+
+
 def test_a_goal_without_a_result_is_not_measured() -> None:
     there = [{"goal": "M", "text": "t", "least": 1, "see": "accuracy"}]
     absent = [{"goal": "M", "text": "t", "least": 1, "see": "semi"}]
