@@ -42,11 +42,11 @@ import asyncio
 from service.stores import Pointer
 from service.stores.lru import RecentScope
 commit, later = RecentScope.commit, set()
-async def early(self, task, record, head_id, head, *, expect):  # acknowledges first, and commits then
+async def early(self, task, record, head_id, head, *, expect, **named):  # acknowledges first, and commits then
     at = await self._beneath.pointer(task)
     async def then():
         await asyncio.sleep(0.05)
-        await commit(self, task, record, head_id, head, expect=None)
+        await commit(self, task, record, head_id, head, expect=None, **named)
     later.add(asyncio.create_task(then()))
     return Pointer((at.version if at else 0) + 1, head_id)
 RecentScope.commit = early

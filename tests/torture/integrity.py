@@ -426,7 +426,7 @@ def lost_updates(n: int, seed: int, folder: Path) -> Outcome:
     last_wins = without(
         "from service.stores.redis import RedisScope\n"
         "commit = RedisScope.commit\n"
-        "RedisScope.commit = lambda *given, expect: commit(*given, expect=None)"
+        "RedisScope.commit = lambda *given, expect, **named: commit(*given, expect=None, **named)"
     )
     (folder / "redis").mkdir()
     reports: list[dict[str, Any]] = []
