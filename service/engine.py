@@ -233,8 +233,10 @@ class Engine:
         if explain:
             try:
                 at, record = await self._tasks.found(scope, task, version=pointer.version)
-            except VersionNotFound:  # another version took its place since
-                at = None
+            except VersionNotFound:
+                if await self._tasks.at(scope, task) == pointer:
+                    raise  # it is where it was, and its record is gone: to look again would not end
+                at = None  # another version took its place since
             if at is None or at.head != pointer.head:  # or the task was deleted and made anew
                 return await self.classify(scope, task, payloads, explain=True, on_bad_image=on_bad_image)
         embedded = await self._embed(payloads)

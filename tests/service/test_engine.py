@@ -1232,6 +1232,17 @@ def test_an_explanation_whose_version_another_replica_replaces_meanwhile_is_of_t
     run(tmp_path, work)
 
 
+def test_a_task_whose_record_is_gone_is_not_looked_for_without_end(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+        for key in [key for key in store.values if key[1] == "record"]:
+            del store.values[key]
+        with pytest.raises(VersionNotFound):
+            await engine.classify(scope, "t", [RED], explain=True)
+
+    run(tmp_path, work)
+
+
 def test_without_its_images_a_task_of_another_artifact_can_be_read_but_not_used(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         old = await engine.adapt(scope, "t", SUPPORT)
