@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from models.views import MOST, Views, seen
+from service.settings import Settings
+from training.config import EvaluateConfig
 
 
 class Kept:
@@ -68,3 +71,7 @@ def test_one_view_is_the_extractor_itself() -> None:
 def test_there_are_no_more_views_than_these(views: int) -> None:
     with pytest.raises(ValueError, match="from 1 to 3"):
         Views(Kept(), views)
+    for kind, given in ((Settings, {}), (EvaluateConfig, {"artifact": "a", "data": "d"})):
+        with pytest.raises(ValidationError):
+            kind.model_validate({**given, "views": views})
+        kind.model_validate({**given, "views": MOST})
