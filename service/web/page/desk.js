@@ -16,7 +16,8 @@ const LOOKS = ["amber", "brave", "calm", "clear", "early", "gentle", "green", "l
 const THINGS = ["birch", "comet", "fern", "harbor", "kite", "lantern", "maple", "otter", "pebble", "robin", "sail", "wren"];
 
 const pick = (from) => from[Math.floor(Math.random() * from.length)];
-const madeUp = () => `${pick(LOOKS)}-${pick(THINGS)}-${10 + Math.floor(90 * Math.random())}`;
+// 1.3 million names: among a thousand tasks one in 1,300 new ones meets a name that is taken, and is made up again.
+const madeUp = () => `${pick(LOOKS)}-${pick(THINGS)}-${1000 + Math.floor(9000 * Math.random())}`;
 const normal = (label) => label.normalize("NFC").replace(/\s+/g, " ").trim();
 let count = 0;
 

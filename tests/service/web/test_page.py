@@ -526,6 +526,25 @@ def test_a_chosen_name_is_used_and_one_that_is_taken_is_not_overwritten(
 
 
 @pytest.mark.browser
+def test_a_made_up_name_that_is_taken_gives_way_to_another(watched: Watched, service: httpx.Client) -> None:
+    watched.expected.append("412")
+    first = "amber-birch-1000"
+    files = [(letter, (path.name, path.read_bytes())) for letter in ("alpha", "theta") for path in photos(letter, 1)]
+    head = service.put(f"/v1/tasks/{first}", files=files).json()["head"]
+    watched.page.add_init_script(
+        "let low = 3; const { random } = Math; Math.random = () => (low-- > 0 ? 0 : random());"
+    )
+    page = watched.open()
+    drop(box(page, 1), photos("alpha", 4))
+    drop(box(page, 2), photos("theta", 4))
+    page.locator(".photo.learned").nth(1).wait_for()
+    assert len(watched.sent("PUT", first)) == 1
+    assert re.search(r"#[a-z]+-[a-z]+-\d{4}$", page.url)
+    assert not page.url.endswith(f"#{first}")
+    assert service.get(f"/v1/tasks/{first}").json()["head"] == head
+
+
+@pytest.mark.browser
 def test_kept_photos_are_shown_again_after_a_reload(watched: Watched, service: httpx.Client) -> None:
     page = watched.open()
     page.get_by_label("Keep the photos with the task").check()
