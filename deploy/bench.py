@@ -41,7 +41,7 @@ MANY = [f"many-{number}" for number in range(64)]
 SUPPORTS = ((5, 5), (20, 5), (100, 10))  # way, shot
 LARGE = "adapt-100-10"
 BEHIND_S = 0.3  # for what is learned behind an answer
-COLD = 100  # tasks whose heads are thrown away
+COLD = 100  # tasks whose heads are not in memory, and as many whose heads are thrown away
 TIMES = 4  # the overload, over the peak
 
 
@@ -125,12 +125,16 @@ class Bench:
         return figures
 
     def addition(self, service: Service) -> list[Figure]:
-        """Told in full, and in brief: then a pause follows, for the learning behind the answer."""
+        """Told in full, and in brief: then a pause follows, for the learning behind the answer.
+
+        After a pause an image takes longer, bare as well: so its floor is one image after the same pause.
+        """
         figures = []
         for name, brief in (("add", False), ("add brief", True)):
             times = []
             for number in range(5 * self.rounds + 1):
-                bare = self.floor.single(20)
+                bare = self.floor.single(1 if brief else 20, start=number)
+                time.sleep(BEHIND_S * brief)
                 new = never_seen(self.images[number % 64 :], 1)
                 served = service.adapt(LARGE, new, 1, method="POST", path="/examples", brief=brief)
                 times.append((served, bare))
@@ -180,13 +184,17 @@ class Bench:
         return [*figures, figure("refused", refused)] if refused else figures  # on a starved machine all give up first
 
     def started_again(self) -> list[Figure]:
-        """On the same data, but with no head: the time to the first answer, and what an answer without a head costs."""
-        with Service(self.artifact.path, self.precision, self.folder) as service:
-            cold = [f"cold-{number}" for number in range(COLD)]
-            for task in cold:
-                service.adapt(task, never_seen(self.images, 25), 5)
-        with closing(sqlite3.connect(self.folder / "data" / "fewshot.sqlite3", isolation_level=None)) as store:
-            store.execute("DELETE FROM heads")
+        """On the same data: the time to the first answer, and what one costs whose head is not in memory.
+
+        The heads of all tasks so far are thrown away; those of as many that are taught after that are in the store.
+        """
+        for kind in ("gone", "cold"):
+            with Service(self.artifact.path, self.precision, self.folder) as service:
+                for number in range(COLD):
+                    service.adapt(f"{kind}-{number}", never_seen(self.images, 25), 5)
+            if kind == "gone":
+                with closing(sqlite3.connect(self.folder / "data" / "fewshot.sqlite3", isolation_level=None)) as store:
+                    store.execute("DELETE FROM heads")
         starts, rounds = [], []
         for number in range(self.rounds):
             with Service(self.artifact.path, self.precision, self.folder) as service:
@@ -194,15 +202,16 @@ class Bench:
                 starts.append(time.perf_counter() - service.started)
                 for turn in range(20):
                     service.classify("bench", self.images[turn])
-                times: dict[str, list[float]] = {"cold": [], "warm": []}
-                for turn, task in enumerate(cold[number :: self.rounds]):
-                    asked = [("cold", task), ("warm", "bench")]
-                    for kind, one in asked if turn % 2 else reversed(asked):
-                        times[kind].append(service.classify(one, self.images[turn % 64]))
+                times: dict[str, list[float]] = {"warm": [], "cold": [], "gone": []}
+                for turn, one in enumerate(range(number, COLD, self.rounds)):
+                    tasks = {"warm": "bench", "cold": f"cold-{one}", "gone": f"gone-{one}"}
+                    for kind in list(tasks) if turn % 2 else reversed(tasks):
+                        times[kind].append(service.classify(tasks[kind], self.images[turn % 64]))
                 rounds.append({kind: round(statistics.median(found), 3) for kind, found in times.items()})
         self.detail["starts_s"] = [round(start, 2) for start in starts]
         self.detail["heads_ms"] = rounds
-        return [figure("cold", [one["cold"] / one["warm"] for one in rounds]), figure("first", starts)]
+        over = {kind: [one[kind] / one["warm"] for one in rounds] for kind in ("cold", "gone")}
+        return [*(figure(kind, found) for kind, found in over.items()), figure("first", starts)]
 
 
 def bench(artifact: Artifact, precision: str, *, seconds: float, rounds: int) -> dict[str, Any]:

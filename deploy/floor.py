@@ -83,13 +83,13 @@ class Floor:
             total = sum(pool.map(caller, range(CORES)))
         return total / (time.perf_counter() - start), (time.process_time() - cpu) / total
 
-    def single(self, rounds: int = 200) -> float:
-        """Median milliseconds of one image at a time."""
+    def single(self, rounds: int = 200, *, start: int = 0) -> float:
+        """Median milliseconds of one image at a time, beginning with the one at `start`."""
         times = []
-        for number in range(rounds):
-            start = time.perf_counter()
+        for number in range(start, start + rounds):
+            began = time.perf_counter()
             self.forward([self.images[number % len(self.images)]])
-            times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - began)
         return 1e3 * statistics.median(times)
 
     def together(self, images: Sequence[bytes], *, batch: int = 16) -> float:

@@ -133,11 +133,10 @@ def difference(base: Base, before: Record, record: Record) -> bytes | None:
     places |= {name: kept + index for index, name in enumerate(new)}
     rows = np.array([places[name] for name in record.ids], np.int32)
     features, known, old = _all(record), _all(before), rows < kept
-    same = features[old] if new else features  # a copy of all is most of the work here, so none is made without need
     order = rows[old]
     if (order[1:] < order[:-1]).any():
         known = known[order]
-    if not np.array_equal(same.view(np.uint16), known.view(np.uint16)):
+    if not _holds(features, known, np.flatnonzero(~old)):
         return None  # looked at anew, perhaps in another batch, they end in other bits
     images = [record.images[index] for index in np.flatnonzero(~old)] if record.images else []
     text = {
@@ -157,6 +156,17 @@ def difference(base: Base, before: Record, record: Record) -> bytes | None:
         "sizes": np.array([len(image) for image in images], np.int64),
     }
     return save(arrays, metadata={"record": json.dumps(text)})
+
+
+def _holds(features: np.ndarray, known: np.ndarray, new: np.ndarray) -> bool:
+    """Whether features but for the rows `new` are those known, bit by bit; run by run, to copy nothing."""
+    start = 0
+    for before, end in enumerate([*new.tolist(), len(features)]):
+        run, same = features[start:end], known[start - before : end - before]
+        if not np.array_equal(run.view(np.uint16), same.view(np.uint16)):
+            return False
+        start = end + 1
+    return True
 
 
 def _all(record: Record) -> np.ndarray:
