@@ -1,4 +1,4 @@
-"""Tasks that deploy/many.py writes are those that the service would write; a small run of the script itself."""
+"""Tasks that deploy/filled.py writes are those that the service would write; a small run of deploy/many.py itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import many
+from deploy import filled, many
 from models.artifact import Artifact
 from service.stores.sqlite import SqliteStore
 from service.support import learn, record_id
@@ -24,7 +24,7 @@ CHARACTERS = ROOT / "models" / "pretrained" / "characters"
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many, "TEMPLATES", 3)
+    monkeypatch.setattr(filled, "TEMPLATES", 3)
 
 
 def test_what_is_written_is_what_the_service_would_write(tmp_path: Path) -> None:
@@ -36,11 +36,11 @@ def test_what_is_written_is_what_the_service_would_write(tmp_path: Path) -> None
     async def work() -> None:
         store = SqliteStore(tmp_path)
         await store.open()
-        filled = many.Filled(store, many.templates(artifact, way=5, shots=2), tasks=10)
-        await filled.fill(10)
-        scope = store.scope(many.TENANT)
+        written = filled.Filled(store, filled.templates(artifact, way=5, shots=2), tasks=10)
+        await written.fill(10)
+        scope = store.scope(filled.TENANT)
         listed = await scope.tasks(limit=100)
-        assert [name for name, _ in listed] == [many.name_of(number) for number in range(10)]
+        assert [name for name, _ in listed] == [filled.name_of(number) for number in range(10)]
         assert len({pointer.head for _, pointer in listed}) == 10
         for name, pointer in listed:
             found = await scope.record(name)
