@@ -13,9 +13,11 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import asyncio  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
+import math  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import threading  # noqa: E402
+import time  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
@@ -34,6 +36,7 @@ SAMPLE = Path(__file__).resolve().parent / "sample"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 GRACE_S = 25  # for what is in hand when the service is asked to stop
 HANGING_S = 3  # and then for what does not end: a lane in a call that never returns
+BROKEN_S = 5.0  # for an extractor that fails to recover, before the service ends to be started anew
 LAST_S = 0.1  # for the requests of connections that were taken just before the end
 
 
@@ -43,6 +46,20 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, settings: Settings):
         super().__init__(config)
         self.settings = settings
+        self.broken = False
+        self._broken_since = math.inf
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ends a service whose lanes have died or whose extractor fails at everything, as that of a lost GPU does."""
+        alive = self.lifespan.state.get("alive", lambda: True)
+        if alive():
+            self._broken_since = math.inf
+        elif not self.should_exit:
+            self._broken_since = min(self._broken_since, time.monotonic())
+            if time.monotonic() - self._broken_since > BROKEN_S:
+                log.error("The extractor does not work any more: the service ends, to be started again.")
+                self.broken = self.should_exit = True
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -164,7 +181,7 @@ def main() -> int:
         return 0
     except SystemExit:
         if server.started:
-            return 0
+            return int(server.broken)
         if server.lifespan.should_exit:  # the store or the lanes; that has been told
             return 2
         print(
@@ -173,7 +190,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 3
-    return 0 if server.started else 2
+    return int(server.broken) if server.started else 2
 
 
 if __name__ == "__main__":

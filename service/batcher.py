@@ -9,7 +9,8 @@ size: it queues with the others and is only not decoded.
 
 What hurts elsewhere is settled here: a full queue refuses at the door; one bad image fails alone; a failed batch tells
 each of its callers and the lane goes on; a caller who left is skipped when a batch is formed; a lane that dies tells
-everyone who waits, and `alive` turns false. Knows nothing of tasks, heads or HTTP.
+everyone who waits, and `alive` turns false, as it does while the extractor fails at every batch. Functions that want a
+lane take turns with images, so neither keeps the other waiting. Knows nothing of tasks, heads or HTTP.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ import numpy as np
 
 from models.errors import ExtractorFailed, FewshotError, Overloaded, UndecodableExample
 from models.extractor import Decoder, Extractor
+from service.callers import CallerLeft, left
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 LARGE = 100_000  # bytes of a file that small ones are not to wait for
 MEMORY = 32  # calls of lanes, over which their speed is averaged
+FAILURES = 8  # batches in a row at which the extractor failed, after which it counts as broken
 Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder's shape
 
 
@@ -59,6 +62,7 @@ class _Job:
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
     entered: float
+    gone: Callable[[], bool]  # whether the caller has left
     call: Callable[[], Any] | None = None
     taken: int = 0
     left: int = 0
@@ -89,10 +93,13 @@ class Batcher:
         self._max_wait_s = max_wait_s
         self._lane_s = 0.0  # work of the lanes of late, and the images that it was for: see _spent
         self._lane_images = 0.0
+        self._call_s = 0.0  # what a call of `run` took of late
+        self._failures = 0
         self._metrics = metrics or Metrics()
         self._jobs: deque[_Job] = deque()
         self._calls: deque[_Job] = deque()
         self._waiting = 0  # images in self._jobs
+        self._images_next = False  # whose turn it is, where both wait
         self._underway = 0  # images that the lanes have taken and not done
         self._idle = 0
         self._closing = False
@@ -105,7 +112,7 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        return not self._dead and not self._closing
+        return not self._dead and not self._closing and self._failures < FAILURES
 
     @property
     def waiting(self) -> int:
@@ -124,12 +131,16 @@ class Batcher:
         await self._wait(job)
         return Embedded(job.items, job.queued_s, job.decode_s, job.embed_s)  # type: ignore[arg-type]
 
-    async def run(self, call: Callable[[], T]) -> T:
-        """Runs a function on a lane, before waiting images: adaptation, which is short and ends a request."""
+    async def run(self, call: Callable[[], T], *, admitted: bool = False) -> T:
+        """Runs a function on a lane, in turns with images: adaptation.
+
+        `admitted`: it ends a request whose images were let in. Raises Overloaded at once when another would have to
+        wait too long.
+        """
         job = self._job(())
         job.call = call
         with self._changed:
-            self._admit(0)
+            self._admit_call(admitted)
             self._calls.append(job)
             self._active.add(job)
             self._changed.notify()
@@ -146,16 +157,31 @@ class Batcher:
 
     def _job(self, payloads: Sequence[Payload]) -> _Job:
         loop = asyncio.get_running_loop()
-        job = _Job(payloads, loop.create_future(), loop, time.perf_counter())
+        job = _Job(payloads, loop.create_future(), loop, time.perf_counter(), left.get())
         job.left = len(payloads)
         job.items = [None] * len(payloads)
         return job
 
-    def _admit(self, images: int) -> None:
+    def _open(self) -> None:
         if self._dead:
             raise ExtractorFailed("The extractor has stopped; this process needs a restart.")
         if self._closing:
             raise Overloaded("The service is shutting down.", retry_after=2)
+
+    def _admit_call(self, admitted: bool) -> None:
+        self._open()
+        ahead = len(self._calls)
+        if admitted or ahead < len(self._lanes):
+            return
+        batch_s = self._max_batch * self._lane_s / (self._lane_images or 1) if self._waiting else 0.0
+        self._check(ahead * (self._call_s + batch_s) / len(self._lanes))
+
+    def _check(self, wait: float) -> None:
+        if wait > self._max_wait_s:
+            raise Overloaded(f"This would wait for {wait:.1f} s; the limit is {self._max_wait_s:g} s (MAX_WAIT_S).")
+
+    def _admit(self, images: int) -> None:
+        self._open()
         if self._waiting and self._waiting + images > self._max_waiting:
             raise Overloaded(f"{self._waiting} images are waiting; the limit is {self._max_waiting} (MAX_WAITING).")
         # Requests take turns, so that each gets no more images done than this one before this one is through. What the
@@ -163,9 +189,7 @@ class Batcher:
         ahead = min(self._waiting, len(self._jobs) * images)
         if ahead > max(self._max_batch * len(self._lanes), images):
             # Places are free when a batch has just been taken, so none of what is on the lanes counts as done.
-            wait = (ahead + self._underway) * self._lane_s / (self._lane_images or 1) / len(self._lanes)
-            if wait > self._max_wait_s:
-                raise Overloaded(f"This would wait for {wait:.1f} s; the limit is {self._max_wait_s:g} s (MAX_WAIT_S).")
+            self._check((ahead + self._underway) * self._lane_s / (self._lane_images or 1) / len(self._lanes))
 
     def _spent(self, seconds: float, images: int) -> None:
         """What a lane has done; from that of late follows how long those who come will wait."""
@@ -192,7 +216,9 @@ class Batcher:
                         if self._closing:
                             return
                         self._changed.wait()
-                    job = self._calls.popleft() if self._calls else None
+                    call = bool(self._calls) and not (self._images_next and self._jobs)
+                    self._images_next = call
+                    job = self._calls.popleft() if call else None
                     batch = [] if job else self._take()
                     self._underway += len(batch)
                     self._idle -= 1
@@ -212,7 +238,7 @@ class Batcher:
         while self._jobs and len(batch) < limit:
             job = self._jobs.popleft()
             rest = len(job.payloads) - job.taken
-            if job.future.cancelled():
+            if self._nobody_waits(job):
                 self._waiting -= rest
                 self._metrics.abandoned.inc(rest)
                 continue
@@ -226,15 +252,23 @@ class Batcher:
                 self._jobs.append(job)
         return batch
 
+    def _nobody_waits(self, job: _Job) -> bool:
+        if job.gone():
+            self._tell([(job, CallerLeft())])
+            return True
+        return job.future.cancelled()
+
     def _do_call(self, job: _Job, call: Callable[[], Any]) -> None:
-        if job.future.cancelled():
+        if self._nobody_waits(job):
             return
         start = time.perf_counter()
         try:
             result = call()
         except Exception as error:  # belongs to the caller, not to the lane
             result = error
-        self._spent(time.perf_counter() - start, 0)
+        spent = time.perf_counter() - start
+        self._call_s += (spent - self._call_s) / 8
+        self._spent(spent, 0)
         self._tell([(job, result)])
 
     def _pixels(self, payload: Payload) -> np.ndarray:
@@ -269,8 +303,10 @@ class Batcher:
             try:
                 features = self._extractor(np.stack(arrays))
                 fine = np.asarray(np.isfinite(features).all(axis=1))
+                self._failures = 0
             except Exception:  # the one place where any failure of a runtime is survived
                 log.exception("The extractor failed on a batch of %d.", len(arrays))
+                self._failures += 1
             share = (time.perf_counter() - start) / len(arrays)
             self._metrics.batch_size.observe(len(arrays))
             for row, (job, index) in enumerate(places):

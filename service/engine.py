@@ -263,7 +263,7 @@ class Engine:
         support = _part(embedded, 0, split)
         given, rejected = usable(examples, unlabelled, support.items, on_bad_image=on_bad_image)
         record = self._learning.record(given, method)
-        head = await self._learning.head(record)
+        head = await self._learning.head(record, admitted=True)
         questions = _part(embedded, split, len(embedded.items))
         rows, timings = self._rows(head, questions, on_bad_image, record if explain else None)
         return Predictions(None, None, head, record_id(record), rows, timings), rejected

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from service.callers import left, stays
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -25,6 +27,7 @@ class Flights:
         if flight is None:
 
             async def fly() -> T:
+                left.set(stays)  # the work is a twin's as much as of who came first
                 return await work()
 
             flight = self._flights[key] = asyncio.create_task(fly())

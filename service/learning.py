@@ -42,15 +42,16 @@ class Learning:
         dim = self.artifact.manifest.dim
         return record_of(rows, artifact=self.artifact.digest, method=method, dim=dim, limits=self.limits)
 
-    async def head(self, record: Record) -> Head:
-        return await self.batcher.run(lambda: self._learn(record).head)
+    async def head(self, record: Record, *, admitted: bool) -> Head:
+        """`admitted`, here and below: see Batcher.run, whose errors are raised."""
+        return await self.batcher.run(lambda: self._learn(record).head, admitted=admitted)
 
-    async def head_and_report(self, record: Record) -> tuple[Head, Report]:
+    async def head_and_report(self, record: Record, *, admitted: bool) -> tuple[Head, Report]:
         def work() -> tuple[Head, Report]:
             learned = self._learn(record)
             return learned.head, learned.report
 
-        return await self.batcher.run(work)
+        return await self.batcher.run(work, admitted=admitted)
 
     def _learn(self, record: Record) -> Learned:
         learner, manifest = self.learner(record.method), self.artifact.manifest

@@ -71,10 +71,17 @@ class Settings(BaseModel):
     max_batch: int = Field(16, ge=1, description="most images in one call of the extractor")
     max_waiting: int = Field(1024, ge=1, description="most images waiting; beyond that requests are refused")
     max_wait_s: float = Field(0.4, gt=0, description="longest time to wait for a lane; who would is refused")
-    max_connections: int = Field(2048, ge=1, description="most connections at once; beyond that they are refused")
+    max_connections: int = Field(
+        2048,
+        ge=1,
+        description="most connections at once; beyond that who is silent makes room, or who comes is refused",
+    )
     header_timeout_s: float = Field(10, gt=0, description="longest time for the head of a request to arrive")
     answer_timeout_s: float = Field(30, gt=0, description="longest time in which a client takes nothing of its answer")
     max_body_bytes: int = Field(16_000_000, ge=1000, description="largest body of a request")
+    max_bodies_bytes: int = Field(
+        256_000_000, ge=1000, description="most bytes of all bodies in memory at once; beyond that they are refused"
+    )
     body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
     max_example_bytes: int = Field(8_000_000, ge=1000, description="largest encoded image")
     max_pixels: int = Field(16_800_000, ge=1000, description="most pixels of an image, read from its header")

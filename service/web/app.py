@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -94,7 +95,7 @@ def create_app(
     )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         try:
             await store.open()
         except (FewshotError, StoreMisconfigured) as error:
@@ -102,7 +103,7 @@ def create_app(
             log.error("fewshot cannot start: %s", error)
             raise
         try:
-            yield
+            yield {"alive": lambda: batcher.alive}
         finally:
             await batcher.close()
             await store.close()
@@ -175,6 +176,7 @@ def create_app(
     bounded = Boundary(
         Access(lean, store, keyring),
         max_body_bytes=settings.max_body_bytes,
+        max_bodies_bytes=settings.max_bodies_bytes,
         body_timeout_s=settings.body_timeout_s,
         metrics=metrics,
     )

@@ -1,7 +1,8 @@
 """The outermost layer of the app: one plain ASGI callable that every request passes.
 
-Gives each request an id, bounds its body in bytes and in time while it arrives, adds the headers that every answer
-has, counts and logs, and answers 500 for a bug, without a word of what went wrong. Knows nothing of routes.
+Gives each request an id, bounds its body in bytes and in time while it arrives, and all bodies together, adds the
+headers that every answer has, counts and logs, and answers 500 for a bug, without a word of what went wrong. Knows
+nothing of routes.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import logging
 import os
 import re
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.errors import BodyTimeout, FewshotError, TooLarge
+from models.errors import BodyTimeout, FewshotError, Overloaded, TooLarge
+from service.callers import CallerLeft, left, stays
 from service.metrics import Metrics
 from service.web import problems
 
 log = logging.getLogger("fewshot.access")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
+LEFT = 499  # in log and metrics, as of nginx: who asked has hung up, and nothing was answered
 PROCESS = os.urandom(10).hex()
 NUMBERS = itertools.count(1)
 ALWAYS = [
@@ -32,9 +35,13 @@ ALWAYS = [
 
 
 class Boundary:
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, body_timeout_s: float, metrics: Metrics):
+    def __init__(
+        self, app: ASGIApp, *, max_body_bytes: int, max_bodies_bytes: int, body_timeout_s: float, metrics: Metrics
+    ):
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.max_bodies_bytes = max_bodies_bytes
+        self.held = 0  # bytes of the bodies of all requests that are not answered yet
         self.body_timeout_s = body_timeout_s
         self.metrics = metrics
 
@@ -43,6 +50,7 @@ class Boundary:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
+        left.set(_hangs_up(receive))
         request_id, declared = _read(scope)
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id
@@ -61,10 +69,17 @@ class Boundary:
             except TimeoutError:
                 raise BodyTimeout(f"The body did not arrive within {self.body_timeout_s:g} s.") from None
             if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
+                size = len(message.get("body", b""))
+                seen += size
+                self.held += size
                 complete = not message.get("more_body", False)
                 if seen > self.max_body_bytes:
                     raise _too_large(self.max_body_bytes)
+                if seen < self.held > self.max_bodies_bytes:  # whoever is alone may send as much as one may
+                    raise Overloaded(
+                        f"The bodies of all requests have more bytes than the limit of {self.max_bodies_bytes} "
+                        "(MAX_BODIES_BYTES)."
+                    )
             return message
 
         async def answer(message: Message) -> None:
@@ -86,6 +101,8 @@ class Boundary:
             if declared > self.max_body_bytes:
                 raise _too_large(self.max_body_bytes)
             await self.app(scope, bounded, answer)
+        except CallerLeft:
+            status = LEFT
         except FewshotError as error:
             if not status:
                 await problems.of_error(error, request_id=request_id)(scope, receive, answer)
@@ -94,6 +111,7 @@ class Boundary:
             if not status:
                 await problems.of_bug(request_id=request_id)(scope, receive, answer)
         finally:
+            self.held -= seen
             self._observe(scope, status, time.perf_counter() - start, request_id)
 
     def _observe(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
@@ -108,6 +126,12 @@ class Boundary:
                 "duration_ms": round(seconds * 1e3, 2),
             }
             log.info("request", extra={"fields": fields})
+
+
+def _hangs_up(receive: Receive) -> Callable[[], bool]:
+    """Whether the caller has hung up, where the server tells: uvicorn notes it at the request."""
+    request: Any = getattr(receive, "__self__", None)
+    return (lambda: request.disconnected) if hasattr(request, "disconnected") else stays
 
 
 def _read(scope: Scope) -> tuple[str, int]:

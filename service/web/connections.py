@@ -2,7 +2,8 @@
 
 uvicorn waits for ever for the head of a request, on a connection that says nothing, and for a client that does not take
 its answer; its heads may be of any size. Here a sweep once a second looks at every connection and ends those that keep
-us waiting, so a request costs no timer. Who comes when there is no room is told so and let go, without harm to others.
+us waiting, so a request costs no timer. When there is no room, one that has said nothing for a while goes for who
+comes; where there is none, who comes is told so and let go, without harm to others.
 The body has its own deadline (boundary.py).
 
 What breaks the protocol is answered here, in the form of all other problems, and never in the place of an answer that
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import socket
 import struct
 import time
@@ -34,6 +36,7 @@ MAX_HEADERS = 100
 MAX_PIPELINED = 16
 SWEEP_S = 1.0
 TELL_S = 10.0  # the log hears of what was ended once in so many seconds, however much it was
+SILENT_S = 1.0  # without a word, after which a connection may go for one that comes
 LEAST = 65_536  # bytes of its answers that a client takes in `answer_timeout_s`, unless there are fewer
 LINGER_S = 1.0  # for who was refused to read why: a close with bytes unread would cut that off
 MOST_LINGER = 64
@@ -67,7 +70,7 @@ class Door:
         if not self._sweeps:
             self._sweeps = True
             loop.call_later(SWEEP_S, self._sweep, inside, loop)
-        if len(inside) < self.max_connections:
+        if len(inside) < self.max_connections or self._makes_room(inside):
             return True
         self.ended["found no room"] += 1
         transport.write(NO_ROOM)
@@ -79,6 +82,18 @@ class Door:
             transport.write_eof()
             loop.call_later(LINGER_S, transport.abort)
         return False
+
+    def _makes_room(self, inside: set[Any]) -> bool:
+        """Ends one silent connection: of those that never asked anything the one silent for longest, else of all."""
+        until = time.monotonic() - SILENT_S
+        silent = [(one.cycle is not None, since, one) for one in inside if (since := one.at_rest_since) < until]
+        if not silent:
+            return False
+        *_, last = min(silent, key=lambda found: found[:2])
+        self.ended["was silent when others came"] += 1
+        inside.discard(last)
+        last.transport.close()
+        return True
 
     def _sweep(self, inside: set[Any], loop: asyncio.AbstractEventLoop) -> None:
         now = time.monotonic()
@@ -173,6 +188,15 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self.unsent = 0
         super().resume_writing()
+
+    @property
+    def at_rest_since(self) -> float:
+        """Since when nothing is asked on it, and all that was asked is answered and taken; else infinity."""
+        if self.head or self.transport.get_write_buffer_size():
+            return math.inf
+        if self.timeout_keep_alive_task is not None:
+            return self.timeout_keep_alive_task.when() - self.timeout_keep_alive
+        return self.silent_since if self.cycle is None else math.inf
 
     def look(self, now: float) -> None:
         """Ends the connection if its client has kept us waiting for too long."""

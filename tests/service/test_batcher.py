@@ -13,7 +13,8 @@ import pytest
 
 from models.errors import ExtractorFailed, Overloaded, UndecodableExample
 from models.images import ImageDecoder
-from service.batcher import LARGE, Batcher, Embedded
+from service.batcher import FAILURES, LARGE, Batcher, Embedded
+from service.callers import CallerLeft, left
 from tests.fakes import Failing, Gated, MeanColour, picture
 
 DECODER = ImageDecoder(16, 16, 3)
@@ -317,6 +318,101 @@ def test_a_caller_who_left_costs_nothing() -> None:
         await batcher.embed([RED])
         assert extractor.batches == [1, 1]
         assert batcher.waiting == 0
+
+    run(work, extractor)
+
+
+def test_a_caller_who_hung_up_costs_nothing_whether_or_not_anybody_cancels() -> None:
+    extractor, gone = Gated(), threading.Event()
+
+    async def work(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.embed([RED]))
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        ran: list[bool] = []
+        token = left.set(gone.is_set)
+        leavers = [
+            asyncio.create_task(batcher.embed([BLUE] * 3)),
+            asyncio.create_task(batcher.run(lambda: ran.append(True))),
+        ]
+        left.reset(token)
+        stays = asyncio.create_task(batcher.embed([RED]))
+        await asyncio.sleep(0)
+        gone.set()
+        extractor.gate.set()
+        await asyncio.gather(first, stays)
+        assert [type(found) for found in await asyncio.gather(*leavers, return_exceptions=True)] == [CallerLeft] * 2
+        assert extractor.batches == [1, 1]
+        assert not ran
+        assert batcher.waiting == 0
+
+    run(work, extractor)
+
+
+def test_functions_and_images_take_turns() -> None:
+    done: list[str] = []
+
+    class Noting(Gated):
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            found = super().__call__(batch)
+            done.append("images")
+            return found
+
+    extractor = Noting()
+
+    async def work(batcher: Batcher) -> None:
+        waiting = [asyncio.create_task(batcher.embed([RED]))]
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        for _ in range(4):
+            waiting.append(asyncio.create_task(batcher.embed([BLUE] * 4)))
+            waiting += [asyncio.create_task(batcher.run(lambda: done.append("function"))) for _ in range(3)]
+        await asyncio.sleep(0)
+        extractor.gate.set()
+        await asyncio.gather(*waiting)
+        assert done == ["images", *["function", "images"] * 4, *["function"] * 8]
+
+    run(work, extractor)
+
+
+def test_functions_that_would_wait_too_long_are_refused_unless_they_end_what_was_let_in() -> None:
+    extractor = Gated()
+
+    async def work(batcher: Batcher) -> None:
+        extractor.gate.set()
+        for _ in range(30):
+            await batcher.run(lambda: time.sleep(0.02))  # by now it is known how long one takes
+        extractor.gate.clear()
+        extractor.begun.clear()
+        inside: list[asyncio.Task[object]] = [asyncio.create_task(batcher.embed([RED]))]
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        refused = 0
+        for _ in range(30):
+            inside.append(asyncio.create_task(batcher.run(lambda: time.sleep(0.02))))
+            await asyncio.sleep(0)
+            if inside[-1].done():
+                with pytest.raises(Overloaded, match="MAX_WAIT_S"):
+                    await inside.pop()
+                refused += 1
+        assert 18 <= refused <= 26  # 0.2 s of 20 ms each, or fewer where the computer is slow
+        inside.append(asyncio.create_task(batcher.run(lambda: None, admitted=True)))
+        await asyncio.sleep(0)
+        assert not inside[-1].done()
+        extractor.gate.set()
+        await asyncio.gather(*inside)
+
+    run(work, extractor, max_wait_s=0.2)
+
+
+def test_an_extractor_that_fails_at_every_batch_counts_as_broken_until_it_works_again() -> None:
+    extractor = Failing()
+
+    async def work(batcher: Batcher) -> None:
+        for number in range(FAILURES):
+            assert batcher.alive, number
+            await batcher.embed([RED])
+        assert not batcher.alive
+        extractor.broken = False
+        await batcher.embed([RED])
+        assert batcher.alive
 
     run(work, extractor)
 

@@ -21,6 +21,7 @@ import pytest
 from tests import audit
 
 ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = {name: (ROOT / "service" / "sample" / name / "1.png").read_bytes() for name in ("alpha", "theta")}
 
 
 def command(folder: Path, **variables: str) -> dict[str, str]:
@@ -197,3 +198,45 @@ def test_serving_needs_neither_torch_nor_training(tmp_path: Path) -> None:
         process.wait()
         if process.stdout:
             process.stdout.close()
+
+
+BREAKS = """
+import os, sys
+from pathlib import Path
+from models.extractor_onnx import OnnxExtractor
+from service import __main__ as service
+
+whole, service.BROKEN_S = OnnxExtractor.__call__, 2.0
+
+def breaks(self, batch):
+    if Path(os.environ["BROKEN"]).exists():
+        raise RuntimeError("the device is gone")
+    return whole(self, batch)
+
+OnnxExtractor.__call__ = breaks
+sys.exit(service.main())
+"""
+
+
+def test_a_service_whose_extractor_is_lost_ends_to_be_started_again_and_one_that_recovers_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    monkeypatch.setenv("BROKEN", str(broken))
+    with started(tmp_path, program=("-c", BREAKS)) as (process, address, _), httpx.Client(base_url=address) as http:
+        files = [("a", SAMPLES["alpha"]), ("b", SAMPLES["theta"]), ("query", SAMPLES["alpha"])]
+
+        def asks() -> list[int]:
+            return [http.post("/v1/classify", files=files).status_code for _ in range(10)]
+
+        assert asks() == [200] * 10
+        broken.touch()
+        assert set(asks()) == {500}
+        assert http.get("/readyz").status_code == 503
+        broken.unlink()
+        assert asks() == [200] * 10
+        time.sleep(2.5)
+        assert http.get("/readyz").status_code == 200
+        broken.touch()
+        assert set(asks()) == {500}
+        assert process.wait(20) == 1

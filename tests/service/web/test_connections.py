@@ -305,6 +305,30 @@ def test_who_comes_when_there_is_no_room_is_told_so_and_harms_nobody() -> None:
         assert said(port, LAST).endswith(b"/last:")
 
 
+def test_who_says_nothing_goes_for_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SILENT_S", 0.3)
+    with served(max_connections=4) as (port, door):
+        asked = connected(port, GET)
+        assert asked.recv(1000).endswith(b"/get:")
+        time.sleep(0.1)
+        silent = [connected(port) for _ in range(2)]
+        begun = connected(port, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\na")
+        assert said(port, LAST).startswith(b"HTTP/1.1 503 ")  # nobody has been silent for long
+        time.sleep(0.4)
+        assert said(port, LAST).endswith(b"/last:")
+        assert [is_open(client) for client in silent].count(False) == 1  # rather than who asked something once
+        come = [connected(port, GET) for _ in range(2)]
+        assert all(client.recv(1000).endswith(b"/get:") for client in come)
+        assert not any(is_open(client) for client in silent)
+        assert is_open(asked)
+        assert said(port, LAST).endswith(b"/last:")  # who asked once, and then nothing for long
+        assert not is_open(asked)
+        begun.sendall(b"bcde")
+        assert begun.recv(1000).endswith(b"/:abcde")
+        assert door.ended["was silent when others came"] == 3
+        assert door.ended["found no room"] == 1
+
+
 def test_those_who_linger_are_few_and_not_for_long(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,21 @@
+"""Whether the caller whom work is for is still there. The server tells; who is about to begin with work looks.
+
+Knows nothing of connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+
+
+class CallerLeft(Exception):
+    """Nobody waits for this work any more, so it was not done. No error of anybody's: nobody will read of it."""
+
+
+def stays() -> bool:
+    """For work that is not for one caller alone."""
+    return False
+
+
+left: ContextVar[Callable[[], bool]] = ContextVar("left", default=stays)

@@ -1,0 +1,106 @@
+"""What every request passes: bodies bounded together, and work that nobody waits for any more."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+
+import httpx
+import pytest
+
+from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.web.app import create_app
+from tests.fakes import Gated, picture, tiny_artifact
+from tests.service.live import served
+from tests.service.web.asks import colours, refused
+
+EXTRACTOR = Gated()
+RED = picture("red")
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A service with one lane, whose extractor waits for a gate, and room for three bodies of the largest size."""
+    settings = Settings(lanes=1, max_body_bytes=100_000, max_bodies_bytes=300_000)
+    artifact = tiny_artifact(tmp_path_factory.mktemp("artifact"))
+    EXTRACTOR.gate.set()
+    with served(create_app(settings, artifact=artifact, extractor=EXTRACTOR, store=MemoryStore())) as client:
+        assert client.put("/v1/tasks/colours", files=colours("red", "blue")).status_code == 201
+        yield client
+        EXTRACTOR.gate.set()
+
+
+def connected(http: httpx.Client, words: bytes) -> socket.socket:
+    client = socket.create_connection((http.base_url.host, http.base_url.port or 0))
+    client.settimeout(5)
+    client.sendall(words)
+    return client
+
+
+def asking(path: str, body: bytes, *, length: int = 0, kind: str = "image/png") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: {length or len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def abandoned(http: httpx.Client) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("fewshot_abandoned_images_total")))
+
+
+@pytest.mark.parametrize("path", ["/v1/tasks/colours/classify", "/v1/tasks/colours/classify?explain=true"])
+def test_an_image_whose_caller_has_hung_up_is_not_looked_at(http: httpx.Client, path: str) -> None:
+    before, batches = abandoned(http), sum(EXTRACTOR.batches)
+    EXTRACTOR.gate.clear()
+    EXTRACTOR.begun.clear()
+    first = connected(http, asking(path, RED))
+    assert EXTRACTOR.begun.wait(5)
+    leavers = [connected(http, asking(path, RED)) for _ in range(10)]
+    time.sleep(0.3)  # they are in the queue
+    for leaver in leavers:
+        leaver.close()
+    time.sleep(0.3)
+    EXTRACTOR.gate.set()
+    with closing(first):
+        assert first.recv(10_000).startswith(b"HTTP/1.1 200 ")
+    assert http.post(path, content=RED, headers={"Content-Type": "image/png"}).status_code == 200
+    assert abandoned(http) == before + 10
+    assert sum(EXTRACTOR.batches) == batches + 2
+    assert 'status="499"' in http.get("/metrics").text
+
+
+def test_a_task_is_learned_though_who_sent_it_has_hung_up(http: httpx.Client) -> None:
+    form = httpx.Request("PUT", f"{http.base_url}/v1/tasks/left", files=colours("red", "blue", "green"))
+    body = form.read()
+    EXTRACTOR.gate.clear()
+    EXTRACTOR.begun.clear()
+    first = connected(http, asking("/v1/tasks/colours/classify", RED))
+    assert EXTRACTOR.begun.wait(5)
+    words = asking("/v1/tasks/left", body, kind=form.headers["content-type"]).replace(b"POST", b"PUT", 1)
+    leaver = connected(http, words)
+    time.sleep(0.3)
+    leaver.close()
+    time.sleep(0.3)
+    EXTRACTOR.gate.set()
+    with closing(first):
+        assert first.recv(10_000).startswith(b"HTTP/1.1 200 ")
+    give_up = time.monotonic() + 5
+    while http.get("/v1/tasks/left").status_code == 404:
+        assert time.monotonic() < give_up
+    assert http.get("/v1/tasks/left").json()["version"] == 1
+
+
+def test_all_bodies_together_are_bounded_and_room_comes_back(http: httpx.Client) -> None:
+    path, kind = "/v1/tasks/colours/classify", {"Content-Type": "image/png"}
+    with ExitStack() as held:
+        clients = [
+            held.enter_context(closing(connected(http, asking(path, bytes(99_000), length=99_500)))) for _ in range(3)
+        ]
+        time.sleep(0.3)
+        refused(http.post(path, content=bytes(9_000), headers=kind), 503, "overloaded", "MAX_BODIES_BYTES")
+        assert http.get("/v1/tasks/colours").status_code == 200  # what brings no body is answered
+        clients[0].close()
+        time.sleep(0.3)
+        refused(http.post(path, content=bytes(9_000), headers=kind), 422, "undecodable_example")
