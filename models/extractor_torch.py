@@ -79,8 +79,19 @@ class TorchExtractor:
             if self._device.type != "cuda":
                 return np.asarray(self._module(torch.from_numpy(batch)).float().numpy())
             with torch.cuda.device(self._device):
-                parts = [self._graph(part)(part) for part in _cut(batch)]
+                parts = [features for part in _cut(batch) for features in self._features(part)]
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def _features(self, part: np.ndarray) -> list[np.ndarray]:
+        """Of a part, in halves where the card has no memory for so many at once: others may use it as well."""
+        try:
+            return [self._graph(part)(part)]
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            torch.cuda.empty_cache()
+            middle = len(part) // 2
+            return [*self._features(part[:middle]), *self._features(part[middle:])]
 
     def _graph(self, part: np.ndarray) -> Recorded:
         """The recording of the smallest size that this batch fits in; made when it is first asked for."""

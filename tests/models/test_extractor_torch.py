@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -71,3 +73,26 @@ def test_a_recorded_batch_of_any_size_is_what_the_network_computes(
         found = recorded(images)
         assert found.shape == (n, characters.manifest.dim)
         assert np.abs(found - TorchExtractor(characters, device="cpu")(images)).max() < 0.03
+
+
+def test_a_batch_that_the_card_has_no_memory_for_is_seen_in_halves(
+    characters: Artifact,
+) -> None:
+    seen: list[int] = []
+
+    class Card(TorchExtractor):
+        room = 5
+
+        def _graph(self, part: np.ndarray) -> Any:
+            if len(part) > self.room:
+                raise torch.OutOfMemoryError
+            seen.append(len(part))
+            return lambda part: part.astype(np.float32)
+
+    card = Card(characters, device="cpu")
+    batch = np.arange(12, dtype=np.uint8)[:, None]
+    np.testing.assert_array_equal(np.concatenate(card._features(batch)), batch)
+    assert seen == [3, 3, 3, 3]
+    Card.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        card._features(batch)
