@@ -70,12 +70,15 @@ def images_of(config: BaselineConfig, splits: str, decoder: ImageDecoder) -> dat
 class Progress:
     """What is kept of a run, and when: state of the method, wall-clock of its training, accuracies so far."""
 
-    def __init__(self, config: BaselineConfig):
+    def __init__(self, config: BaselineConfig, artifact: Artifact | None = None):
+        """Ends the process with a sentence where what is there was made otherwise. A folder may have moved."""
+        digest = artifact.digest if artifact else ""
         self.path = config.out / CHECKPOINT
         self.config = config
         self.began = self.last = time.monotonic()
         self.state: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
+            "artifact": digest,
             "seconds": 0.0,
             "values": {},
             "adapting": {"wall": [], "cpu": []},
@@ -83,7 +86,8 @@ class Progress:
         if self.path.exists():
             self.state = checkpoint.load(self.path)
             before = BaselineConfig(**self.state["config"])
-            if before.model_dump(exclude=FREE) != config.model_dump(exclude=FREE):
+            same = before.model_dump(exclude=FREE) == config.model_dump(exclude=FREE)
+            if not same or self.state.get("artifact", digest) != digest:
                 sys.exit(f"{self.path} was made with other settings; choose another --out or delete it.")
 
     @property
@@ -164,7 +168,12 @@ def command_of(config: BaselineConfig) -> str:
 
 
 def rows(
-    config: BaselineConfig, method: Baseline, settings: Any, episodes: Sequence[Indices], state: dict[str, Any]
+    config: BaselineConfig,
+    method: Baseline,
+    settings: Any,
+    episodes: Sequence[Indices],
+    state: dict[str, Any],
+    artifact: Artifact | None = None,
 ) -> list[dict[str, Any]]:
     """One row a mode; accuracies in per cent, times in seconds, adapting as the median: on the clock, and of a core."""
     found = []
@@ -176,6 +185,7 @@ def rows(
                 "data": config.data.name,
                 "split": config.split,
                 "method": config.method,
+                **({"artifact": artifact.manifest.name} if artifact else {}),
                 "mode": mode,
                 "way": config.way,
                 "shot": config.shot,
@@ -209,7 +219,7 @@ def main(config: BaselineConfig) -> list[dict[str, Any]]:
         raise data.DataError(f"{config.artifact} reads texts; baselines are measured on images.")
     size, _, channels = decoder.shape
     config.out.mkdir(parents=True, exist_ok=True)
-    progress = Progress(config)
+    progress = Progress(config, artifact)
     method: Any = getattr(kind, name)(settings, Given(config.way, config.shot, size, channels, config.seed, artifact))
     if config.method in META_TRAINED:
         training = images_of(config, config.train_split, decoder)
@@ -226,7 +236,7 @@ def main(config: BaselineConfig) -> list[dict[str, Any]]:
     )
     if not measure(method, images.pixels, episodes, progress):
         return []
-    found = rows(config, method, settings, episodes, progress.state)
+    found = rows(config, method, settings, episodes, progress.state, artifact)
     for row in found:
         print(
             f"{row['method']} ({row['mode']}): {row['accuracy']} ± {row['interval']}, {row['episodes']} episodes, "

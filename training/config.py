@@ -183,7 +183,7 @@ class ExportConfig(Config):
 
 
 class TextDemoConfig(Config):
-    """All commands on passages of Python's standard library, in about a minute: which module is this from?"""
+    """All commands on passages of Python's standard library, in some minutes: which module is this from?"""
 
     out: Path = Field(Path("runs/text-demo"), description="folder for the corpus, checkpoints and the artifact")
     epochs: int = Field(2, ge=1, description="of pretraining")

@@ -1,9 +1,9 @@
 """What was aimed at, and whether it was reached: each goal is looked up in the raw results.
 
 A goal is a line of `goals.jsonl`: `goal` and `text`, the fields that a result must have (`where`), the `field` that is
-read and what it must reach (`least`), stay under (`most`), or both. One without `where` says instead (`see`) in which
-experiment the answer is to be read. `why` is what we believe holds back one that is not reached, and what was tried.
-Knows nothing of how results were made.
+read and what it must reach (`least`), stay under (`most`), or both. `less` and `over` name another result in the same
+way, which is subtracted, or divided by. `why` is what we believe holds back one that is not reached, and what was
+tried. Knows nothing of how results were made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from training.tables import NOTHING, Commands, fits, half, markdown
 
 def goals_table(goals: Sequence[Line], lines: Sequence[Line], commands: Commands) -> str:
     found = distinct(lines)
-    rows = [_row(goal, found, lines, commands) for goal in goals]
+    rows = [_row(goal, found, commands) for goal in goals]
     return markdown(["goal", "what", "aim", "ours", "episodes", "reached", "command"], rows)
 
 
@@ -28,24 +28,28 @@ def reasons(goals: Sequence[Line]) -> str:
     return "\n".join(f"- **{goal['goal']}**, {goal['text']}: {goal['why']}" for goal in goals if "why" in goal)
 
 
-def _row(goal: Line, found: Sequence[Line], lines: Sequence[Line], commands: Commands) -> list[str]:
+def _row(goal: Line, found: Sequence[Line], commands: Commands) -> list[str]:
     aim = " and ".join(f"{sign} {goal[name]:g}" for name, sign in (("least", "≥"), ("most", "≤")) if name in goal)
     start = [goal["goal"], goal["text"], aim]
-    if "where" not in goal:
-        there = any(line["experiment"] == goal["see"] for line in lines)
-        name = goal["see"][:1].upper() + goal["see"][1:]
-        text = f"see [{name}](#{goal['see'].replace(' ', '-')})" if there else "not measured"
-        return [*start, text, NOTHING, NOTHING, NOTHING]
-    mine = [line for line in found if fits(line, goal["where"])]
-    mine = [line for line in mine if isinstance(line.get(goal["field"]), int | float)]
-    if not mine:
+    mine, value = _mean(goal, "where", found)
+    beside = [_mean(goal, name, found) for name in ("less", "over") if name in goal]
+    if not mine or not all(others for others, _ in beside):
         return [*start, "not measured", NOTHING, NOTHING, NOTHING]
-    value = statistics.mean(line[goal["field"]] for line in mine)
-    width = half(mine[0], goal["field"]) if len(mine) == 1 else None
+    for _, other in beside:
+        value = value - other if "less" in goal else value / other
+    width = half(mine[0], goal["field"]) if len(mine) == 1 and not beside else None
     seeds = "" if len(mine) == 1 else f" (mean of {len(mine)} seeds)"
     ours = f"{value:.2f}" + ("" if width is None else f" ± {width:.2f}") + seeds
     episodes = f"{mine[0]['episodes']:,}" if "episodes" in mine[0] else NOTHING
-    return [*start, ours, episodes, _verdict(goal, value, width or 0.0), commands.refer(mine)]
+    made = commands.refer([*mine, *(line for others, _ in beside for line in others)])
+    return [*start, ours, episodes, _verdict(goal, value, width or 0.0), made]
+
+
+def _mean(goal: Line, name: str, found: Sequence[Line]) -> tuple[list[Line], float]:
+    """The results that a goal speaks of, and the mean of their field."""
+    mine = [line for line in found if fits(line, goal[name])]
+    mine = [line for line in mine if isinstance(line.get(goal["field"]), int | float)]
+    return mine, statistics.mean(line[goal["field"]] for line in mine) if mine else math.nan
 
 
 def _verdict(goal: Line, value: float, width: float) -> str:

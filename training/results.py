@@ -103,6 +103,13 @@ def by_labels(lines: Iterable[Line]) -> list[tuple[str, list[Line]]]:
     return sorted(groups.items(), key=lambda item: (first.get(item[0], 2), item[0]))
 
 
+def by_data(lines: Iterable[Line]) -> list[tuple[str, list[Line]]]:
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(str(line["data"]), []).append(line)
+    return list(groups.items())
+
+
 def heading(labels: str) -> str:
     return {
         "none": "Without labels of the training classes",
@@ -113,7 +120,8 @@ def heading(labels: str) -> str:
 def anchors(lines: Sequence[Line]) -> str:
     """What others reached, with what that rests on."""
     value = next(name for name in ("error", "auroc", "accuracy") if name in lines[0])
-    extra = [n for n in ("trained_on", "unlabelled", "distractors") if any(n in line for line in lines)]
+    names = ("backbone", "mode", "trained_on", "unlabelled", "distractors")
+    extra = [n for n in names if any(n in line for line in lines)]
     rows = [
         [
             str(line["method"]),
@@ -167,6 +175,8 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
     for labels, some in by_labels(measured):
         own = [line for line in others if line["labels"] == labels]
         parts.append(f"## {heading(labels)}\n\n" + accuracy_tables(some, own, commands))
+        alone = [line for line in own if line["data"] not in {one["data"] for one in some}]
+        parts += [f"### `{name}`: nothing of ours\n\n" + anchors(lines) for name, lines in by_data(alone)]
     rest = dict.fromkeys(str(line["experiment"]) for line in lines)
     names = [name for name in ORDER if name in rest] + sorted(set(rest) - set(ORDER))
     for name in names:
@@ -179,12 +189,18 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
         for n in unseen
     ]
     parts.append(
-        "## Commands\n\nOne a row, by number; `DATA` is the folder of the data sets.\n\n"
+        "## Commands\n\n"
+        + ON_COMMANDS
         + "\n".join(f"{number}. `{command}`" for command, number in commands.known.items())
     )
     return "\n\n".join(parts) + "\n", pictures
 
 
+ON_COMMANDS = """One a row, by number; `DATA` is the folder of the data sets. Artifacts in `runs/` are made by
+`deploy/train.sh`, but for `photos-84`, which shipped until `photos` learned from eighty classes:
+`git archive 0dce4a2 models/pretrained/photos` has it.
+
+"""
 ON_GOALS = """A headline asks for three training seeds; where nothing is said of seeds, there was one. "Not
 measured" is no failure and no success.
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -198,3 +200,16 @@ def test_all_that_start_from_an_artifact_stand_on_the_same_episodes(
     if method == "head":
         default = baseline.Artifact.load(demo / "artifact").manifest.default
         assert row["accuracy"] == measured[default].accuracy
+
+
+def test_a_run_does_not_go_on_with_another_artifact_wherever_it_lies(demo: Path, tmp_path: Path) -> None:
+    first = tmp_path / "artifact"
+    shutil.copytree(demo / "artifact", first)
+    asked = config(demo / "shapes", tmp_path, method="head", settings="", artifact=first, shot=5)
+    (row,) = baseline.main(asked)
+    moved = first.rename(tmp_path / "elsewhere")
+    assert baseline.main(asked.model_copy(update={"artifact": moved})) == [{**row, "command": ANY}]
+    manifest = json.loads((moved / "manifest.json").read_text())
+    (moved / "manifest.json").write_text(json.dumps({**manifest, "description": "another"}))
+    with pytest.raises(SystemExit, match="made with other settings"):
+        baseline.main(asked.model_copy(update={"artifact": moved}))

@@ -200,12 +200,23 @@ def test_what_was_seen_in_several_views_stands_apart_and_answers_no_goal_that_do
 
 
 def test_a_goal_without_a_result_is_not_measured() -> None:
-    there = [{"goal": "M", "text": "t", "least": 1, "see": "accuracy"}]
-    absent = [{"goal": "M", "text": "t", "least": 1, "see": "semi"}]
-    far = [{"goal": "M", "text": "t", "least": 1, "where": {"way": 99}, "field": "accuracy"}]
-    assert "[Accuracy](#accuracy)" in goals.goals_table(there, [ours()], tables.Commands())
-    for some in (absent, far):
-        assert "not measured" in goals.goals_table(some, [ours()], tables.Commands())
+    far = {"goal": "M", "text": "t", "least": 1, "where": {"way": 99}, "field": "accuracy"}
+    nothing_beside = {**far, "where": {"way": 5}, "less": {"way": 99}}
+    for goal in (far, nothing_beside):
+        assert "| not measured |" in goals.goals_table([goal], [ours()], tables.Commands())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("less", "| 5.00 (mean of 2 seeds) |"), ("over", "| 1.07 (mean of 2 seeds) |")]
+)
+def test_a_goal_may_be_a_difference_or_a_ratio_of_two_results(name: str, told: str) -> None:
+    lines = [
+        *(ours(training_seed=seed, accuracy=accuracy) for seed, accuracy in ((0, 79.0), (1, 81.0))),
+        ours(method="lstm", accuracy=75.0),
+    ]
+    where, other = {"method": ours()["method"]}, {"method": "lstm"}
+    goal = {"goal": "M", "text": "t", "least": 1, "where": where, name: other, "field": "accuracy"}
+    assert f"{told} 2,000 | yes |" in goals.goals_table([goal], lines, tables.Commands())
 
 
 def test_ten_samples_have_four_readings_and_say_which_was_proved(tmp_path: Path) -> None:
