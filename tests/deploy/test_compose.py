@@ -141,7 +141,7 @@ def each_side_sees_its_own_secrets_only_and_cannot_write_them(compose: Compose) 
     mounts = {name: sorted(service.get("volumes", [])) for name, service in compose["services"].items()}
     wanted = {
         "redis": ["redis-data:/data", "redis-rules:/rules:ro"],
-        "service": ["service-secrets:/secrets:ro"],
+        "service": ["service-data:/data", "service-secrets:/secrets:ro"],
         "secrets": ["redis-data:/secrets/data", "redis-rules:/secrets/redis", "service-secrets:/secrets/service"],
     }
     return [name for name in wanted if mounts[name] != wanted[name]]
