@@ -18,7 +18,13 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
 
+from models.artifact import Artifact
 from models.extractor_onnx import session
+from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.web.app import create_app
+from tests.service.live import served
+from training import __main__ as commands
 from training import backbone, huggingface, wrap
 from training.backbone import Backbone, Refused
 from training.config import ImportConfig
@@ -111,6 +117,31 @@ def test_a_resnet_gives_its_pooled_maps(tmp_path: Path) -> None:
     source.save_pretrained(tmp_path)
     found = read(tmp_path, size=40)
     agrees(found, lambda x: source(x).pooler_output.flatten(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SMALL)
+def test_a_folder_becomes_an_artifact_with_learners_that_is_calibrated_and_served(
+    family: str, tmp_path: Path, shapes: Path
+) -> None:
+    """`python -m training import` as its user types it, and then a task of their own images."""
+    source = folder_of(family, tmp_path / "source")
+    out = tmp_path / "artifact"
+    size = str(SMALL[family].get("image_size", 32))
+    words = ["import", "--backbone", str(source), "--data", str(shapes), "--out", str(out), "--name", "theirs"]
+    commands.main(
+        [*words, "--size", size, "--learners", "prototype,ridge,whitened", "--steps", "2", "--episodes", "10"]
+    )
+    artifact = Artifact.load(out)
+    assert set(artifact.manifest.methods) == set(artifact.manifest.rejections) == {"prototype", "ridge", "whitened"}
+    folders = sorted(path for path in shapes.iterdir() if path.is_dir())[:3]
+    support = [(folder.name, one.read_bytes()) for folder in folders for one in sorted(folder.glob("*.png"))[:5]]
+    with served(create_app(Settings(artifact=out), store=MemoryStore())) as http:
+        taught = http.put("/v1/tasks/t", files=support)
+        assert taught.status_code == 201, taught.text
+        asked = http.post("/v1/tasks/t/classify?reject=off", files=[("image", payload) for _, payload in support])
+        labels = [row["label"] for row in asked.json()["predictions"]]
+    assert sum(a == b for a, (b, _) in zip(labels, support, strict=True)) > 8  # chance is 5
 
 
 @pytest.mark.slow
