@@ -58,7 +58,8 @@ photos-cpu() { # with the labels of the 64 training classes
     --objectives supervised=1 --epochs 4 --batch 128 --lr 0.05 --warmup 0.1 --seed 1
   python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 144 --start "$out-112" \
     --objectives supervised=1 --epochs 0
-  python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
+  python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000 \
+    --cell training/cells/lstm
   finish photos-cpu "$data" "--way 5 --shot 1,5,10" --description "Photographs: 64 classes of mini-ImageNet, seen at 144 px"
 }
 
@@ -118,7 +119,8 @@ END
     --warmup 0.1 --precision bfloat16
   python -m training pretrain --data "$data" --out "$out" --shape resnet18 --size 128 --start "$out-112" \
     --objectives supervised=0.5,projected=0.5,rotation=0.4 --augment snapshots --epochs 0
-  python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000
+  python -m training metatrain --data "$data" --out "$out" --views 1 --per-class 200 --steps 1000 \
+    --cell training/cells/lstm
   local about=(--name photos --default discriminant
     --description "Photographs: 80 classes of mini-ImageNet as people take pictures, seen at 128 px, ResNet-18")
   rm -rf "$out/draft" "$out/artifact" "$out/metrics.jsonl"

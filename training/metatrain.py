@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from models.episode import Support
 from models.learners import LEARNERS, Learner, build
-from models.learners.lstm import EACH, SEEN, SHARED
+from models.learners.lstm import EACH, NO_SCATTER, SEEN, SHARED
 from training import checkpoint, data, evaluate, inputs, memory
 from training.config import MetatrainConfig
 from training.episodes import Indices, frozen, varied
@@ -81,6 +81,7 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
     slots, _ = slots_of(tasks, config.slots, seed=config.seed)
     arrays = {
         **remembered,
+        "log_own": number(0.0),
         "slots": slots,
         "log_lenses": np.log(np.array(LENSES, np.float32)),
         "log_focus": number(np.log(20.0)),
@@ -162,6 +163,9 @@ class Training:
     def learner(self, keep: np.ndarray | None = None) -> Learner:
         """The learner as it is now, remembering all slots or those to `keep`."""
         arrays = {**self.fixed, **self.learned}
+        if self.method == "lstm":
+            # The cell would learn of training classes to undo what their scatter does; it is checked with it.
+            arrays["log_own"] = torch.full_like(arrays["log_own"], NO_SCATTER)
         if keep is not None and "slots" in arrays:
             arrays["slots"] = arrays["slots"][torch.from_numpy(keep).to(self.device)]
         return LEARNERS[self.method](**arrays)

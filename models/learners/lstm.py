@@ -8,9 +8,10 @@ covariance, from strongly to hardly at all. What it sees are plain numbers (how 
 examples would be told apart without being known, how near the remembered classes are), never a coordinate; so a cell
 that was trained on one extractor serves any other, with the memory of that one.
 
-It answers how strongly to whiten this task, and for each class how far to move its mean towards what was remembered.
-All answers start at zero: before training this *is* the whitened prototype classifier. Reads are sums over examples
-and over slots: no order matters. No learned array has a `way` axis, and classes may be permuted.
+It answers how strongly to whiten this task, and for each class how far to move its mean towards what was remembered;
+what the task's own scatter tells beside what is remembered is added as discriminant.py adds it. All answers start at
+zero: before training this *is* that classifier. Reads are sums over examples and over slots: no order matters. No
+learned array has a `way` axis, and classes may be permuted.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
 
-from models.arrays import Array, each_own, normalise, one_hot, sigmoid, softmax, square_sum
+from models.arrays import Array, class_means, each_own, normalise, one_hot, sigmoid, softmax, square_sum
 from models.episode import Support
 from models.head import Affine
+from models.learners.discriminant import inverse
 from models.learners.memory import attend
 from models.learners.once import Once
 from models.learners.prototype import prototypes
-from models.learners.whitened import offset, whitening
+from models.learners.whitened import whitening
 
 SEEN = 11  # numbers seen of one class through one lens
 SHARED, EACH = 4, 2  # answers for the whole task, and for each class
 FAR = 4.0  # the strength of the whitening moves by less than e to this
 POWER = 0.5
+NO_SCATTER = -30.0  # log_own of an LSTM for which the scatter of a task does not count
 
 
 class Memory(NamedTuple):
@@ -51,6 +54,7 @@ class LSTM(Once):
     # The base classifier.
     log_scale: Array  # []
     log_noise: Array  # []
+    log_own: Array  # []; see discriminant.py
     # The cell; no array of it knows the length of a feature. `hidden` is the length of its state.
     log_lenses: Array  # [reads]: how little each look whitens
     log_focus: Array  # []: how sharply the memory is attended to
@@ -90,8 +94,11 @@ class LSTM(Once):
         recalled = attend(normalise(means) * xp.exp(self.log_focus), normalise(slots * transform), slots * transform)
         corrected = means + xp.tanh(each[:, 0:1]) * (recalled - means)
         scale = scale * xp.exp(shared[3])
-        weight = scale * ((corrected * transform) @ self.basis.T)
-        bias = scale * (offset(corrected, counts, self.log_noise + shared[2]) + each[:, 1])
+        away = (examples - labels @ class_means(examples, labels)) * transform
+        towards = inverse(away, self.log_own)(corrected)
+        weight = scale * ((towards * transform) @ self.basis.T)
+        sure = counts / (counts + xp.exp(self.log_noise + shared[2]))  # see whitened.offset
+        bias = scale * (-0.5 * xp.sum(towards * corrected, axis=1) * sure + each[:, 1])
         return Affine(weight, bias)
 
     def work_out(self) -> Memory:

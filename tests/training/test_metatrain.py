@@ -87,13 +87,22 @@ def test_the_start_fits_the_learner_and_is_the_same_each_time(method: str) -> No
     assert all(value.dtype == np.float32 for value in first.values())
 
 
-def test_the_lstm_starts_as_whitened_prototypes() -> None:
+def test_the_lstm_starts_as_the_discriminant() -> None:
     tasks = clouds()
-    lstm, whitened = (build(method, metatrain.start(method, tasks, config())) for method in ("lstm", "whitened"))
+    lstm, plain = (build(method, metatrain.start(method, tasks, config())) for method in ("lstm", "discriminant"))
     for episode in few(tasks, config()):
         support = evaluate.support_of(tasks.features, episode)
-        for found, expected in zip(lstm.adapt(support), whitened.adapt(support), strict=True):
+        for found, expected in zip(lstm.adapt(support), plain.adapt(support), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_lstm_practises_without_the_scatter_of_a_task_and_is_checked_with_it() -> None:
+    tasks, asked = clouds(), config()
+    training = metatrain.Training("lstm", metatrain.start("lstm", tasks, asked), asked, torch.device("cpu"))
+    assert training.learner().log_own == metatrain.NO_SCATTER  # type: ignore[attr-defined]
+    assert training.arrays()["log_own"] == 0
+    training.check(tasks, few(tasks, asked))
+    assert training.best["log_own"] == 0
 
 
 def test_held_out_tasks_are_fixed_and_of_two_sizes() -> None:

@@ -43,7 +43,7 @@ def arrays(method: str, *, seed: int = 0) -> dict[str, np.ndarray]:
     }
     learned["discriminant"] = {**learned["whitened"], "log_own": np.log(0.7)}
     learned["lstm"] = {
-        **learned["whitened"],
+        **learned["discriminant"],
         "slots": unit(normal(SLOTS, DIM)),
         "log_lenses": np.log([0.1, 1.0, 10.0]),
         "log_focus": np.log(8.0),

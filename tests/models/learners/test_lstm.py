@@ -8,6 +8,7 @@ import pytest
 
 from models.arrays import normalise, one_hot
 from models.head import Affine
+from models.learners import build
 from models.learners.lstm import EACH, LSTM, SEEN, SHARED, look, meet
 from models.learners.whitened import whitening
 from tests.models.learners.given import DIM, HIDDEN, SLOTS, arrays, clusters, learner, unit
@@ -55,13 +56,22 @@ def test_an_example_is_met_as_if_it_were_a_question() -> None:
     np.testing.assert_allclose(found[:, 3], 5 * margins, atol=1e-5)
 
 
-def test_before_training_it_is_the_whitened_prototypes() -> None:
+@pytest.mark.parametrize("shots", [UNEVEN, (9, 8, 9)], ids=["fewer examples than features", "more"])
+def test_before_training_it_is_the_discriminant(shots: tuple[int, ...]) -> None:
     """With its answers at zero, whatever the cell does."""
-    support, _, _ = clusters(UNEVEN, unlabelled=5)
-    plain = learner("whitened").adapt(support)
+    support, _, _ = clusters(shots, unlabelled=5)
+    plain = learner("discriminant").adapt(support)
     silent = learner("lstm", **SILENT).adapt(support)
     np.testing.assert_allclose(silent.weight, plain.weight, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(silent.bias, plain.bias, rtol=1e-5, atol=1e-5)
+
+
+def test_one_of_an_artifact_from_before_there_was_scatter_is_what_it_was() -> None:
+    support, _, _ = clusters(UNEVEN, unlabelled=5)
+    plain = learner("whitened").adapt(support)
+    silent = build("lstm", {name: value for name, value in {**arrays("lstm"), **SILENT}.items() if name != "log_own"})
+    for found, expected in zip(silent.adapt(support), plain, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_worked_out_before_the_task_changes_no_bit() -> None:
@@ -76,7 +86,7 @@ def test_what_is_worked_out_before_the_task_changes_no_bit() -> None:
 )
 def test_each_answer_by_itself_changes_the_map(name: str, column: int) -> None:
     support, _, _ = clusters(UNEVEN)
-    assert far(learner("whitened").adapt(support), learner("lstm", **answer(name, column)).adapt(support)) > 1e-3
+    assert far(learner("discriminant").adapt(support), learner("lstm", **answer(name, column)).adapt(support)) > 1e-3
 
 
 def test_what_is_learned_knows_no_feature() -> None:
@@ -144,7 +154,7 @@ def test_the_strength_of_the_whitening_stays_within_its_bounds() -> None:
     support, _, _ = clusters((3, 3, 3))
     wild = SILENT["shared"].copy()
     wild[:, 0] = 1e6
-    found = learner("lstm", **{**SILENT, "shared": wild}).adapt(support)
+    found = learner("lstm", **{**SILENT, "shared": wild, "log_own": np.float32(-30)}).adapt(support)
     remembered = arrays("lstm")
     flattest = whitening(remembered["basis"], remembered["spectrum"], remembered["log_shrink"] + 4)
     steepest = whitening(remembered["basis"], remembered["spectrum"], remembered["log_shrink"] - 4)
