@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.training.conftest import ROOT
+from training import __main__ as commands
 from training import goals, raw, results, svg, tables
-from training.config import EvaluateConfig, ResultsConfig
+from training.config import EvaluateConfig, ResultsConfig, parse
 from training.data import DataError
 
 COMMITTED = ROOT / "training"
@@ -294,3 +296,23 @@ def test_what_is_no_raw_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"experiment": "x"}\n\n[1]\n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 3: not a JSON object"):
         results.load(tmp_path)
+
+
+def test_every_command_of_the_committed_lines_is_one_that_its_program_takes() -> None:
+    """But for those that say that there is none."""
+    lines, _, _ = results.load(Path(results.__file__).parent / "results")
+    asked = {str(line["command"]) for line in lines}
+    for command in asked:
+        program, *words = shlex.split(command)
+        if program == "none:":
+            continue
+        if program == "bash":
+            assert (ROOT / words[0]).is_file(), command
+        elif words[0] == "-m":
+            kind, _ = commands.COMMANDS[words[2]]
+            parse(kind, words[3:], prog=command)
+        else:
+            script = (ROOT / words[0]).read_text()
+            flags = [word.removeprefix("--") for word in words if word.startswith("--")]
+            assert all(f'"{flag}"' in script or f'"--{flag}"' in script for flag in flags), command
+    assert sum(command.startswith("python -m training evaluate") for command in asked) > 40
