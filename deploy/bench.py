@@ -40,7 +40,7 @@ from service.precision import int8_loss  # noqa: E402
 MANY = [f"many-{number}" for number in range(64)]
 SUPPORTS = ((5, 5), (20, 5), (100, 10))  # way, shot
 LARGE = "adapt-100-10"
-BEHIND_S = 0.3  # for what is learned behind an answer
+BEHIND_S = 0.6  # for what is learned behind an answer
 COLD = 100  # tasks whose heads are not in memory, and as many whose heads are thrown away
 TIMES = 4  # the overload, over the peak
 
