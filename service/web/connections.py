@@ -13,6 +13,7 @@ an earlier request waits for. An offer to upgrade is passed over, as HTTP allows
 from __future__ import annotations
 
 import asyncio
+import heapq
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ MAX_PIPELINED = 16
 SWEEP_S = 1.0
 TELL_S = 10.0  # the log hears of what was ended once in so many seconds, however much it was
 SILENT_S = 1.0  # without a word, after which a connection may go for one that comes
+MOST_SILENT = 1024  # that may go in a second
 LEAST = 65_536  # bytes of its answers that a client takes in `answer_timeout_s`, unless there are fewer
 LINGER_S = 1.0  # for who was refused to read why: a close with bytes unread would cut that off
 MOST_LINGER = 64
@@ -54,6 +56,8 @@ class Door:
         self.answer_timeout_s = answer_timeout_s
         self.ended: Counter[str] = Counter()
         self._lingering: set[asyncio.Transport] = set()
+        self._silent: list[Connection] = []  # that may go for others, the next one last
+        self._looked = -math.inf
         self._sweeps = False
         self._told = 0.0
 
@@ -84,16 +88,24 @@ class Door:
         return False
 
     def _makes_room(self, inside: set[Any]) -> bool:
-        """Ends one silent connection: of those that never asked anything the one silent for longest, else of all."""
-        until = time.monotonic() - SILENT_S
-        silent = [(one.cycle is not None, since, one) for one in inside if (since := one.at_rest_since) < until]
-        if not silent:
-            return False
-        *_, last = min(silent, key=lambda found: found[:2])
-        self.ended["was silent when others came"] += 1
-        inside.discard(last)
-        last.transport.close()
-        return True
+        """Ends a silent connection: first those that never asked anything, of these and of others the longest silent.
+
+        To look at all takes milliseconds, so it is done once a second at most, however many come.
+        """
+        now = time.monotonic()
+        if not self._silent and now - self._looked > SWEEP_S:
+            self._looked = now
+            resting = ((one.cycle is not None, one.at_rest_since, one) for one in inside)
+            found = (one for one in resting if one[1] < now - SILENT_S)
+            self._silent = [one for *_, one in heapq.nsmallest(MOST_SILENT, found, key=lambda one: one[:2])][::-1]
+        while self._silent:
+            one = self._silent.pop()
+            if one in inside and one.at_rest_since < now - SILENT_S:
+                self.ended["was silent when others came"] += 1
+                inside.discard(one)
+                one.transport.close()
+                return True
+        return False
 
     def _sweep(self, inside: set[Any], loop: asyncio.AbstractEventLoop) -> None:
         now = time.monotonic()
