@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -131,7 +132,12 @@ class Boundary:
 def _hangs_up(receive: Receive) -> Callable[[], bool]:
     """Whether the caller has hung up, where the server tells: uvicorn notes it at the request."""
     request: Any = getattr(receive, "__self__", None)
-    return (lambda: request.disconnected) if hasattr(request, "disconnected") else stays
+    if not hasattr(request, "disconnected"):
+        return stays
+    # The timer of an idle connection keeps the context of its last request: held from there, the request would keep the
+    # connection in turn, and only the garbage collector would find them, at the price of a pause.
+    seen = weakref.ref(request)
+    return lambda: (found := seen()) is not None and found.disconnected
 
 
 def _read(scope: Scope) -> tuple[str, int]:
