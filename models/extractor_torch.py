@@ -89,9 +89,9 @@ class TorchExtractor:
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-            torch.cuda.empty_cache()
-            middle = len(part) // 2
-            return [*self._features(part[:middle]), *self._features(part[middle:])]
+        torch.cuda.empty_cache()  # out of the block: the error holds what was made before it
+        middle = len(part) // 2
+        return [*self._features(part[:middle]), *self._features(part[middle:])]
 
     def _graph(self, part: np.ndarray) -> Recorded:
         """The recording of the smallest size that this batch fits in; made when it is first asked for."""

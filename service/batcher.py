@@ -10,7 +10,8 @@ size: it queues with the others and is only not decoded.
 What hurts elsewhere is settled here: a full queue refuses at the door; one bad image fails alone; a failed batch tells
 each of its callers and the lane goes on; a caller who left is skipped when a batch is formed; a lane that dies tells
 everyone who waits, and `alive` turns false, as it does while the extractor fails at every batch. Functions that want a
-lane take turns with images, so neither keeps the other waiting. Knows nothing of tasks, heads or HTTP.
+lane go first where they end a request whose images were let in; others take turns with images, so that neither keeps
+the other waiting. Knows nothing of tasks, heads or HTTP.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Batcher:
         self._failures = 0
         self._metrics = metrics or Metrics()
         self._jobs: deque[_Job] = deque()
-        self._calls: deque[_Job] = deque()
+        self._ends: deque[_Job] = deque()  # functions that end what was let in
+        self._calls: deque[_Job] = deque()  # and others
         self._waiting = 0  # images in self._jobs
         self._images_next = False  # whose turn it is, where both wait
         self._underway = 0  # images that the lanes have taken and not done
@@ -134,14 +136,16 @@ class Batcher:
     async def run(self, call: Callable[[], T], *, admitted: bool = False) -> T:
         """Runs a function on a lane, in turns with images: adaptation.
 
-        `admitted`: it ends a request whose images were let in. Raises Overloaded at once when another would have to
-        wait too long.
+        `admitted`: it ends a request whose images were let in, and goes first. Raises Overloaded at once when another
+        would have to wait too long.
         """
         job = self._job(())
         job.call = call
         with self._changed:
-            self._admit_call(admitted)
-            self._calls.append(job)
+            self._open()
+            if not admitted:
+                self._admit_call()
+            (self._ends if admitted else self._calls).append(job)
             self._active.add(job)
             self._changed.notify()
         result: T = await self._wait(job)
@@ -168,15 +172,20 @@ class Batcher:
         if self._closing:
             raise Overloaded("The service is shutting down.", retry_after=2)
 
-    def _admit_call(self, admitted: bool) -> None:
-        self._open()
+    def _admit_call(self) -> None:
         ahead = len(self._calls)
-        if admitted or ahead < len(self._lanes):
+        if ahead < len(self._lanes):
             return
-        batch_s = self._max_batch * self._lane_s / (self._lane_images or 1) if self._waiting else 0.0
-        self._check(ahead * (self._call_s + batch_s) / len(self._lanes))
+        batches = min(ahead, math.ceil(self._waiting / self._max_batch))  # each of which takes a turn
+        self._check(batches * self._max_batch * self._image_s + (ahead + len(self._ends)) * self._call_s)
 
-    def _check(self, wait: float) -> None:
+    @property
+    def _image_s(self) -> float:
+        return self._lane_s / (self._lane_images or 1)
+
+    def _check(self, work: float) -> None:
+        """Raises Overloaded where the lanes need too long for so many seconds of work."""
+        wait = work / len(self._lanes)
         if wait > self._max_wait_s:
             raise Overloaded(f"This would wait for {wait:.1f} s; the limit is {self._max_wait_s:g} s (MAX_WAIT_S).")
 
@@ -189,10 +198,11 @@ class Batcher:
         ahead = min(self._waiting, len(self._jobs) * images)
         if ahead > max(self._max_batch * len(self._lanes), images):
             # Places are free when a batch has just been taken, so none of what is on the lanes counts as done.
-            self._check((ahead + self._underway) * self._lane_s / (self._lane_images or 1) / len(self._lanes))
+            functions = len(self._ends) + len(self._calls)
+            self._check((ahead + self._underway) * self._image_s + functions * self._call_s)
 
     def _spent(self, seconds: float, images: int) -> None:
-        """What a lane has done; from that of late follows how long those who come will wait."""
+        """What a lane has done with images; from that of late follows how long those who come will wait."""
         self._lane_s += seconds - self._lane_s / MEMORY
         self._lane_images += images - self._lane_images / MEMORY
 
@@ -212,13 +222,11 @@ class Batcher:
                 with self._changed:
                     self._underway -= len(batch)
                     self._idle += 1
-                    while not self._jobs and not self._calls:
+                    while not self._jobs and not self._calls and not self._ends:
                         if self._closing:
                             return
                         self._changed.wait()
-                    call = bool(self._calls) and not (self._images_next and self._jobs)
-                    self._images_next = call
-                    job = self._calls.popleft() if call else None
+                    job = self._function()
                     batch = [] if job else self._take()
                     self._underway += len(batch)
                     self._idle -= 1
@@ -230,6 +238,14 @@ class Batcher:
             log.exception("A lane ended; refusing further work.")
             self._die()
             raise
+
+    def _function(self) -> _Job | None:
+        """The next function, where it is not the turn of images."""
+        if self._ends:
+            return self._ends.popleft()
+        turn = bool(self._calls) and not (self._images_next and self._jobs)
+        self._images_next = turn
+        return self._calls.popleft() if turn else None
 
     def _take(self) -> list[tuple[_Job, int]]:
         """The next batch: a share of every waiting request in turn. Leaves some for other idle lanes."""
@@ -266,9 +282,8 @@ class Batcher:
             result = call()
         except Exception as error:  # belongs to the caller, not to the lane
             result = error
-        spent = time.perf_counter() - start
-        self._call_s += (spent - self._call_s) / 8
-        self._spent(spent, 0)
+        with self._changed:
+            self._call_s += (time.perf_counter() - start - self._call_s) / 8
         self._tell([(job, result)])
 
     def _pixels(self, payload: Payload) -> np.ndarray:
@@ -303,10 +318,9 @@ class Batcher:
             try:
                 features = self._extractor(np.stack(arrays))
                 fine = np.asarray(np.isfinite(features).all(axis=1))
-                self._failures = 0
             except Exception:  # the one place where any failure of a runtime is survived
                 log.exception("The extractor failed on a batch of %d.", len(arrays))
-                self._failures += 1
+            self._failures = 0 if fine.any() else self._failures + 1
             share = (time.perf_counter() - start) / len(arrays)
             self._metrics.batch_size.observe(len(arrays))
             for row, (job, index) in enumerate(places):
@@ -337,8 +351,8 @@ class Batcher:
         with self._changed:
             self._dead = True
             orphans = [(job, ExtractorFailed("The extractor has stopped.")) for job in self._active]
-            self._jobs.clear()
-            self._calls.clear()
+            for queue in (self._jobs, self._calls, self._ends):
+                queue.clear()
             self._waiting = 0
         self._tell(orphans)
 

@@ -93,7 +93,7 @@ class Engine:
         head_id = head_id_of(self.artifact.digest, method, examples, unlabelled)
         name = task_name(task) if task is not None else "t_" + head_id[3:27]
 
-        async def known(head_id: str) -> Adapted | None:
+        async def known(head_id: str, *, admitted: bool = False) -> Adapted | None:
             """The task, when it already is at this head, and to stay as it was asked to."""
             if expect is not None or ttl_s is not None:
                 return None  # a condition was named, or an end: let the store decide
@@ -108,7 +108,7 @@ class Engine:
                 return None
             if retain != bool(found[1].images):
                 return None
-            return await self._tasks.told(name, found[0], found[1], known=True)
+            return await self._tasks.told(name, found[0], found[1], known=True, admitted=admitted)
 
         async def work() -> Adapted:
             embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled])
@@ -117,7 +117,7 @@ class Engine:
             if ttl_s is not None:
                 record = replace(record, expires=record.created + ttl_s)
             # With images left out, the rest may be there already.
-            there = await known(record_id(record)) if rejected else None
+            there = await known(record_id(record), admitted=True) if rejected else None
             if there:
                 return replace(there, rejected=rejected)
             return await self._tasks.store(
@@ -263,7 +263,7 @@ class Engine:
         support = _part(embedded, 0, split)
         given, rejected = usable(examples, unlabelled, support.items, on_bad_image=on_bad_image)
         record = self._learning.record(given, method)
-        head = await self._learning.head(record, admitted=True)
+        head = await self._learning.head(record)
         questions = _part(embedded, split, len(embedded.items))
         rows, timings = self._rows(head, questions, on_bad_image, record if explain else None)
         return Predictions(None, None, head, record_id(record), rows, timings), rejected

@@ -42,11 +42,13 @@ class Learning:
         dim = self.artifact.manifest.dim
         return record_of(rows, artifact=self.artifact.digest, method=method, dim=dim, limits=self.limits)
 
-    async def head(self, record: Record, *, admitted: bool) -> Head:
-        """`admitted`, here and below: see Batcher.run, whose errors are raised."""
-        return await self.batcher.run(lambda: self._learn(record).head, admitted=admitted)
+    async def head(self, record: Record) -> Head:
+        """For questions whose images were let in, or once for all who ask."""
+        return await self.batcher.run(lambda: self._learn(record).head, admitted=True)
 
     async def head_and_report(self, record: Record, *, admitted: bool) -> tuple[Head, Report]:
+        """`admitted`: see Batcher.run, whose errors are raised."""
+
         def work() -> tuple[Head, Report]:
             learned = self._learn(record)
             return learned.head, learned.report

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -78,7 +79,7 @@ def _found(file: Path, here: str) -> str | None:
 
 def _kept(file: Path, choice: dict[str, Any]) -> str:
     """Keeps a choice and returns it, or the one that another process, which started at the same time, kept first."""
-    whole = file.with_name(f"{file.name}.{os.getpid()}")
+    whole = file.with_name(f"{file.name}.{secrets.token_hex(8)}")  # containers share process numbers
     whole.write_text(json.dumps(choice) + "\n")
     try:
         os.link(whole, file)

@@ -115,7 +115,8 @@ class Tasks:
                 head_id = record_id(record)
                 if head_id == pointer.head:
                     told = Adapted(task, pointer, record, None, False, known=True)
-                    told = told if brief else await self.told(task, pointer, record, known=True)
+                    if not brief:
+                        told = await self.told(task, pointer, record, known=True, admitted=embedded is not None)
                     return replace(told, rejected=rejected)
                 try:
                     return await self.store(
@@ -186,21 +187,21 @@ class Tasks:
         flight = scope.tenant, task, pointer.head
         try:
             async with self._one_behind:
-                await self._flights.once(flight, lambda: self._made(scope, task, pointer, record, admitted=True))
+                await self._flights.once(flight, lambda: self._made(scope, task, pointer, record))
         except FewshotError as error:  # whoever asks about the task is told
             log.warning("Version %d of task %s is kept, but was not learned: %s", pointer.version, task, error)
 
-    async def _made(
-        self, scope: Scope, task: str, pointer: Pointer, record: Record, *, admitted: bool
-    ) -> tuple[Pointer, Head]:
-        head = await self._learning.head(record, admitted=admitted)
+    async def _made(self, scope: Scope, task: str, pointer: Pointer, record: Record) -> tuple[Pointer, Head]:
+        head = await self._learning.head(record)
         await scope.keep_head(task, pointer, head)
         return pointer, head
 
-    async def told(self, task: str, pointer: Pointer, record: Record, *, known: bool = False) -> Adapted:
+    async def told(
+        self, task: str, pointer: Pointer, record: Record, *, known: bool = False, admitted: bool = False
+    ) -> Adapted:
         """A task with its report, which is made again each time: it takes a millisecond and needs no place."""
         if self._learning.is_ours(record):
-            head, report = await self._learning.head_and_report(record, admitted=False)
+            head, report = await self._learning.head_and_report(record, admitted=admitted)
             return Adapted(task, pointer, record, report, head.gauge is not None, known=known)
         return Adapted(task, pointer, record, Report(None, None, "none", (), (), STALE_ADVICE), False, known=known)
 
@@ -209,7 +210,7 @@ class Tasks:
         pointer, record = await self.found(scope, task)
         if not self._learning.is_ours(record):
             before, record = record, await self._learning.renewed(task, record)
-            head = await self._learning.head(record, admitted=True)
+            head = await self._learning.head(record)
             # Instead of the version that it was, or two artifacts that take turns would push out what came before; but
             # not of one whose method this artifact lacks.
             instead = record.method == before.method
@@ -217,7 +218,7 @@ class Tasks:
                 return await scope.commit(task, record, record_id(record), head, expect=pointer, instead=instead), head
             except VersionConflict:
                 return await self._rebuild(scope, task)
-        return await self._made(scope, task, pointer, record, admitted=False)
+        return await self._made(scope, task, pointer, record)
 
     def in_memory(self, scope: Scope, pointer: Pointer) -> Head | None:
         """The head at `pointer`, where it is at hand and of the artifact that is served."""

@@ -22,6 +22,7 @@ from models.errors import FewshotError, InvalidRequest
 from models.extractor import Extractor, best_device, cuda_works, load_extractor
 from models.views import seen
 from service.batcher import Batcher
+from service.callers import CallerLeft
 from service.engine import Engine
 from service.keys import Keyring
 from service.metrics import Metrics
@@ -33,7 +34,7 @@ from service.support import Limits
 from service.web import about, classify, docs, export, open_inference, openapi, page, problems, tasks, tracing
 from service.web.access import Access
 from service.web.bodies import Bounds
-from service.web.boundary import Boundary
+from service.web.boundary import LEFT, Boundary
 from service.web.lean import LeanClassify
 from service.web.tracing import Traced
 
@@ -151,6 +152,10 @@ def create_app(
     @app.exception_handler(Exception)  # starlette's own answer is no problem document; the log is the boundary's
     async def bug(request: Request, error: Exception) -> Response:
         return problems.of_bug(request_id=request.state.request_id)
+
+    @app.exception_handler(CallerLeft)
+    async def left(request: Request, error: CallerLeft) -> Response:  # for log and traces; nobody reads it
+        return Response(status_code=LEFT)
 
     @app.exception_handler(HTTPException)
     async def theirs(request: Request, error: HTTPException) -> Response:

@@ -17,6 +17,7 @@ import heapq
 import json
 import logging
 import math
+import select
 import socket
 import struct
 import time
@@ -101,7 +102,7 @@ class Door:
             self._silent = [one for *_, one in heapq.nsmallest(MOST_SILENT, found, key=lambda one: one[:2])][::-1]
         while self._silent:
             one = self._silent.pop()
-            if one in inside and one.at_rest_since < now - SILENT_S:
+            if one in inside and one.at_rest_since < now - SILENT_S and not has_said(one.transport):
                 self.ended["was silent when others came"] += 1
                 inside.discard(one)
                 one.transport.close()
@@ -111,17 +112,22 @@ class Door:
     def _sweep(self, inside: set[Any], loop: asyncio.AbstractEventLoop, left: list[Any] | None = None) -> None:
         """Looks at every connection once a second, some at a time, so that no request waits for all of them."""
         now = time.monotonic()
-        left = left or list(inside)
-        for connection in left[:AT_ONCE]:
+        if not left:
+            left = list(inside)
+            self._silent = [connection for connection in self._silent if connection in inside]
+        looked = 0
+        while left and looked < AT_ONCE:
+            connection = left.pop()
             if connection in inside:
                 connection.look(now)
+                looked += 1
         if self.ended and now - self._told > TELL_S:
             log.warning("Connections were ended: %s.", ", ".join(f"{n} {why}" for why, n in self.ended.most_common()))
             self.ended.clear()
             self._told = now
         self._sweeps = bool(inside or self.ended)
         if self._sweeps:
-            loop.call_later(SWEEP_S / (1 + len(inside) // AT_ONCE), self._sweep, inside, loop, left[AT_ONCE:])
+            loop.call_later(SWEEP_S / (1 + len(inside) // AT_ONCE), self._sweep, inside, loop, left)
 
 
 class Connection(HttpToolsProtocol):
@@ -238,6 +244,13 @@ class Connection(HttpToolsProtocol):
         elif now - self.silent_since > self.door.header_timeout_s:
             self.door.ended["sent no request"] += 1
             self.transport.close()
+
+
+def has_said(transport: asyncio.Transport) -> bool:
+    """Whether there is something that was sent and not read yet."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class _Refused(asyncio.Protocol):

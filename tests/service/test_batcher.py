@@ -348,7 +348,7 @@ def test_a_caller_who_hung_up_costs_nothing_whether_or_not_anybody_cancels() -> 
     run(work, extractor)
 
 
-def test_functions_and_images_take_turns() -> None:
+def test_functions_and_images_take_turns_but_for_those_that_end_a_request() -> None:
     done: list[str] = []
 
     class Noting(Gated):
@@ -365,10 +365,11 @@ def test_functions_and_images_take_turns() -> None:
         for _ in range(4):
             waiting.append(asyncio.create_task(batcher.embed([BLUE] * 4)))
             waiting += [asyncio.create_task(batcher.run(lambda: done.append("function"))) for _ in range(3)]
+            waiting.append(asyncio.create_task(batcher.run(lambda: done.append("end"), admitted=True)))
         await asyncio.sleep(0)
         extractor.gate.set()
         await asyncio.gather(*waiting)
-        assert done == ["images", *["function", "images"] * 4, *["function"] * 8]
+        assert done == ["images", *["end"] * 4, *["function", "images"] * 4, *["function"] * 8]
 
     run(work, extractor)
 
@@ -402,8 +403,48 @@ def test_functions_that_would_wait_too_long_are_refused_unless_they_end_what_was
     run(work, extractor, max_wait_s=0.2)
 
 
-def test_an_extractor_that_fails_at_every_batch_counts_as_broken_until_it_works_again() -> None:
-    extractor = Failing()
+def test_a_function_waits_for_the_images_whose_turn_comes_before_it_and_no_others() -> None:
+    class Slow(Gated):
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            time.sleep(0.02 * len(batch))
+            return super().__call__(batch)
+
+    extractor = Slow()
+
+    async def work(batcher: Batcher) -> None:
+        extractor.gate.set()
+        await batcher.embed([RED] * 20)  # by now it is known how long an image takes
+        for _ in range(30):
+            await batcher.run(lambda: time.sleep(0.01))  # and a function, which makes no image dearer
+        extractor.gate.clear()
+        extractor.begun.clear()
+        inside: list[asyncio.Task[object]] = [asyncio.create_task(batcher.embed([RED] * 4))]
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        inside.append(asyncio.create_task(batcher.embed([RED])))
+        for _ in range(8):  # one batch of four and eight of 10 ms each are less than 0.3 s
+            inside.append(asyncio.create_task(batcher.run(lambda: None)))
+            await asyncio.sleep(0)
+            assert not inside[-1].done()
+        inside.append(asyncio.create_task(batcher.embed([RED] * 12)))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="MAX_WAIT_S"):  # now four batches are before it
+            await batcher.run(lambda: None)
+        extractor.gate.set()
+        await asyncio.gather(*inside)
+
+    run(work, extractor, max_wait_s=0.25)
+
+
+class Nothing(Failing):
+    """Gives numbers that are none while `broken` is true."""
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        return np.full((len(batch), 3), np.nan, np.float32) if self.broken else MeanColour.__call__(self, batch)
+
+
+@pytest.mark.parametrize("kind", [Failing, Nothing])
+def test_an_extractor_that_fails_at_every_batch_counts_as_broken_until_it_works_again(kind: type[Failing]) -> None:
+    extractor = kind()
 
     async def work(batcher: Batcher) -> None:
         for number in range(FAILURES):

@@ -207,7 +207,7 @@ def test_a_head_that_many_wait_for_is_made_once(tmp_path: Path, monkeypatch: pyt
         without_heads(store)
         made = []
         original = engine._learning.head
-        monkeypatch.setattr(engine._learning, "head", lambda record, **how: made.append(1) or original(record, **how))
+        monkeypatch.setattr(engine._learning, "head", lambda record: made.append(1) or original(record))
         await asyncio.gather(*(engine.classify(scope, "t", [RED]) for _ in range(20)))
         assert len(made) == 1
 
@@ -301,10 +301,10 @@ def test_of_many_brief_changes_in_a_row_only_a_few_are_learned(tmp_path: Path, m
         await engine.adapt(scope, "t", SUPPORT)
         learned, original = [], engine._learning.head
 
-        async def slowly(record: Record, **how: bool) -> Head:
+        async def slowly(record: Record) -> Head:
             learned.append(record)
             await asyncio.sleep(0.05)
-            return await original(record, **how)
+            return await original(record)
 
         monkeypatch.setattr(engine._learning, "head", slowly)
         for seed in range(20):
@@ -330,12 +330,12 @@ def test_brief_changes_of_many_tasks_are_learned_one_at_a_time_and_not_without_e
             await engine.adapt(scope, f"t{number}", SUPPORT)
         at_once, learned, original = [0], [], engine._learning.head
 
-        async def slowly(record: Record, **how: bool) -> Head:
+        async def slowly(record: Record) -> Head:
             at_once.append(at_once[-1] + 1)
             await asyncio.sleep(0.02)
             at_once.append(at_once[-1] - 1)
             learned.append(record)
-            return await original(record, **how)
+            return await original(record)
 
         monkeypatch.setattr(engine._learning, "head", slowly)
         for number in range(9):
