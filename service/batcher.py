@@ -318,9 +318,12 @@ class Batcher:
             try:
                 features = self._extractor(np.stack(arrays))
                 fine = np.asarray(np.isfinite(features).all(axis=1))
+                # Numbers that are none count neither way: some backbone may give them for some image, and who sends
+                # that one is not to end the service.
+                self._failures = 0 if fine.any() else self._failures
             except Exception:  # the one place where any failure of a runtime is survived
                 log.exception("The extractor failed on a batch of %d.", len(arrays))
-            self._failures = 0 if fine.any() else self._failures + 1
+                self._failures += 1
             share = (time.perf_counter() - start) / len(arrays)
             self._metrics.batch_size.observe(len(arrays))
             for row, (job, index) in enumerate(places):

@@ -435,16 +435,8 @@ def test_a_function_waits_for_the_images_whose_turn_comes_before_it_and_no_other
     run(work, extractor, max_wait_s=0.25)
 
 
-class Nothing(Failing):
-    """Gives numbers that are none while `broken` is true."""
-
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
-        return np.full((len(batch), 3), np.nan, np.float32) if self.broken else MeanColour.__call__(self, batch)
-
-
-@pytest.mark.parametrize("kind", [Failing, Nothing])
-def test_an_extractor_that_fails_at_every_batch_counts_as_broken_until_it_works_again(kind: type[Failing]) -> None:
-    extractor = kind()
+def test_an_extractor_that_fails_at_every_batch_counts_as_broken_until_it_works_again() -> None:
+    extractor = Failing()
 
     async def work(batcher: Batcher) -> None:
         for number in range(FAILURES):
@@ -456,6 +448,20 @@ def test_an_extractor_that_fails_at_every_batch_counts_as_broken_until_it_works_
         assert batcher.alive
 
     run(work, extractor)
+
+
+def test_images_that_a_backbone_gives_no_numbers_for_do_not_make_it_count_as_broken() -> None:
+    class Nothing(MeanColour):
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            return np.full((len(batch), 3), np.nan, np.float32)
+
+    async def work(batcher: Batcher) -> None:
+        for _ in range(2 * FAILURES):
+            (item,) = (await batcher.embed([RED])).items
+            assert isinstance(item, ExtractorFailed)
+        assert batcher.alive
+
+    run(work, Nothing())
 
 
 def test_a_lane_that_dies_tells_everyone_and_refuses_what_comes() -> None:
