@@ -17,7 +17,7 @@ import heapq
 import json
 import logging
 import math
-import select
+import selectors
 import socket
 import struct
 import time
@@ -248,9 +248,9 @@ class Connection(HttpToolsProtocol):
 
 def has_said(transport: asyncio.Transport) -> bool:
     """Whether there is something that was sent and not read yet."""
-    poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
-    return bool(poll.poll(0))
+    with selectors.DefaultSelector() as selector:
+        selector.register(transport.get_extra_info("socket").fileno(), selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 class _Refused(asyncio.Protocol):
