@@ -30,7 +30,7 @@ import numpy as np
 
 from models.errors import ExtractorFailed, FewshotError, Overloaded, UndecodableExample
 from models.extractor import Decoder, Extractor
-from service.callers import CallerLeft, left
+from service.callers import CallerLeft, has_left
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Batcher:
 
     def _job(self, payloads: Sequence[Payload]) -> _Job:
         loop = asyncio.get_running_loop()
-        job = _Job(payloads, loop.create_future(), loop, time.perf_counter(), left.get())
+        job = _Job(payloads, loop.create_future(), loop, time.perf_counter(), has_left.get())
         job.left = len(payloads)
         job.items = [None] * len(payloads)
         return job

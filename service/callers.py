@@ -18,4 +18,4 @@ def stays() -> bool:
     return False
 
 
-left: ContextVar[Callable[[], bool]] = ContextVar("left", default=stays)
+has_left: ContextVar[Callable[[], bool]] = ContextVar("has_left", default=stays)

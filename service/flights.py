@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from service.callers import left, stays
+from service.callers import has_left, stays
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -27,7 +27,7 @@ class Flights:
         if flight is None:
 
             async def fly() -> T:
-                left.set(stays)  # the work is a twin's as much as of who came first
+                has_left.set(stays)  # the work is a twin's as much as of who came first
                 return await work()
 
             flight = self._flights[key] = asyncio.create_task(fly())

@@ -20,7 +20,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import BodyTimeout, FewshotError, Overloaded, TooLarge
-from service.callers import CallerLeft, left, stays
+from service.callers import CallerLeft, has_left, stays
 from service.metrics import Metrics
 from service.web import problems
 
@@ -51,7 +51,7 @@ class Boundary:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        left.set(_hangs_up(receive))
+        has_left.set(_hangs_up(receive))
         request_id, declared = _read(scope)
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id

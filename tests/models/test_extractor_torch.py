@@ -75,9 +75,7 @@ def test_a_recorded_batch_of_any_size_is_what_the_network_computes(
         assert np.abs(found - TorchExtractor(characters, device="cpu")(images)).max() < 0.03
 
 
-def test_a_batch_that_the_card_has_no_memory_for_is_seen_in_halves(
-    characters: Artifact,
-) -> None:
+def test_a_batch_that_the_card_has_no_memory_for_is_seen_in_halves(characters: Artifact) -> None:
     seen: list[int] = []
 
     class Card(TorchExtractor):

@@ -14,11 +14,19 @@ import pytest
 from models.errors import ExtractorFailed, Overloaded, UndecodableExample
 from models.images import ImageDecoder
 from service.batcher import FAILURES, LARGE, Batcher, Embedded
-from service.callers import CallerLeft, left
+from service.callers import CallerLeft, has_left
 from tests.fakes import Failing, Gated, MeanColour, picture
 
 DECODER = ImageDecoder(16, 16, 3)
 RED, BLUE = picture("red"), picture("blue")
+
+
+class Slow(Gated):
+    """Takes 20 ms an image."""
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        time.sleep(0.02 * len(batch))
+        return super().__call__(batch)
 
 
 def run(
@@ -248,11 +256,6 @@ def test_a_full_queue_refuses_at_the_door_and_serves_those_inside() -> None:
 
 
 def test_who_would_wait_too_long_is_refused_at_the_door() -> None:
-    class Slow(Gated):
-        def __call__(self, batch: np.ndarray) -> np.ndarray:
-            time.sleep(0.02 * len(batch))
-            return super().__call__(batch)
-
     extractor = Slow()
 
     async def work(batcher: Batcher) -> None:
@@ -329,12 +332,12 @@ def test_a_caller_who_hung_up_costs_nothing_whether_or_not_anybody_cancels() -> 
         first = asyncio.create_task(batcher.embed([RED]))
         await asyncio.to_thread(extractor.begun.wait, 5)
         ran: list[bool] = []
-        token = left.set(gone.is_set)
+        token = has_left.set(gone.is_set)
         leavers = [
             asyncio.create_task(batcher.embed([BLUE] * 3)),
             asyncio.create_task(batcher.run(lambda: ran.append(True))),
         ]
-        left.reset(token)
+        has_left.reset(token)
         stays = asyncio.create_task(batcher.embed([RED]))
         await asyncio.sleep(0)
         gone.set()
@@ -404,11 +407,6 @@ def test_functions_that_would_wait_too_long_are_refused_unless_they_end_what_was
 
 
 def test_a_function_waits_for_the_images_whose_turn_comes_before_it_and_no_others() -> None:
-    class Slow(Gated):
-        def __call__(self, batch: np.ndarray) -> np.ndarray:
-            time.sleep(0.02 * len(batch))
-            return super().__call__(batch)
-
     extractor = Slow()
 
     async def work(batcher: Batcher) -> None:
@@ -421,7 +419,7 @@ def test_a_function_waits_for_the_images_whose_turn_comes_before_it_and_no_other
         inside: list[asyncio.Task[object]] = [asyncio.create_task(batcher.embed([RED] * 4))]
         await asyncio.to_thread(extractor.begun.wait, 5)
         inside.append(asyncio.create_task(batcher.embed([RED])))
-        for _ in range(8):  # one batch of four and eight of 10 ms each are less than 0.3 s
+        for _ in range(8):  # one batch of four and eight of 10 ms each are less than 0.25 s
             inside.append(asyncio.create_task(batcher.run(lambda: None)))
             await asyncio.sleep(0)
             assert not inside[-1].done()
