@@ -183,7 +183,8 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
         own = [line for line in others if line["labels"] == labels]
         parts.append(f"## {heading(labels)}\n\n" + accuracy_tables(some, own, commands))
         alone = [line for line in own if line["data"] not in {one["data"] for one in some}]
-        parts += [f"### `{name}`: nothing of ours\n\n" + anchors(lines) for name, lines in by_data(alone)]
+        beside = "no artifact of ours; whole networks stand in [Baselines](#baselines)"
+        parts += [f"### `{name}`: {beside}\n\n" + anchors(lines) for name, lines in by_data(alone)]
     rest = dict.fromkeys(str(line["experiment"]) for line in lines)
     names = [name for name in ORDER if name in rest] + sorted(set(rest) - set(ORDER))
     for name in names:
