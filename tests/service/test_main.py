@@ -218,6 +218,7 @@ sys.exit(service.main())
 """
 
 
+@pytest.mark.slow
 def test_a_service_whose_extractor_is_lost_ends_to_be_started_again_and_one_that_recovers_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
