@@ -162,7 +162,7 @@ def test_the_processes_have_no_rights(stack: Stack, name: str, uid: str) -> None
     assert found["PidsLimit"] > 0
 
 
-def test_the_service_can_write_to_its_scratch_folder_only(stack: Stack) -> None:
+def test_the_service_can_write_to_its_own_folder_and_its_scratch_folder_only(stack: Stack) -> None:
     code = (
         "import os, tempfile\n"
         "def can(folder):\n"
@@ -171,7 +171,7 @@ def test_the_service_can_write_to_its_scratch_folder_only(stack: Stack) -> None:
         "    return True\n"
         "print([d for d in ('/', '/app', '/data', '/secrets', '/venv', '/tmp', '/var/tmp', '/run') if can(d)])"
     )
-    assert stack.python(code) == "['/tmp']"
+    assert stack.python(code) == "['/data', '/tmp']"
 
 
 def test_the_image_has_neither_pip_nor_torch_nor_a_compiler(stack: Stack) -> None:
