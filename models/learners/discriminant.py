@@ -28,10 +28,18 @@ from models.learners.whitened import whitening
 class Fit(NamedTuple):
     transform: Array  # [dim, dim]
     features: Array  # [n, dim], transformed
+    own: Array  # [n, way], classes one-hot
     means: Array  # [way, dim], of the labelled ones
-    counts: Array  # [way]
     away: Array  # [n, dim], from the mean of the class
     apart: Callable[[Array], Array]  # see `inverse`
+
+
+class Centres(NamedTuple):
+    """What examples are compared with."""
+
+    at: Array  # [k, dim]
+    towards: Array  # [k, dim]: times the inverse of the scatter
+    sure: Array  # [k]: how much of the length counts; see whitened.offset
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,16 +69,15 @@ class Discriminant(Once):
     def _fit(self, support: Support) -> Fit:
         transform = self.worked_out
         features = support.features @ transform
-        belongs = one_hot(support.labels, support.way, features)
-        means = class_means(features, belongs)
-        away = features - belongs @ means
-        counts = array_namespace(belongs).sum(belongs, axis=0)
-        return Fit(transform, features, means, counts, away, inverse(away, self.log_own))
+        own = one_hot(support.labels, support.way, features)
+        means = class_means(features, own)
+        away = features - own @ means
+        return Fit(transform, features, own, means, away, inverse(away, self.log_own))
 
     def _map(self, support: Support, fit: Fit) -> Affine:
         xp = array_namespace(support.features)
         if support.unlabelled is None or support.unlabelled.shape[0] == 0:
-            means, counts = fit.means, fit.counts
+            means, counts = fit.means, xp.sum(fit.own, axis=0)
         else:
             means, counts = prototype.prototypes(support, fit.transform)
             means = means @ fit.transform
@@ -79,38 +86,58 @@ class Discriminant(Once):
         return Affine(xp.exp(self.log_scale) * (weight @ fit.transform.T), xp.exp(self.log_scale) * bias)
 
     def _left_out(self, support: Support, fit: Fit) -> Array:
-        """Without an example its class has another mean, and the scatter is less by one product of a vector with
-        itself, so that its inverse is known (Sherman and Morrison, 1950)."""
         xp = array_namespace(support.features)
-        features, away, apart = fit.features, fit.away, fit.apart
-        own, means, others, _ = prototype.left_out(features, support)
-        counts = xp.sum(own, axis=0)
-        turned, towards = apart(away), apart(means)  # [n, dim], [way, dim]
-        own_scatter = xp.sum(away * turned, axis=1)  # [n]
-        seen = xp.sum(features * turned, axis=1)  # [n]
-        across = turned @ means.T  # [n, way]
-        added = xp.exp(self.log_own) * (others + 1) / others
-        factor = added / xp.maximum(1 - added * own_scatter, xp.full_like(added, 1e-6))
-
-        def logits(score: Array, cross: Array, length: Array, sure: Array) -> Array:
-            """From what the map of all says, to what one with the lesser scatter says."""
-            f = factor[:, None]
-            return score + f * seen[:, None] * cross - 0.5 * sure * (length + f * cross * cross)
-
-        scores, lengths = features @ towards.T, xp.sum(towards * means, axis=1)
-        rivals = logits(scores, across, lengths[None, :], self._sure(counts))
-        part = 1 / others
-        mine_across = xp.sum(across * own, axis=1) - part * own_scatter
-        mine_score = xp.sum(scores * own, axis=1) - part * seen
-        mine_length = each_own(own, lengths) - 2 * part * xp.sum(across * own, axis=1)
-        mine_length = mine_length + part * part * own_scatter
-        mine = logits(mine_score[:, None], mine_across[:, None], mine_length[:, None], self._sure(others)[:, None])
-        return xp.exp(self.log_scale) * (rivals * (1 - own) + mine * own)
+        counts = xp.sum(fit.own, axis=0)
+        others = others_of(fit.own)
+        means, turned = fit.means, fit.apart(fit.away)
+        towards = fit.apart(means)
+        part = (1 / others)[:, None]
+        mine = Centres(
+            xp.take(means, support.labels, axis=0) - part * fit.away,
+            xp.take(towards, support.labels, axis=0) - part * turned,
+            self._sure(others),
+        )
+        rivals = Centres(means, towards, self._sure(counts))
+        return xp.exp(self.log_scale) * left_out(fit.features, fit.own, fit.away, turned, self.log_own, rivals, mine)
 
     def _sure(self, counts: Array) -> Array:
         """See whitened.offset."""
         xp = array_namespace(counts)
         return counts / (counts + xp.exp(self.log_noise))
+
+
+def others_of(own: Array) -> Array:
+    """[n]: how many others the class of each example [n, way] has; hardly any for an only one."""
+    xp = array_namespace(own)
+    others = each_own(own, xp.sum(own, axis=0)) - 1
+    return xp.maximum(others, xp.full_like(others, 1e-6))
+
+
+def left_out(
+    features: Array, own: Array, away: Array, turned: Array, log_own: Array, rivals: Centres, mine: Centres
+) -> Array:
+    """Scores [n, way] of each example as if it had not been there; meaningless where its class has no other.
+
+    Without it its class has another centre, `mine` [n, ...] where those of all are `rivals` [way, ...], and the scatter
+    is less by one product of a vector with itself, so that its inverse is known (Sherman and Morrison, 1950). `turned`
+    is `away` times the inverse of the scatter of all.
+    """
+    xp = array_namespace(features)
+    others = others_of(own)
+    added = xp.exp(log_own) * (others + 1) / others
+    factor = added / xp.maximum(1 - added * xp.sum(away * turned, axis=1), xp.full_like(added, 1e-6))
+    seen = xp.sum(features * turned, axis=1)  # [n]
+
+    def scores(factor: Array, seen: Array, score: Array, cross: Array, length: Array, sure: Array) -> Array:
+        """From what the map of all says, to what one with the lesser scatter says."""
+        return score + factor * seen * cross - 0.5 * sure * (length + factor * cross * cross)
+
+    lengths = xp.sum(rivals.towards * rivals.at, axis=1)
+    all_scores, across = features @ rivals.towards.T, turned @ rivals.at.T  # [n, way]
+    theirs = scores(factor[:, None], seen[:, None], all_scores, across, lengths[None, :], rivals.sure[None, :])
+    my_score, my_cross = xp.sum(features * mine.towards, axis=1), xp.sum(turned * mine.at, axis=1)
+    ours = scores(factor, seen, my_score, my_cross, xp.sum(mine.towards * mine.at, axis=1), mine.sure)
+    return theirs * (1 - own) + ours[:, None] * own
 
 
 def inverse(away: Array, log_own: Array) -> Callable[[Array], Array]:

@@ -17,6 +17,7 @@ learned array has a `way` axis, and classes may be permuted.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ from array_api_compat import array_namespace, device
 from models.arrays import Array, class_means, each_own, normalise, one_hot, sigmoid, softmax, square_sum
 from models.episode import Support
 from models.head import Affine
-from models.learners.discriminant import inverse
-from models.learners.memory import attend
+from models.learners.discriminant import Centres, inverse, left_out, others_of
+from models.learners.memory import attention
 from models.learners.once import Once
 from models.learners.prototype import prototypes
 from models.learners.whitened import whitening
@@ -42,6 +43,29 @@ class Memory(NamedTuple):
     slots: Array  # [slots, dim], in the remembered basis
     directions: tuple[Array, ...]  # [slots, dim] for each read through its lens, of unit length
     transform: Array  # [dim, dim], see `whitening`
+
+
+class Answers(NamedTuple):
+    """What the cell says of a task."""
+
+    transform: Array  # [dim], in the remembered basis: how each direction is whitened
+    scale: Array  # []
+    noise: Array  # []: see whitened.offset
+    way: Array  # [way, 1]: the part of the way to the memory that each mean goes
+    bias: Array  # [way]
+
+
+class Fit(NamedTuple):
+    """What is made of a task by what the cell says; all in the transformed space."""
+
+    answers: Answers
+    slots: Array  # [slots, dim]
+    names: Array  # [slots, dim]: of the length at which they are attended to
+    features: Array  # [n, dim]
+    own: Array  # [n, way], classes one-hot
+    away: Array  # [n, dim], from the mean of the class
+    apart: Callable[[Array], Array]  # see discriminant.inverse
+    centres: Centres  # of the classes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,40 +90,81 @@ class LSTM(Once):
     each: Array  # [hidden, EACH]: the way towards the memory, bias
 
     def adapt(self, support: Support) -> Affine:
+        return self._map(self._fit(support))
+
+    def leave_one_out(self, support: Support) -> Array:
+        """Logits [n, way] of each example as if it had not been there, but for what the cell answered, which it did
+        for all of them; meaningless where its class has no other."""
+        return self._left_out(support, self._fit(Support(support.features, support.labels, support.way)))
+
+    def adapt_and_leave_one_out(self, support: Support) -> tuple[Affine, Array]:
+        """Both, from one fit where there are no unlabelled examples."""
+        fit = self._fit(support)
+        alone = support.unlabelled is None or support.unlabelled.shape[0] == 0
+        return self._map(fit), self._left_out(support, fit) if alone else self.leave_one_out(support)
+
+    def _fit(self, support: Support) -> Fit:
         xp = array_namespace(support.features)
-        way, hidden = support.way, self.recur.shape[0]
-        scale = xp.exp(self.log_scale)
-        examples = support.features @ self.basis  # [n, dim]
         memory: Memory = self.worked_out
-        slots = memory.slots
+        examples = support.features @ self.basis  # [n, dim]
+        own = one_hot(support.labels, support.way, examples)
         # Unlabelled examples move the means, and are looked at no further.
         means, counts = prototypes(support, memory.transform)
         means = means @ self.basis  # [way, dim]
-        labels = one_hot(support.labels, way, examples)
-        met = meet(examples, labels)
+        answers = self._ask(examples, own, means, memory)
+        means, slots = means * answers.transform, memory.slots * answers.transform
+        names = normalise(slots) * xp.exp(self.log_focus)
+        recalled = attention(normalise(means), names) @ slots
+        at = means + answers.way * (recalled - means)
+        away = (examples - own @ class_means(examples, own)) * answers.transform
+        apart = inverse(away, self.log_own)
+        centres = Centres(at, apart(at), counts / (counts + answers.noise))
+        return Fit(answers, slots, names, examples * answers.transform, own, away, apart, centres)
 
-        state = xp.zeros((way, hidden), dtype=examples.dtype, device=device(examples))
+    def _ask(self, examples: Array, own: Array, means: Array, memory: Memory) -> Answers:
+        """Looks at the task through each lens, and answers."""
+        xp = array_namespace(examples)
+        met = meet(examples, own)
+        state = xp.zeros((means.shape[0], self.recur.shape[0]), dtype=examples.dtype, device=device(examples))
         cell = state
         for read in range(self.log_lenses.shape[0]):
             lens = self._lens(read)
-            seen = look(met, means * lens, memory.directions[read], labels, xp.exp(self.log_focus), lens)
+            seen = look(met, means * lens, memory.directions[read], own, xp.exp(self.log_focus), lens)
             together = xp.broadcast_to(xp.mean(seen, axis=0)[None, :], seen.shape)
             state, cell = self._step(xp.concat([seen, together], axis=1), state, cell)
-
         shared = xp.mean(state, axis=0) @ self.shared  # [SHARED]
         each = state @ self.each  # [way, EACH]
         strength = spread(self.spectrum, self.log_shrink + FAR * xp.tanh(shared[0]))
-        transform = strength ** (-0.5 * (1 + POWER * xp.tanh(shared[1])))
-        means = means * transform
-        recalled = attend(normalise(means) * xp.exp(self.log_focus), normalise(slots * transform), slots * transform)
-        corrected = means + xp.tanh(each[:, 0:1]) * (recalled - means)
-        scale = scale * xp.exp(shared[3])
-        away = (examples - labels @ class_means(examples, labels)) * transform
-        towards = inverse(away, self.log_own)(corrected)
-        weight = scale * ((towards * transform) @ self.basis.T)
-        sure = counts / (counts + xp.exp(self.log_noise + shared[2]))  # see whitened.offset
-        bias = scale * (-0.5 * xp.sum(towards * corrected, axis=1) * sure + each[:, 1])
-        return Affine(weight, bias)
+        return Answers(
+            transform=strength ** (-0.5 * (1 + POWER * xp.tanh(shared[1]))),
+            scale=xp.exp(self.log_scale) * xp.exp(shared[3]),
+            noise=xp.exp(self.log_noise + shared[2]),
+            way=xp.tanh(each[:, 0:1]),
+            bias=each[:, 1],
+        )
+
+    def _map(self, fit: Fit) -> Affine:
+        xp = array_namespace(fit.features)
+        answers, (at, towards, sure) = fit.answers, fit.centres
+        weight = answers.scale * ((towards * answers.transform) @ self.basis.T)
+        return Affine(weight, answers.scale * (-0.5 * xp.sum(towards * at, axis=1) * sure + answers.bias))
+
+    def _left_out(self, support: Support, fit: Fit) -> Array:
+        xp = array_namespace(fit.features)
+        answers, others = fit.answers, others_of(fit.own)
+        turned = fit.apart(fit.away)
+        farther = (1 + 1 / others)[:, None]  # an example is so much farther from the mean of the others
+        means = fit.features - farther * fit.away
+        towards = fit.apart(fit.features) - farther * turned
+        shares = attention(normalise(means), fit.names)
+        way = xp.take(answers.way, support.labels, axis=0)
+        mine = Centres(
+            means + way * (shares @ fit.slots - means),
+            towards + way * (shares @ fit.apart(fit.slots) - towards),
+            others / (others + answers.noise),
+        )
+        scores = left_out(fit.features, fit.own, fit.away, turned, self.log_own, fit.centres, mine)
+        return answers.scale * (scores + answers.bias[None, :])
 
     def work_out(self) -> Memory:
         """All that is looked at and does not depend on the task."""
