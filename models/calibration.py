@@ -8,6 +8,9 @@ Liu et al., "Energy-based Out-of-distribution Detection", 2020, https://arxiv.or
 scores low with all of them, which the log-sum of the exponentials of its logits shows and their softmax hides. What
 is low differs from task to task, so the energy is read against what the task's own examples score when they are held
 out. Knows nothing of how the numbers are fitted.
+
+A task of another kind than those that the numbers were fitted on may be harder than it looks. Where its own examples,
+held out, are answered worse than their logits claim, all of its logits are softened by as much as makes them honest.
 """
 
 from __future__ import annotations
@@ -40,6 +43,38 @@ class Temperature:
         return Affine(affine.weight / temperature, affine.bias / temperature)
 
 
+CAUTION = 10.0  # examples that the temperature counts as much as, against those of a task
+SOFTEST = 3.0  # the logarithm of the most that logits are divided by
+MOST_ASKED = 200  # examples are enough, and of a large task every so many are asked
+
+
+def softening(logits: np.ndarray, truth: np.ndarray) -> float:
+    """What the logits of a task are to be divided by, 1 or more, going by its held-out examples.
+
+    logits [m, way] calibrated, truth [m]; 1 without examples. The logarithm is the most likely one if it is normal
+    around 0, with a precision of CAUTION. Never less than 1: examples may show one thing twice, and are then answered
+    better than questions will be.
+    """
+    step = -(-len(logits) // MOST_ASKED) or 1
+    logits, truth = logits[::step].astype(np.float64), truth[::step]
+    rows = np.arange(len(truth))
+
+    def slope(log_by: float) -> float:
+        """Of the loss by the logarithm; it rises with it."""
+        scaled = logits * math.exp(-log_by)
+        shares = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        return float((scaled[rows, truth] - (shares * scaled).sum(axis=1)).sum()) + CAUTION * log_by
+
+    low, high = 0.0, SOFTEST
+    if not len(rows) or not slope(low) < 0:
+        return 1.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return math.exp(low)
+
+
 def energy(logits: np.ndarray) -> np.ndarray:
     """Log of the sum of the exponentials of each row: [n, way] -> [n]."""
     # logaddexp.reduce is quicker for one row and takes fifteen times as long for a thousand. One way for all: an image
@@ -54,13 +89,20 @@ def size_of(shots: Sequence[int], energies: np.ndarray) -> np.ndarray:
     return np.array([1.0, math.log(len(shots)), math.log(sum(shots) / len(shots)), mean, math.log(deviation + 0.1)])
 
 
+def spread_of(size: np.ndarray, coefficients: np.ndarray | Sequence[float]) -> float:
+    """The spread of genuine energies in a task [5], by coefficients that were fitted; but no less than that of the
+    energies it is read from, for those show whether a task of another domain is wider."""
+    # Bounded, for an odd task may lie far from those that the numbers were fitted on.
+    return math.exp(max(float(np.clip(size @ np.asarray(coefficients), -20, 20)), float(size[4])))
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """How the energies of images that do show one of the classes are spread, as a function of the task.
 
-    Location and logarithm of the spread are linear in `size_of` the task, read from the support examples that could be
-    held out or, in a one-shot task, from what each scores among the other classes. `quantiles` are those of the
-    standardised energies, from 0 to 1 in equal steps.
+    Location and logarithm of the spread (see `spread_of`) are linear in `size_of` the task, read from the support
+    examples that could be held out or, in a one-shot task, from what each scores among the other classes. `quantiles`
+    are those of the standardised energies, from 0 to 1 in equal steps.
     """
 
     location: tuple[float, ...]  # [5]
@@ -79,8 +121,7 @@ class Rejection:
             size, location, spread = size_of(shots, energy(held_out)), self.location, self.spread
         else:
             size, location, spread = size_of(shots, energy(rivals)), self.location_one_shot, self.spread_one_shot
-        # Bounded, for an odd task may lie far from those that the numbers were fitted on.
-        return float(size @ np.array(location)), math.exp(float(np.clip(size @ np.array(spread), -20, 20)))
+        return float(size @ np.array(location)), spread_of(size, spread)
 
     def known(self, energies: np.ndarray, gauge: tuple[float, float]) -> np.ndarray:
         """The share of genuine images that would score lower than each: [n] in 0..1.

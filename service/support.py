@@ -22,7 +22,7 @@ import numpy as np
 
 from models import report
 from models.arrays import fetch, place
-from models.calibration import Rejection, Temperature
+from models.calibration import Rejection, Temperature, softening
 from models.episode import Support
 from models.errors import (
     ClassNotFound,
@@ -336,6 +336,8 @@ def learn(
     with _solving():
         held = leave_out()
     held = replace(held, logits=held.logits / temperature.at(way, shots))
+    by = np.float32(softening(held.logits, record.classes[held.index]))
+    affine, held = Affine(affine.weight / by, affine.bias / by), replace(held, logits=held.logits / by)
     head = Head(affine, record.labels, shots, record.method, record.artifact)
     if rejection is not None:
         rivals = report.without_own(head.logits(features), record.classes)

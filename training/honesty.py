@@ -14,7 +14,7 @@ import numpy as np
 
 from models.arrays import softmax
 from models.artifact import Artifact
-from models.calibration import energy
+from models.calibration import energy, softening
 from models.episode import Support
 from models.report import held_out, without_own
 from training.config import EvaluateConfig
@@ -96,11 +96,13 @@ def _row(
         own = features[episode.support[mine]]
         support = Support(own, episode.labels[mine], way)
         affine = learner.adapt(support)
-        weight, bias = affine.weight.T / temperature, affine.bias / temperature
+        held = held_out(learner, support)
+        by = temperature * softening(held.logits / temperature, support.labels[held.index])
+        weight, bias = affine.weight.T / by, affine.bias / by
         logits = features[episode.query] @ weight + bias
         gauge = rejection.gauge(
             shots,
-            held_out=held_out(learner, support).logits / temperature,
+            held_out=held.logits / by,
             rivals=without_own(own @ weight + bias, episode.labels[mine]),
         )
         scores = energy(logits)

@@ -33,7 +33,7 @@ from models.learners.prototype import prototypes
 from models.learners.whitened import whitening
 
 SEEN = 11  # numbers seen of one class through one lens
-SHARED, EACH = 4, 2  # answers for the whole task, and for each class
+SHARED, EACH = 3, 2  # answers for the whole task, and for each class
 FAR = 4.0  # the strength of the whitening moves by less than e to this
 POWER = 0.5
 NO_SCATTER = -30.0  # log_own of an LSTM for which the scatter of a task does not count
@@ -49,7 +49,6 @@ class Answers(NamedTuple):
     """What the cell says of a task."""
 
     transform: Array  # [dim], in the remembered basis: how each direction is whitened
-    scale: Array  # []
     noise: Array  # []: see whitened.offset
     way: Array  # [way, 1]: the part of the way to the memory that each mean goes
     bias: Array  # [way]
@@ -86,7 +85,7 @@ class LSTM(Once):
     recur: Array  # [hidden, 4 * hidden]
     offset: Array  # [4 * hidden]
     # What is answered; zero at the start.
-    shared: Array  # [hidden, SHARED]: strength and power of the whitening, trust in lengths, scale
+    shared: Array  # [hidden, SHARED]: strength and power of the whitening, trust in lengths
     each: Array  # [hidden, EACH]: the way towards the memory, bias
 
     def adapt(self, support: Support) -> Affine:
@@ -137,7 +136,6 @@ class LSTM(Once):
         strength = spread(self.spectrum, self.log_shrink + FAR * xp.tanh(shared[0]))
         return Answers(
             transform=strength ** (-0.5 * (1 + POWER * xp.tanh(shared[1]))),
-            scale=xp.exp(self.log_scale) * xp.exp(shared[3]),
             noise=xp.exp(self.log_noise + shared[2]),
             way=xp.tanh(each[:, 0:1]),
             bias=each[:, 1],
@@ -145,9 +143,9 @@ class LSTM(Once):
 
     def _map(self, fit: Fit) -> Affine:
         xp = array_namespace(fit.features)
-        answers, (at, towards, sure) = fit.answers, fit.centres
-        weight = answers.scale * ((towards * answers.transform) @ self.basis.T)
-        return Affine(weight, answers.scale * (-0.5 * xp.sum(towards * at, axis=1) * sure + answers.bias))
+        answers, scale, (at, towards, sure) = fit.answers, xp.exp(self.log_scale), fit.centres
+        weight = scale * ((towards * answers.transform) @ self.basis.T)
+        return Affine(weight, scale * (-0.5 * xp.sum(towards * at, axis=1) * sure + answers.bias))
 
     def _left_out(self, support: Support, fit: Fit) -> Array:
         xp = array_namespace(fit.features)
@@ -164,7 +162,7 @@ class LSTM(Once):
             others / (others + answers.noise),
         )
         scores = left_out(fit.features, fit.own, fit.away, turned, self.log_own, fit.centres, mine)
-        return answers.scale * (scores + answers.bias[None, :])
+        return xp.exp(self.log_scale) * (scores + answers.bias[None, :])
 
     def work_out(self) -> Memory:
         """All that is looked at and does not depend on the task."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.arrays import softmax
-from models.calibration import Rejection, Temperature, energy
+from models.calibration import SOFTEST, Rejection, Temperature, energy, softening
 from models.head import Affine
 
 # Each number of the size has a weight of its own: 1, log way, log mean shots, mean and log deviation of the energies.
@@ -96,10 +96,49 @@ def test_known_is_the_share_of_genuine_images_that_score_lower() -> None:
 
 def test_where_examples_were_held_out_their_energies_place_the_gauge() -> None:
     held_out = np.log([[3.0, 1.0], [6.0, 2.0]])  # energies log 4 and log 8
-    location, spread = REJECTION.gauge((2, 8), held_out=held_out, rivals=np.full((10, 1), 99.0))
-    way, shots, mean, deviation = math.log(2), math.log(5), 2.5 * math.log(2), math.log(math.log(2) / 2 + 0.1)
+    location, spread = REJECTION.gauge((1, 3), held_out=held_out, rivals=np.full((4, 1), 99.0))
+    way, shots, mean, deviation = math.log(2), math.log(2), 2.5 * math.log(2), math.log(math.log(2) / 2 + 0.1)
     assert location == pytest.approx(1 + 2 * way + 3 * shots + 1.5 * mean + 0.5 * deviation)
     assert spread == pytest.approx(2 * math.exp(0.1 * way - shots + 0.01 * mean + 0.2 * deviation))
+
+
+def test_a_gauge_is_no_narrower_than_what_it_was_read_from() -> None:
+    """Tasks that the numbers were fitted on were alike; one of another domain may be wider."""
+    held_out = np.log([[1.0, 1.0], [1e6, 1e6]])
+    _, spread = REJECTION.gauge((2, 2), held_out=held_out, rivals=np.zeros((4, 1)))
+    assert spread == pytest.approx(math.log(1e6) / 2 + 0.1)
+
+
+def claimed(by: float, *, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [n, 5] that are `by` times what would be honest, and the classes [n] as the honest ones have them."""
+    rng = np.random.default_rng(seed)
+    honest = rng.normal(0, 1.5, (n, 5))
+    truth = (np.exp(honest) / np.exp(honest).sum(axis=1, keepdims=True)).cumsum(axis=1) > rng.random((n, 1))
+    return by * honest, truth.argmax(axis=1)
+
+
+def test_what_claims_too_much_is_softened_by_as_much_the_more_surely_the_more_examples_say_so() -> None:
+    many = [softening(*claimed(4, n=2000, seed=seed)) for seed in range(5)]
+    assert np.mean(many) == pytest.approx(4, rel=0.25)
+    few = [softening(*claimed(4, n=25, seed=seed)) for seed in range(20)]
+    assert all(found >= 1 for found in few)
+    assert 1.5 < np.mean(few) < np.mean(many)
+
+
+def test_what_claims_too_little_stays_as_it_is() -> None:
+    assert [softening(*claimed(0.25, n=200, seed=seed)) for seed in range(5)] == [1] * 5
+
+
+def test_without_examples_nothing_is_softened() -> None:
+    assert softening(np.zeros((0, 5)), np.zeros(0, int)) == 1
+
+
+@settings(deadline=None, database=None)
+@given(size=st.floats(0, 1e30), n=st.integers(1, 12), way=st.integers(2, 5), seed=st.integers(0, 99))
+def test_whatever_is_claimed_the_softening_is_bounded(size: float, n: int, way: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    by = softening(size * rng.standard_normal((n, way)), rng.integers(way, size=n))
+    assert 1 <= by <= math.exp(SOFTEST)
 
 
 def test_a_one_shot_task_is_placed_by_what_its_examples_score_among_the_others() -> None:

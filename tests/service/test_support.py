@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.arrays import softmax
-from models.calibration import Temperature
+from models.calibration import Temperature, softening
 from models.episode import Support
 from models.errors import (
     ClassNotFound,
@@ -339,14 +339,20 @@ def test_a_head_is_the_learners_map_with_its_temperature_folded_in() -> None:
     assert learned.head.gauge is None
 
 
-def test_the_scores_of_a_report_are_calibrated_as_the_answers_are() -> None:
+def test_where_its_own_examples_are_answered_wrongly_a_task_is_less_sure_in_report_and_answers_alike() -> None:
     wrong = [*EXAMPLES, Example("red", b"blue 7")]
     given, temperature = record(rows(wrong, [])), Temperature(1.0)
-    suspect = learn(given, PROTOTYPE, temperature, None, device="cpu").report.suspects[0]
-    held = held_out(PROTOTYPE, Support(given.features.astype(np.float32), given.classes, 2))
+    learned = learn(given, PROTOTYPE, temperature, None, device="cpu")
+    suspect = learned.report.suspects[0]
+    support = Support(given.features.astype(np.float32), given.classes, 2)
+    held = held_out(PROTOTYPE, support)
+    by = softening(held.logits / np.e, given.classes[held.index])
+    assert by > 1
     row = given.ids.index(suspect.example)
     assert suspect.example == example_id("red", b"blue 7")
-    assert suspect.score == pytest.approx(softmax(held.logits[row] / np.e)[0], abs=1e-3)
+    assert suspect.score == pytest.approx(softmax(held.logits[row] / np.e / by)[0], abs=1e-3)
+    weight = PROTOTYPE.adapt(support).weight / np.e / by
+    np.testing.assert_allclose(learned.head.affine.weight, weight, atol=np.abs(weight).max() / 250)
 
 
 @pytest.mark.parametrize("examples", [EXAMPLES, [EXAMPLES[0], EXAMPLES[3]]], ids=["many", "one"])
