@@ -12,6 +12,7 @@ import itertools
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,39 +120,35 @@ def _images(arrays: dict[str, Any], count: int) -> tuple[bytes, ...]:
 
 def difference(base: Base, before: Record, record: Record) -> bytes | None:
     """What leads from `before`, which is stored at `base`, to a record; None where it had better be written whole."""
-    places = {name: place for place, name in enumerate(before.ids)}
-    kept, new = len(before.ids), [name for name in record.ids if name not in places]
+    added = set(record.ids).difference(before.ids)
+    old = np.array([name not in added for name in record.ids])
+    kept = len(before.ids)
     fits = (
         kept >= LEAST
-        and len(record.ids) - len(new) == kept
-        and len(new) <= MOST_NEW * kept
+        and len(added) <= MOST_NEW * kept
         and before.artifact == record.artifact
         and bool(before.images) == bool(record.images)
+        and list(compress(record.ids, old)) == list(before.ids)
     )
     if not fits:
         return None
-    places |= {name: kept + index for index, name in enumerate(new)}
-    rows = np.array([places[name] for name in record.ids], np.int32)
-    features, known, old = _all(record), _all(before), rows < kept
-    order = rows[old]
-    if (order[1:] < order[:-1]).any():
-        known = known[order]
-    if not _holds(features, known, np.flatnonzero(~old)):
+    features, new = _all(record), np.flatnonzero(~old)
+    if not _holds(features, _all(before), new):
         return None  # looked at anew, perhaps in another batch, they end in other bits
-    images = [record.images[index] for index in np.flatnonzero(~old)] if record.images else []
+    images = [record.images[index] for index in new] if record.images else []
     text = {
         "format": DIFFERENCE,
         "base": base,
         "artifact": record.artifact,
         "method": record.method,
         "labels": record.labels,
-        "ids": new,
+        "ids": [record.ids[index] for index in new],
         "times": [record.created, record.expires],
     }
     arrays = {
         "classes": record.classes,
-        "rows": rows,
-        "features": np.ascontiguousarray(features[~old]),
+        "rows": np.where(old, old.cumsum() - 1, kept + (~old).cumsum() - 1).astype(np.int32),
+        "features": features[new],
         "images": np.frombuffer(b"".join(images), np.uint8),
         "sizes": np.array([len(image) for image in images], np.int64),
     }
