@@ -69,13 +69,13 @@ def measure(
 ) -> list[dict[str, Any]]:
     episodes = frozen(pool, way=given.way, shot=shot, queries=QUERIES, count=given.episodes, seed=SEED)
     learner = artifact.learners()[artifact.manifest.default]
-    temperature = artifact.manifest.methods[artifact.manifest.default]
+    by = artifact.manifest.methods[artifact.manifest.default].at(given.way, (shot,) * given.way)
     right: dict[str, list[float]] = {form: [] for form in FORMS}
     apart: dict[str, float] = dict.fromkeys(FORMS, 0.0)
     other: dict[str, int] = dict.fromkeys(FORMS, 0)
     for episode in episodes:
-        affine = temperature.fold(learner.adapt(support_of(features, episode)), (shot,) * given.way)
-        weight, bias = np.asarray(affine.weight, np.float32), np.asarray(affine.bias, np.float32)
+        affine = learner.adapt(support_of(features, episode))
+        weight, bias = np.asarray(affine.weight / by, np.float32), np.asarray(affine.bias / by, np.float32)
         questions = features[episode.query]
         exact = softmax(questions @ weight.T + bias)
         for form, (rounded, _) in FORMS.items():

@@ -10,7 +10,7 @@ is low differs from task to task, so the energy is read against what the task's 
 out. Knows nothing of how the numbers are fitted.
 
 A task of another kind than those that the numbers were fitted on may be harder than it looks. Where its own examples,
-held out, are answered worse than their logits claim, all of its logits are softened by as much as makes them honest.
+held out, are answered worse than their logits claim, all of its logits are divided by more: see `divisor`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-
-from models.head import Affine
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,42 +35,37 @@ class Temperature:
         mean = sum(shots) / len(shots)
         return math.exp(self.constant + self.by_way * math.log(way) + self.by_shot * math.log(mean))
 
-    def fold(self, affine: Affine, shots: Sequence[int]) -> Affine:
-        """The same map with calibrated logits."""
-        temperature = self.at(len(shots), shots)
-        return Affine(affine.weight / temperature, affine.bias / temperature)
-
 
 CAUTION = 10.0  # examples that the temperature counts as much as, against those of a task
-SOFTEST = 3.0  # the logarithm of the most that logits are divided by
+MOST = 3.0  # that the logarithm grows by
 MOST_ASKED = 200  # examples are enough, and of a large task every so many are asked
 
 
-def softening(logits: np.ndarray, truth: np.ndarray) -> float:
-    """What the logits of a task are to be divided by, 1 or more, going by its held-out examples.
+def divisor(temperature: float, held_out: np.ndarray, truth: np.ndarray) -> float:
+    """What all logits of a task are divided by: the temperature for its size, or more, going by its own examples.
 
-    logits [m, way] calibrated, truth [m]; 1 without examples. The logarithm is the most likely one if it is normal
-    around 0, with a precision of CAUTION. Never less than 1: examples may show one thing twice, and are then answered
-    better than questions will be.
+    held_out [m, way], of examples that the map was not made from, and their classes [m]; without any it is the
+    temperature. How much more is the most likely one if its logarithm is normal around 0, with a precision of CAUTION.
+    Never less: examples may show one thing twice, and are then answered better than questions will be.
     """
-    step = -(-len(logits) // MOST_ASKED) or 1
-    logits, truth = logits[::step].astype(np.float64), truth[::step]
+    step = -(-len(truth) // MOST_ASKED) or 1
+    logits, truth = held_out[::step].astype(np.float64) / temperature, truth[::step]
     rows = np.arange(len(truth))
 
     def slope(log_by: float) -> float:
-        """Of the loss by the logarithm; it rises with it."""
+        """Of the loss by the logarithm: below zero where more is better."""
         scaled = logits * math.exp(-log_by)
         shares = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         return float((scaled[rows, truth] - (shares * scaled).sum(axis=1)).sum()) + CAUTION * log_by
 
-    low, high = 0.0, SOFTEST
-    if not len(rows) or not slope(low) < 0:
-        return 1.0
+    if not len(rows) or slope(0.0) >= 0:
+        return temperature
+    low, high = 0.0, MOST
     for _ in range(16):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return math.exp(low)
+    return temperature * math.exp(low)
 
 
 def energy(logits: np.ndarray) -> np.ndarray:
@@ -89,20 +82,13 @@ def size_of(shots: Sequence[int], energies: np.ndarray) -> np.ndarray:
     return np.array([1.0, math.log(len(shots)), math.log(sum(shots) / len(shots)), mean, math.log(deviation + 0.1)])
 
 
-def spread_of(size: np.ndarray, coefficients: np.ndarray | Sequence[float]) -> float:
-    """The spread of genuine energies in a task [5], by coefficients that were fitted; but no less than that of the
-    energies it is read from, for those show whether a task of another domain is wider."""
-    # Bounded, for an odd task may lie far from those that the numbers were fitted on.
-    return math.exp(max(float(np.clip(size @ np.asarray(coefficients), -20, 20)), float(size[4])))
-
-
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """How the energies of images that do show one of the classes are spread, as a function of the task.
 
-    Location and logarithm of the spread (see `spread_of`) are linear in `size_of` the task, read from the support
-    examples that could be held out or, in a one-shot task, from what each scores among the other classes. `quantiles`
-    are those of the standardised energies, from 0 to 1 in equal steps.
+    Location and logarithm of the spread are linear in `size_of` the task, read from the support examples that could be
+    held out or, in a one-shot task, from what each scores among the other classes. `quantiles` are those of the
+    standardised energies, from 0 to 1 in equal steps.
     """
 
     location: tuple[float, ...]  # [5]
@@ -121,7 +107,8 @@ class Rejection:
             size, location, spread = size_of(shots, energy(held_out)), self.location, self.spread
         else:
             size, location, spread = size_of(shots, energy(rivals)), self.location_one_shot, self.spread_one_shot
-        return float(size @ np.array(location)), spread_of(size, spread)
+        # Bounded, for an odd task may lie far from those that the numbers were fitted on.
+        return float(size @ np.array(location)), math.exp(float(np.clip(size @ np.array(spread), -20, 20)))
 
     def known(self, energies: np.ndarray, gauge: tuple[float, float]) -> np.ndarray:
         """The share of genuine images that would score lower than each: [n] in 0..1.

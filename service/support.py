@@ -22,7 +22,7 @@ import numpy as np
 
 from models import report
 from models.arrays import fetch, place
-from models.calibration import Rejection, Temperature, softening
+from models.calibration import Rejection, Temperature, divisor
 from models.episode import Support
 from models.errors import (
     ClassNotFound,
@@ -314,6 +314,12 @@ def _solving() -> Iterator[None]:
         raise ExtractorFailed("The adaptation has no solution; nothing was learned.") from error
 
 
+def _finite(found: np.ndarray) -> np.ndarray:
+    if not np.isfinite(found).all():
+        raise ExtractorFailed("The adaptation gave numbers that are not finite; nothing was stored.")
+    return found
+
+
 def learn(
     record: Record, learner: Learner, temperature: Temperature, rejection: Rejection | None, *, device: str
 ) -> Learned:
@@ -328,16 +334,14 @@ def learn(
     )
     with _solving():
         affine, leave_out = report.fitted(learner, support)
-    shots = tuple(int(count) for count in np.bincount(record.classes, minlength=way))
-    folded = temperature.fold(Affine(fetch(affine.weight), fetch(affine.bias)), shots)
-    affine = Affine(folded.weight.astype(np.float32), folded.bias.astype(np.float32))
-    if not (np.isfinite(affine.weight).all() and np.isfinite(affine.bias).all()):
-        raise ExtractorFailed("The adaptation gave numbers that are not finite; nothing was stored.")
+    affine = Affine(_finite(fetch(affine.weight)), _finite(fetch(affine.bias)))
     with _solving():
         held = leave_out()
-    held = replace(held, logits=held.logits / temperature.at(way, shots))
-    by = np.float32(softening(held.logits, record.classes[held.index]))
-    affine, held = Affine(affine.weight / by, affine.bias / by), replace(held, logits=held.logits / by)
+    _finite(held.logits)
+    shots = tuple(int(count) for count in np.bincount(record.classes, minlength=way))
+    by = divisor(temperature.at(way, shots), held.logits, record.classes[held.index])
+    affine = Affine((affine.weight / by).astype(np.float32), (affine.bias / by).astype(np.float32))
+    held = replace(held, logits=held.logits / by)
     head = Head(affine, record.labels, shots, record.method, record.artifact)
     if rejection is not None:
         rivals = report.without_own(head.logits(features), record.classes)

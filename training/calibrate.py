@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from models.calibration import Temperature, energy, size_of, softening, spread_of
+from models.calibration import Temperature, divisor, energy, size_of
 from models.learners import Learner
-from models.report import held_out, without_own
+from models.report import fitted, without_own
 from training import evaluate
 from training.episodes import Indices, Pool, frozen
 
@@ -48,37 +48,17 @@ def calibrate(
     temperatures, rejections, scores = {}, {}, {}
     for method, learner in learners.items():
         found = [_answered(learner, features, task, cell) for cell, (_, _, tasks) in enumerate(cells) for task in tasks]
-        groups = [[task for task in found if task.cell == cell] for cell in range(len(cells))]
-        sizes = [(way, shot) for way, shot, _ in cells]
-        # What softens single tasks does so in this domain too, mostly by chance: so once more, with that done.
-        first = Temperature(**fit_temperature(sizes, np.array([_curve(group, None) for group in groups])))
-        temperatures[method] = fit_temperature(sizes, np.array([_curve(group, first) for group in groups]))
-        known = [group for group, (way, _) in zip(groups, sizes, strict=True) if way == min(5, len(pool.classes))]
-        scores[method] = float(np.mean([np.mean([_right(task) for task in group]) for group in known]))
+        curves, right = [], []
+        for cell, (way, _, _) in enumerate(cells):
+            stacked = np.concatenate([task.logits for task in found if task.cell == cell])
+            truth = np.concatenate([task.answers for task in found if task.cell == cell])
+            curves.append([_nll(stacked / np.exp(value), truth) for value in LOG_TEMPERATURES])
+            if way == min(5, len(pool.classes)):
+                right.append(float((stacked.argmax(axis=1) == truth).mean()))
+        temperatures[method] = fit_temperature([(way, shot) for way, shot, _ in cells], np.array(curves))
+        scores[method] = float(np.mean(right))
         rejections[method] = fit_rejection(found, Temperature(**temperatures[method]))
     return temperatures, rejections, scores
-
-
-def _curve(tasks: list[Answered], softened: Temperature | None) -> list[float]:
-    """Loss of the questions at LOG_TEMPERATURES; `softened`: by what each task's examples say at that temperature."""
-    by = [1.0 if softened is None else _divisor(task, softened) / _temperature(task, softened) for task in tasks]
-    logits = np.concatenate([task.logits / part for task, part in zip(tasks, by, strict=True)])
-    truth = np.concatenate([task.answers for task in tasks])
-    return [_nll(logits / np.exp(value), truth) for value in LOG_TEMPERATURES]
-
-
-def _temperature(task: Answered, temperature: Temperature) -> float:
-    return temperature.at(len(task.shots), task.shots)
-
-
-def _divisor(task: Answered, temperature: Temperature) -> float:
-    """What the logits of a task are divided by in all."""
-    t = _temperature(task, temperature)
-    return t * softening(task.held_out / t, task.truth)
-
-
-def _right(task: Answered) -> float:
-    return float((task.logits.argmax(axis=1) == task.answers).mean())
 
 
 def fit_temperature(sizes: list[tuple[int, int]], curves: np.ndarray) -> dict[str, float]:
@@ -100,10 +80,10 @@ def fit_temperature(sizes: list[tuple[int, int]], curves: np.ndarray) -> dict[st
 
 def _answered(learner: Learner, features: np.ndarray, task: Indices, cell: int) -> Answered:
     support = evaluate.support_of(features, task)
-    affine = learner.adapt(support)
+    affine, leave_out = fitted(learner, support)
+    held = leave_out()
     own = features[task.support] @ affine.weight.T + affine.bias
     shots = tuple(int(count) for count in np.bincount(task.labels, minlength=task.way))
-    held = held_out(learner, support)
     return Answered(
         cell,
         shots,
@@ -129,7 +109,7 @@ def fit_rejection(tasks: list[Answered], temperature: Temperature) -> dict[str, 
             return {}  # too few images a class to know tasks of this kind: then nothing is rejected
         sizes, genuine = [], []
         for task in chosen:
-            t = _divisor(task, temperature)
+            t = divisor(temperature.at(len(task.shots), task.shots), task.held_out, task.truth)
             sizes.append(size_of(task.shots, energy((task.held_out if many else task.rivals) / t)))
             genuine.append(energy(task.logits / t))
         inputs = np.array(sizes).reshape(len(chosen), 5)
@@ -140,7 +120,7 @@ def fit_rejection(tasks: list[Answered], temperature: Temperature) -> dict[str, 
         off = [values - row @ location for values, row in zip(genuine, inputs, strict=True)]
         widths = np.log([np.sqrt(np.mean(values**2)) + 1e-6 for values in off])
         spread = np.linalg.lstsq(inputs, np.array(widths), rcond=None)[0]
-        scaled += [values / spread_of(row, spread) for values, row in zip(off, inputs, strict=True)]
+        scaled += [values / np.exp(row @ spread) for values, row in zip(off, inputs, strict=True)]
         fits[f"location{suffix}"] = [round(float(value), 5) for value in location]
         fits[f"spread{suffix}"] = [round(float(value), 5) for value in spread]
     quantiles = np.quantile(np.concatenate(scaled), np.linspace(0, 1, 201))

@@ -14,9 +14,9 @@ import numpy as np
 
 from models.arrays import softmax
 from models.artifact import Artifact
-from models.calibration import energy, softening
+from models.calibration import divisor, energy
 from models.episode import Support
-from models.report import held_out, without_own
+from models.report import fitted, without_own
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, frozen
 
@@ -95,9 +95,9 @@ def _row(
         mine, known = episode.labels < way, episode.answers < way
         own = features[episode.support[mine]]
         support = Support(own, episode.labels[mine], way)
-        affine = learner.adapt(support)
-        held = held_out(learner, support)
-        by = temperature * softening(held.logits / temperature, support.labels[held.index])
+        affine, leave_out = fitted(learner, support)
+        held = leave_out()
+        by = divisor(temperature, held.logits, support.labels[held.index])
         weight, bias = affine.weight.T / by, affine.bias / by
         logits = features[episode.query] @ weight + bias
         gauge = rejection.gauge(

@@ -1,6 +1,6 @@
 """Other ways to score "none of these", against the energy that is served: which tells foreign images best?
 
-All are functions of the features, the head's means and the memory, in the whitened space. The rivals: the largest logit
+What a task's own examples lower (see calibration.divisor) is left out, for every score alike. All are functions of the features, the head's means and the memory, in the whitened space. The rivals: the largest logit
 and probability (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136), the distance to the nearest mean, the
 nearest example, the energy less that of the remembered classes, and the cosine normalised by what question and class
 score among the remembered ones (Auckenthaler et al., "Score Normalization for Text-Independent Speaker Verification

@@ -145,16 +145,12 @@ def inverse(away: Array, log_own: Array) -> Callable[[Array], Array]:
     xp = array_namespace(away)
     n, dim = away.shape
     share = xp.exp(log_own)
+
+    def unit(size: int) -> Array:
+        return xp.eye(size, dtype=away.dtype, device=device(away))
+
     if n <= dim:
-        inner = xp.eye(n, dtype=away.dtype, device=device(away)) + share * (away @ away.T)
-
-        def apart(rows: Array) -> Array:
-            return rows - share * (xp.linalg.solve(inner, away @ rows.T).T @ away)
-
-    else:
-        outer = arrays.inverse(xp.eye(dim, dtype=away.dtype, device=device(away)) + share * (away.T @ away))
-
-        def apart(rows: Array) -> Array:
-            return rows @ outer
-
-    return apart
+        inner = share * arrays.inverse(unit(n) + share * (away @ away.T))
+        return lambda rows: rows - (rows @ away.T) @ inner @ away
+    outer = arrays.inverse(unit(dim) + share * (away.T @ away))
+    return lambda rows: rows @ outer

@@ -48,6 +48,7 @@ class Memory(NamedTuple):
 class Answers(NamedTuple):
     """What the cell says of a task."""
 
+    scale: Array  # []
     transform: Array  # [dim], in the remembered basis: how each direction is whitened
     noise: Array  # []: see whitened.offset
     way: Array  # [way, 1]: the part of the way to the memory that each mean goes
@@ -134,7 +135,11 @@ class LSTM(Once):
         shared = xp.mean(state, axis=0) @ self.shared  # [SHARED]
         each = state @ self.each  # [way, EACH]
         strength = spread(self.spectrum, self.log_shrink + FAR * xp.tanh(shared[0]))
+        log_scale = self.log_scale
+        if self.shared.shape[1] > SHARED:  # a cell from before: it answered this as well
+            log_scale = log_scale + shared[SHARED]
         return Answers(
+            scale=xp.exp(log_scale),
             transform=strength ** (-0.5 * (1 + POWER * xp.tanh(shared[1]))),
             noise=xp.exp(self.log_noise + shared[2]),
             way=xp.tanh(each[:, 0:1]),
@@ -143,9 +148,9 @@ class LSTM(Once):
 
     def _map(self, fit: Fit) -> Affine:
         xp = array_namespace(fit.features)
-        answers, scale, (at, towards, sure) = fit.answers, xp.exp(self.log_scale), fit.centres
-        weight = scale * ((towards * answers.transform) @ self.basis.T)
-        return Affine(weight, scale * (-0.5 * xp.sum(towards * at, axis=1) * sure + answers.bias))
+        answers, (at, towards, sure) = fit.answers, fit.centres
+        weight = answers.scale * ((towards * answers.transform) @ self.basis.T)
+        return Affine(weight, answers.scale * (-0.5 * xp.sum(towards * at, axis=1) * sure + answers.bias))
 
     def _left_out(self, support: Support, fit: Fit) -> Array:
         xp = array_namespace(fit.features)
@@ -162,7 +167,7 @@ class LSTM(Once):
             others / (others + answers.noise),
         )
         scores = left_out(fit.features, fit.own, fit.away, turned, self.log_own, fit.centres, mine)
-        return xp.exp(self.log_scale) * (scores + answers.bias[None, :])
+        return answers.scale * (scores + answers.bias[None, :])
 
     def work_out(self) -> Memory:
         """All that is looked at and does not depend on the task."""

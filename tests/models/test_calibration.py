@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.arrays import softmax
-from models.calibration import SOFTEST, Rejection, Temperature, energy, softening
-from models.head import Affine
+from models.calibration import MOST, Rejection, Temperature, divisor, energy
 
 # Each number of the size has a weight of its own: 1, log way, log mean shots, mean and log deviation of the energies.
 REJECTION = Rejection(
@@ -31,33 +30,6 @@ def test_it_is_a_power_of_the_way_and_of_the_mean_shots() -> None:
     temperature = Temperature(constant=math.log(2), by_way=0.5, by_shot=-1)
     assert temperature.at(4, (5, 5, 5, 5)) == pytest.approx(2 * 4**0.5 / 5)
     assert temperature.at(4, (1, 1, 1, 17)) == pytest.approx(temperature.at(4, (5, 5, 5, 5)))
-
-
-def test_folding_divides_the_logits_by_the_temperature_of_that_task() -> None:
-    rng = np.random.default_rng(0)
-    affine = Affine(rng.standard_normal((3, 4)).astype(np.float32), rng.standard_normal(3).astype(np.float32))
-    features = rng.standard_normal((10, 4)).astype(np.float32)
-    temperature = Temperature(constant=0.7, by_way=0.3, by_shot=0.2)
-    folded = temperature.fold(affine, (1, 2, 6))
-    assert folded.weight.dtype == folded.bias.dtype == np.float32
-    logits = features @ affine.weight.T + affine.bias
-    np.testing.assert_allclose(
-        features @ folded.weight.T + folded.bias, logits / temperature.at(3, (1, 2, 6)), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_a_higher_temperature_doubts_more_and_answers_the_same() -> None:
-    rng = np.random.default_rng(1)
-    affine = Affine(rng.standard_normal((5, 4)), rng.standard_normal(5))
-    features = rng.standard_normal((50, 4))
-
-    def chances(constant: float) -> np.ndarray:
-        weight, bias = Temperature(constant=constant).fold(affine, (1,) * 5)
-        return softmax(features @ weight.T + bias)
-
-    sure, doubtful = chances(-1), chances(1)
-    assert (sure.max(axis=1) > doubtful.max(axis=1)).all()
-    assert np.array_equal(sure.argmax(axis=1), doubtful.argmax(axis=1))
 
 
 def test_the_energy_is_the_log_of_the_sum_of_the_exponentials() -> None:
@@ -96,49 +68,10 @@ def test_known_is_the_share_of_genuine_images_that_score_lower() -> None:
 
 def test_where_examples_were_held_out_their_energies_place_the_gauge() -> None:
     held_out = np.log([[3.0, 1.0], [6.0, 2.0]])  # energies log 4 and log 8
-    location, spread = REJECTION.gauge((1, 3), held_out=held_out, rivals=np.full((4, 1), 99.0))
-    way, shots, mean, deviation = math.log(2), math.log(2), 2.5 * math.log(2), math.log(math.log(2) / 2 + 0.1)
+    location, spread = REJECTION.gauge((2, 8), held_out=held_out, rivals=np.full((10, 1), 99.0))
+    way, shots, mean, deviation = math.log(2), math.log(5), 2.5 * math.log(2), math.log(math.log(2) / 2 + 0.1)
     assert location == pytest.approx(1 + 2 * way + 3 * shots + 1.5 * mean + 0.5 * deviation)
     assert spread == pytest.approx(2 * math.exp(0.1 * way - shots + 0.01 * mean + 0.2 * deviation))
-
-
-def test_a_gauge_is_no_narrower_than_what_it_was_read_from() -> None:
-    """Tasks that the numbers were fitted on were alike; one of another domain may be wider."""
-    held_out = np.log([[1.0, 1.0], [1e6, 1e6]])
-    _, spread = REJECTION.gauge((2, 2), held_out=held_out, rivals=np.zeros((4, 1)))
-    assert spread == pytest.approx(math.log(1e6) / 2 + 0.1)
-
-
-def claimed(by: float, *, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [n, 5] that are `by` times what would be honest, and the classes [n] as the honest ones have them."""
-    rng = np.random.default_rng(seed)
-    honest = rng.normal(0, 1.5, (n, 5))
-    truth = (np.exp(honest) / np.exp(honest).sum(axis=1, keepdims=True)).cumsum(axis=1) > rng.random((n, 1))
-    return by * honest, truth.argmax(axis=1)
-
-
-def test_what_claims_too_much_is_softened_by_as_much_the_more_surely_the_more_examples_say_so() -> None:
-    many = [softening(*claimed(4, n=2000, seed=seed)) for seed in range(5)]
-    assert np.mean(many) == pytest.approx(4, rel=0.25)
-    few = [softening(*claimed(4, n=25, seed=seed)) for seed in range(20)]
-    assert all(found >= 1 for found in few)
-    assert 1.5 < np.mean(few) < np.mean(many)
-
-
-def test_what_claims_too_little_stays_as_it_is() -> None:
-    assert [softening(*claimed(0.25, n=200, seed=seed)) for seed in range(5)] == [1] * 5
-
-
-def test_without_examples_nothing_is_softened() -> None:
-    assert softening(np.zeros((0, 5)), np.zeros(0, int)) == 1
-
-
-@settings(deadline=None, database=None)
-@given(size=st.floats(0, 1e30), n=st.integers(1, 12), way=st.integers(2, 5), seed=st.integers(0, 99))
-def test_whatever_is_claimed_the_softening_is_bounded(size: float, n: int, way: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    by = softening(size * rng.standard_normal((n, way)), rng.integers(way, size=n))
-    assert 1 <= by <= math.exp(SOFTEST)
 
 
 def test_a_one_shot_task_is_placed_by_what_its_examples_score_among_the_others() -> None:
@@ -166,3 +99,46 @@ def test_an_image_has_the_same_energy_alone_and_among_others(way: int) -> None:
     alone = np.concatenate([energy(logits[k : k + 1]) for k in range(64)])
     assert alone.tobytes() == energy(logits).tobytes()
     np.testing.assert_allclose(alone, np.logaddexp.reduce(logits.astype(np.float64), axis=1), rtol=1e-5, atol=1e-5)
+
+
+# What a task's own examples say
+
+
+def claimed(by: float, *, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [n, 5] that are `by` times what would be honest, and the classes [n] as the honest ones have them."""
+    rng = np.random.default_rng(seed)
+    honest = rng.normal(0, 1.5, (n, 5))
+    truth = (np.exp(honest) / np.exp(honest).sum(axis=1, keepdims=True)).cumsum(axis=1) > rng.random((n, 1))
+    return by * honest, truth.argmax(axis=1)
+
+
+def test_what_claims_too_much_is_divided_by_as_much_the_more_surely_the_more_examples_say_so() -> None:
+    many = [divisor(1, *claimed(4, n=2000, seed=seed)) for seed in range(5)]
+    assert np.mean(many) == pytest.approx(4, rel=0.25)
+    few = [divisor(1, *claimed(4, n=25, seed=seed)) for seed in range(20)]
+    assert all(found >= 1 for found in few)
+    assert 1.5 < np.mean(few) < np.mean(many)
+
+
+def test_it_is_the_likeliest_with_the_temperature_as_likely_as_ten_examples_make_it() -> None:
+    logits, truth = claimed(4, n=25)
+    grid = np.linspace(0, 3, 3001)
+    shares = [softmax(logits / 2 / np.exp(value))[np.arange(25), truth] for value in grid]
+    loss = [-np.log(share).sum() + 10 / 2 * value**2 for share, value in zip(shares, grid, strict=True)]
+    assert divisor(2, logits, truth) == pytest.approx(2 * np.exp(grid[np.argmin(loss)]), rel=2e-3)
+
+
+def test_what_claims_too_little_keeps_its_temperature() -> None:
+    assert [divisor(0.7, *claimed(0.1, n=200, seed=seed)) for seed in range(5)] == [0.7] * 5
+
+
+def test_without_examples_it_is_the_temperature() -> None:
+    assert divisor(3.5, np.zeros((0, 5)), np.zeros(0, int)) == 3.5
+
+
+@settings(deadline=None, database=None)
+@given(size=st.floats(0, 1e30), n=st.integers(1, 12), way=st.integers(2, 5), seed=st.integers(0, 99))
+def test_whatever_is_claimed_it_is_bounded(size: float, n: int, way: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    by = divisor(0.5, size * rng.standard_normal((n, way)), rng.integers(way, size=n))
+    assert 0.5 <= by <= 0.5 * math.exp(MOST)

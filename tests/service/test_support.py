@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.arrays import softmax
-from models.calibration import Temperature, softening
+from models.calibration import Temperature, divisor
 from models.episode import Support
 from models.errors import (
     ClassNotFound,
@@ -339,32 +339,47 @@ def test_a_head_is_the_learners_map_with_its_temperature_folded_in() -> None:
     assert learned.head.gauge is None
 
 
+WRONG = [*EXAMPLES, Example("red", b"blue 7")]
+
+
 def test_where_its_own_examples_are_answered_wrongly_a_task_is_less_sure_in_report_and_answers_alike() -> None:
-    wrong = [*EXAMPLES, Example("red", b"blue 7")]
-    given, temperature = record(rows(wrong, [])), Temperature(1.0)
+    given, temperature = record(rows(WRONG, [])), Temperature(1.0)
     learned = learn(given, PROTOTYPE, temperature, None, device="cpu")
     suspect = learned.report.suspects[0]
     support = Support(given.features.astype(np.float32), given.classes, 2)
     held = held_out(PROTOTYPE, support)
-    by = softening(held.logits / np.e, given.classes[held.index])
-    assert by > 1
+    by = divisor(np.e, held.logits, given.classes[held.index])
+    assert by > 1.001 * np.e
     row = given.ids.index(suspect.example)
     assert suspect.example == example_id("red", b"blue 7")
-    assert suspect.score == pytest.approx(softmax(held.logits[row] / np.e / by)[0], abs=1e-3)
-    weight = PROTOTYPE.adapt(support).weight / np.e / by
+    assert suspect.score == pytest.approx(softmax(held.logits[row] / by)[0], abs=1e-3)
+    weight = PROTOTYPE.adapt(support).weight / by
     np.testing.assert_allclose(learned.head.affine.weight, weight, atol=np.abs(weight).max() / 250)
 
 
-@pytest.mark.parametrize("examples", [EXAMPLES, [EXAMPLES[0], EXAMPLES[3]]], ids=["many", "one"])
+@pytest.mark.parametrize("examples", [EXAMPLES, [EXAMPLES[0], EXAMPLES[3]], WRONG], ids=["many", "one", "wrong"])
 def test_with_a_rejection_a_head_has_the_gauge_of_its_task(examples: list[Example]) -> None:
     given = record(rows(examples, []))
     learned = learn(given, PROTOTYPE, Temperature(0.5), REJECTION, device="cpu")
     support = Support(given.features.astype(np.float32), given.classes, 2)
     logits = learned.head.logits(support.features)
-    held = held_out(PROTOTYPE, support).logits / np.exp(0.5)
+    found = held_out(PROTOTYPE, support)
+    held = found.logits / divisor(np.exp(0.5), found.logits, given.classes[found.index])
     rivals = logits[np.arange(len(logits)), 1 - given.classes][:, None]
     expected = REJECTION.gauge(learned.head.shots, held_out=held, rivals=rivals)
     assert learned.head.gauge == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_logits_that_are_not_finite_give_no_head() -> None:
+    class Broken:
+        def adapt(self, support: Support) -> Affine:
+            return PROTOTYPE.adapt(support)
+
+        def leave_one_out(self, support: Support) -> np.ndarray:
+            return np.full((len(support.labels), 2), np.inf, np.float32)
+
+    with pytest.raises(ExtractorFailed, match="not finite"):
+        learn(record(rows()), Broken(), Temperature(), REJECTION, device="cpu")
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])

@@ -21,8 +21,9 @@ import onnx
 import torch
 from safetensors.numpy import load_file, save_file
 
+from models.arrays import softmax
 from models.artifact import ARRAYS, GRAPH, INT8_GRAPH, MANIFEST, PROBE, WEIGHTS, Artifact
-from models.calibration import Rejection, Temperature, energy
+from models.calibration import Rejection, Temperature, divisor, energy
 from models.errors import ArtifactInvalid
 from models.extractor import load_extractor
 from models.extractor_onnx import OnnxExtractor
@@ -105,8 +106,8 @@ def test_calibration_makes_probabilities_as_sure_as_they_are_right() -> None:
     sure: list[float] = []
     right: list[bool] = []
     for episode in frozen(pool, way=5, shot=5, queries=5, count=200, seed=9):
-        affine = temperature.fold(learner.adapt(evaluate.support_of(features, episode)), (5,) * 5)
-        logits = features[episode.query] @ affine.weight.T + affine.bias
+        affine = learner.adapt(evaluate.support_of(features, episode))
+        logits = (features[episode.query] @ affine.weight.T + affine.bias) / temperature.at(5, (5,) * 5)
         chances = np.exp(logits - logits.max(axis=1, keepdims=True))
         sure += list((chances / chances.sum(axis=1, keepdims=True)).max(axis=1))
         right += list(logits.argmax(axis=1) == episode.answers)
@@ -159,14 +160,41 @@ def known_of(method: str, fitted: Fitted, *, way: int, shot: int, noise: float =
     genuine, foreign = [], []
     for episode in frozen(Pool.of(labels), way=way, shot=shot, queries=10, count=60, seed=5):
         support, shots = evaluate.support_of(features, episode), (shot,) * way
-        weight, bias = temperature.fold(learner.adapt(support), shots)
-        held = held_out(learner, support).logits / temperature.at(way, shots)
+        held = held_out(learner, support)
+        by = divisor(temperature.at(way, shots), held.logits, support.labels[held.index])
+        weight, bias = (part / by for part in learner.adapt(support))
         rivals = without_own(support.features @ weight.T + bias, episode.labels)
-        gauge = rejection.gauge(shots, held_out=held, rivals=rivals)
+        gauge = rejection.gauge(shots, held_out=held.logits / by, rivals=rivals)
         others = np.flatnonzero(~np.isin(labels, labels[episode.support]))[::7]
         for rows, found in ((episode.query, genuine), (others, foreign)):
             found.append(rejection.known(energy(features[rows] @ weight.T + bias), gauge))
     return np.concatenate(genuine), np.concatenate(foreign)
+
+
+@pytest.mark.parametrize("method", REJECTING)
+def test_tasks_of_a_harder_domain_are_answered_more_honestly_for_what_their_own_examples_say(
+    method: str, fitted: Fitted
+) -> None:
+    learner, (temperature, _) = REJECTING[method], fitted[method]
+    features, labels = drawn(2, noise=2.0)
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    for episode in frozen(Pool.of(labels), way=5, shot=5, queries=10, count=100, seed=6):
+        support = evaluate.support_of(features, episode)
+        weight, bias = learner.adapt(support)
+        held, t = held_out(learner, support), temperature.at(5, (5,) * 5)
+        for by, found in ((t, gaps[False]), (divisor(t, held.logits, support.labels[held.index]), gaps[True])):
+            chances = softmax((features[episode.query] @ weight.T + bias) / by)
+            found.append(chances.max(axis=1).mean() - (chances.argmax(axis=1) == episode.answers).mean())
+    assert np.mean(gaps[False]) > 0.05
+    assert abs(np.mean(gaps[True])) < 0.6 * np.mean(gaps[False])
+
+
+def test_rejection_is_fitted_with_what_the_examples_of_each_task_say(
+    fitted: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "divisor", lambda temperature, *_: temperature)
+    for method, (_, rejection) in fit.__wrapped__(0.8).items():
+        assert rejection.quantiles != fitted[method][1].quantiles
 
 
 @pytest.mark.parametrize("method", REJECTING)

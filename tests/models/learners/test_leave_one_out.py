@@ -11,12 +11,12 @@ import pytest
 from models.episode import Support
 from models.learners import LEARNERS
 from models.report import fitted, held_out
-from tests.models.learners.given import METHODS, arrays, clusters, converted, learner
+from tests.models.learners.given import METHODS, clusters, converted, learner
 
 CLOSED_FORM = [method for method in METHODS if hasattr(LEARNERS[method], "leave_one_out")]
 # Where classes weigh by their shots, those left are learned from as they weighed with the one left out; and what the
 # cell of the LSTM answers, it answers for all.
-NEARLY = {"ridge": 0.5, "lstm": 1.0}
+NEARLY = {"ridge": 0.5, "lstm": 0.35}
 SHOTS = [(2, 2), (3, 1, 6), (1, 5, 2, 3), (8,) * 12]
 
 pytestmark = pytest.mark.parametrize("method", CLOSED_FORM)
@@ -46,19 +46,6 @@ def test_each_example_scores_as_if_the_task_had_been_learned_without_it(method: 
                 assert np.corrcoef(logits[index], expected)[0, 1] > 0.95
             checked += 1
     assert checked == sum(n for n in shots if n > 1)
-
-
-@pytest.mark.parametrize("shots", SHOTS)
-def test_but_for_what_its_cell_answers_the_lstm_leaves_an_example_out_exactly(
-    method: str, shots: tuple[int, ...]
-) -> None:
-    if method != "lstm":
-        return
-    deaf = {name: np.zeros_like(arrays("lstm")[name]) for name in ("inputs", "recur")}  # it answers the same for any
-    found, (support, _, _) = learner("lstm", **deaf), clusters(shots, noise=0.5)
-    logits, counts = found.leave_one_out(support), np.bincount(support.labels)
-    for index in np.flatnonzero(counts[support.labels] > 1):
-        np.testing.assert_allclose(logits[index], learned_without(found, support, index), rtol=0, atol=1e-4)
 
 
 def test_it_is_not_what_the_whole_support_set_says(method: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from models.arrays import normalise, one_hot
+from models.episode import Support
 from models.head import Affine
 from models.learners import build
 from models.learners.lstm import EACH, LSTM, SEEN, SHARED, look, meet
@@ -198,3 +199,25 @@ def test_a_sudden_state_overflows_nowhere() -> None:
     support, _, _ = clusters(UNEVEN)
     offset = np.where(np.arange(4 * HIDDEN) % 2, 500, -500)
     assert np.isfinite(learner("lstm", offset=offset).adapt(support).weight).all()
+
+
+@pytest.mark.parametrize("shots", [(2, 2), (3, 1, 6), (1, 5, 2, 3), (8,) * 12])
+def test_but_for_what_its_cell_answers_it_leaves_an_example_out_exactly(shots: tuple[int, ...]) -> None:
+    deaf = {name: np.zeros_like(arrays("lstm")[name]) for name in ("inputs", "recur")}  # it answers the same for any
+    found, (support, _, _) = learner("lstm", **deaf), clusters(shots, noise=0.5)
+    logits, counts = found.leave_one_out(support), np.bincount(support.labels)
+    for index in np.flatnonzero(counts[support.labels] > 1):
+        kept = np.delete(np.arange(len(support.labels)), index)
+        weight, bias = found.adapt(Support(support.features[kept], support.labels[kept], support.way))
+        np.testing.assert_allclose(logits[index], support.features[index] @ weight.T + bias, rtol=0, atol=1e-4)
+
+
+def test_a_cell_from_before_that_answered_a_scale_still_does() -> None:
+    support, _, _ = clusters((3, 3), noise=0.5)
+    fourth = np.random.default_rng(0).standard_normal((HIDDEN, 1)).astype(np.float32)
+    shared = arrays("lstm")["shared"]
+    now, before = learner("lstm"), learner("lstm", shared=np.concatenate([shared, fourth], axis=1))
+    ratio = before.adapt(support).weight / now.adapt(support).weight
+    assert abs(ratio.mean() - 1) > 0.01
+    np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-4)
+    np.testing.assert_allclose(before.leave_one_out(support), ratio.mean() * now.leave_one_out(support), rtol=1e-4)
