@@ -1,11 +1,11 @@
 """Other ways to score "none of these", against the energy that is served: which tells foreign images best?
 
-What a task's own examples lower (see calibration.divisor) is left out, for every score alike. All are functions of the features, the head's means and the memory, in the whitened space. The rivals: the largest logit
-and probability (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136), the distance to the nearest mean, the
-nearest example, the energy less that of the remembered classes, and the cosine normalised by what question and class
-score among the remembered ones (Auckenthaler et al., "Score Normalization for Text-Independent Speaker Verification
-Systems", 2000, https://doi.org/10.1006/dspr.1999.0360). Compared paired, on one list of episodes. Knows nothing of
-thresholds.
+All are functions of the features, the head's means and the memory, in the whitened space; what a task's own examples
+lower (see calibration.divisor) is left out of each. The rivals: the largest logit and probability (Hendrycks and
+Gimpel, 2017, https://arxiv.org/abs/1610.02136), the distance to the nearest mean, the nearest example, the energy less
+that of the remembered classes, and the cosine normalised by what question and class score among the remembered ones
+(Auckenthaler et al., "Score Normalization for Text-Independent Speaker Verification Systems", 2000,
+https://doi.org/10.1006/dspr.1999.0360). Compared paired, on one list of episodes. Knows nothing of thresholds.
 """
 
 from __future__ import annotations
