@@ -92,6 +92,19 @@ photos-free-long() { # photos-free, and 95 more passes with a learning rate that
   finish photos-free-long "$data" "--way 5 --shot 1,5,10" --description "Photographs: mini-ImageNet without labels"
 }
 
+tasks() { # the learners of photos-free-long once more, over tasks that are made in each way
+  local data=$DATA/mini_imagenet made
+  for made in pseudo clusters mixed labels; do
+    local out=$RUNS/tasks-$made
+    mkdir -p "$out"
+    cp "$RUNS/photos-free-long/pretrain.safetensors" "$out"
+    python -m training metatrain --data "$data" --out "$out" --tasks "$made" --per-class 100 --steps 1000
+    rm -rf "$out/draft"
+    python -m training export --checkpoint "$out" --data "$data" --out "$out/draft" --name "tasks-$made" --no-int8
+    python -m training evaluate --artifact "$out/draft" --data "$data" --shot 1,5 --json-out "$out/metrics.jsonl"
+  done
+}
+
 photos-64-long() { # the same with labels, of turned and of mixed images
   local data=$DATA/mini_imagenet out=$RUNS/photos-64-long
   python -m training pretrain --data "$data" --out "$out-128" --shape resnet18 --start "$RUNS/photos-free-long" \

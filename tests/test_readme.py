@@ -106,8 +106,8 @@ learner; that and the 128 pixels were chosen with looks at these three sets. Cha
 extractor that saw 80 kinds of things in 84 pixels. By every learner: [training/RESULTS.md](training/RESULTS.md).
 """
 TRUST = """How far probabilities and "none of these" can be trusted on classes never seen, with five in each episode
-that the task does not know (`python -m training evaluate ... --foreign 5`), per cent, default learner. In a domain far
-from the training photographs little that is foreign is noticed.
+that the task does not know (one where there are six in all; `python -m training evaluate ... --foreign 5`), per cent,
+default learner. In a domain far from the training photographs little that is foreign is noticed.
 """
 
 

@@ -56,6 +56,15 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
             *("best_without_memory", "over_best_without_memory", "episodes", "seed", "note"),
         ),
     ),
+    "tasks": (
+        "Tasks without labels",
+        "What learners are trained over: `pseudo`, each image a class, with its augmented views; `clusters` of features, "
+        "fine and coarse; `mixed`, both in turn; and, as the measure, with `labels` of the training classes. On one "
+        "extractor that was trained without labels, a thousand steps each (`bash deploy/train.sh tasks`); calibrated on "
+        "validation classes. `discriminant` and `whitened` learn three and two numbers beside the covariance that they "
+        "remember.",
+        ("task", "method", "tasks", "accuracy", "episodes", "training_seed"),
+    ),
     "objectives": (
         "Objectives",
         "The same small network on the same images for the same time: by all losses alike, with weights that are "
