@@ -56,10 +56,13 @@ def zip_entries(body: bytes, most: Most) -> Iterator[tuple[PurePosixPath, bytes]
         mode = info.external_attr >> 16
         if info.flag_bits & 1 or (mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG)):
             raise InvalidRequest("An entry of the archive is encrypted, a link or a device.", index=index)
+        # Other ways take, to unpack, as large a dictionary as the archive asks for.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InvalidRequest("An entry of the archive is compressed by another way than deflate.", index=index)
         try:
             with archive.open(info) as file:
                 data = file.read(most.entry + 1)  # the header's size may lie
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, RuntimeError, OSError):
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, zlib.error, RuntimeError, OSError):
             raise InvalidRequest("An entry of the archive is damaged.", index=index) from None
         yield path, data
 

@@ -69,6 +69,8 @@ class Boundary:
                     message = await receive()
             except TimeoutError:
                 raise BodyTimeout(f"The body did not arrive within {self.body_timeout_s:g} s.") from None
+            if message["type"] == "http.disconnect":  # half way: what came is no request
+                raise CallerLeft
             if message["type"] == "http.request":
                 size = len(message.get("body", b""))
                 seen += size

@@ -180,6 +180,21 @@ def test_an_archive_that_is_none_or_is_cut(http: httpx.Client) -> None:
     )
 
 
+def test_an_archive_whose_beginning_is_missing(http: httpx.Client) -> None:
+    """Its table of contents then points before it."""
+    whole = zipped(folders("red", "blue"))
+    refused(http.post("/v1/tasks", content=whole[4:], headers=ZIP), 422, "invalid_request", "damaged")
+
+
+@pytest.mark.parametrize("way", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_an_archive_that_is_compressed_in_another_way(http: httpx.Client, way: int) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", way) as archive:
+        for label in ("red", "blue"):
+            archive.writestr(f"{label}/1.png", picture(label, seed=1))
+    refused(http.post("/v1/tasks", content=out.getvalue(), headers=ZIP), 422, "invalid_request", "deflate")
+
+
 def test_an_archive_without_folders(http: httpx.Client) -> None:
     refused(http.post("/v1/tasks", content=zipped({"1.png": RED}), headers=ZIP), 422, "invalid_support", "folder")
     refused(http.post("/v1/tasks", content=zipped({}), headers=ZIP), 422, "invalid_support", "no files")

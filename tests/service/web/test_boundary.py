@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -90,6 +91,27 @@ def test_a_task_is_learned_though_who_sent_it_has_hung_up(http: httpx.Client) ->
     while http.get("/v1/tasks/left").status_code == 404:
         assert time.monotonic() < give_up
     assert http.get("/v1/tasks/left").json()["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/tasks/colours/classify", "image/png"),
+        ("/v1/tasks/colours/classify", "application/json"),
+        ("/v1/tasks", "application/zip"),
+        ("/v1/tasks", "multipart/form-data; boundary=a"),
+    ],
+)
+def test_who_hangs_up_within_a_body_is_no_failure_of_the_service(
+    http: httpx.Client, path: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    connected(http, asking(path, bytes(500), length=1000, kind=kind)).close()
+    give_up = time.monotonic() + 5
+    while not any(getattr(record, "fields", {}).get("status") == 499 for record in caplog.records):
+        assert time.monotonic() < give_up, caplog.text
+        time.sleep(0.01)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_all_bodies_together_are_bounded_and_room_comes_back(http: httpx.Client) -> None:
