@@ -58,11 +58,10 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     ),
     "tasks": (
         "Tasks without labels",
-        "What learners are trained over: `pseudo`, each image a class, with its augmented views; `clusters` of features, "
-        "fine and coarse; `mixed`, both in turn; and, as the measure, with `labels` of the training classes. On one "
-        "extractor that was trained without labels, a thousand steps each (`bash deploy/train.sh tasks`); calibrated on "
-        "validation classes. `discriminant` and `whitened` learn three and two numbers beside the covariance that they "
-        "remember.",
+        "What learners are trained over: `pseudo`, each image a class, with its augmented views; `clusters` of "
+        "features, fine and coarse; `mixed`, all of these in turn; and, to compare, with `labels` of the training "
+        "classes. On one extractor that was trained without labels, a thousand steps each (`bash deploy/train.sh "
+        "tasks`).",
         ("task", "method", "tasks", "accuracy", "episodes", "training_seed"),
     ),
     "objectives": (
