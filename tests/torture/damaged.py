@@ -29,7 +29,7 @@ from tests.torture.world import RAW, Service, support
 CALLERS = 32
 PATIENCE_S = 10.0
 MORE_S = 0.4  # who has no answer by then may have said less than was announced, and says that there is no more
-CONTROL = "Those who refuse are taken out: what they would have said is an error of the program."
+CONTROL = "the handlers of refusals: each is an error of the program then"
 BARE = without("from fastapi import FastAPI\nFastAPI.exception_handler = lambda self, *_: lambda handler: handler")
 JSON = {"Content-Type": "application/json"}
 FINE = {503, 501, 505}  # busy, and what HTTP itself names: a method or a version that is not spoken
@@ -260,7 +260,7 @@ def damaged_requests(n: int, seed: int, folder: Path) -> Outcome:
         http.put("/v1/tasks/scratch", files=support(1))
         bare, _, _ = ask_all(service.port, max(300, n // 50), seed)
     if not bare["errors of the program"]:
-        wrong.append("without those who refuse there was no error of the program")
+        wrong.append("without the handlers there was no error of the program")
     control = {"without": CONTROL, **bare}
     lost = counts["errors of the program"] + counts["unanswered"]
     return Outcome(n, lost, control, {**counts, "longest_s": round(longest, 2)}, tuple(wrong[:10]))
