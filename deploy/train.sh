@@ -3,9 +3,10 @@
 # step resumes: run it again after a stop.
 #
 #   FEWSHOT_DATA=/path/to/data bash deploy/train.sh [characters] [photos-cpu] [photos-free] [photos-64] [photos] \
-#     [photos-free-long] [photos-64-long]
+#     [photos-free-long] [photos-64-long] [photos-free-cpu] [tasks]
 #
-# characters and photos-cpu are for two CPU cores and take hours; the others are for a GPU, but for their learners, which
+# characters, photos-cpu and photos-free-cpu are for two CPU cores and take hours, tasks (of what photos-free-long ended
+# with) an hour; the others are for a GPU, but for their learners, which
 # take some minutes of two cores each: photos-free, photos-64 and photos, each of which goes on from the one before it,
 # eleven minutes of an H100 in all, and photos-free-long and photos-64-long, which go on from photos-free, nine of an H200.
 # $FEWSHOT_DATA holds omniglot/ and mini_imagenet/, each with zips of class folders and a splits.json, and, for what the
@@ -72,7 +73,16 @@ photos-free() { # the 64 training classes, no label read
   finish photos-free "$data" "--way 5 --shot 1,5,10" --description "Photographs: mini-ImageNet without labels"
 }
 
-photos-64() { # the same with their labels, from where those without ended
+photos-free-cpu() { # without labels as well, and without a GPU: a small network on small images, some three hours
+  local data=$DATA/mini_imagenet out=$RUNS/photos-free-cpu
+  python -m training pretrain --data "$data" --out "$out" --shape resnet10 --size 84 --small 48 --small-share 0.9 \
+    --objectives contrastive=1,rotation=0.4 --augment strong --epochs 50 --batch 512 --lr 0.3 --warmup 0.05 \
+    --check-epochs 5 --precision bfloat16
+  python -m training metatrain --data "$data" --out "$out" --tasks mixed --views 2 --per-class 150 --steps 1000
+  finish photos-free-cpu "$data" "--way 5 --shot 1,5,10" --description "Photographs: mini-ImageNet without labels, on a CPU"
+}
+
+photos-64() { # photos-free with their labels, from where it ended
   local data=$DATA/mini_imagenet out=$RUNS/photos-64
   python -m training pretrain --data "$data" --out "$out-112" --shape resnet18 --start "$RUNS/photos-free" --size 112 \
     --small 64 --small-share 0.8 --objectives supervised=0.5,projected=0.5,rotation=0.4 --epochs 72 --batch 512 \
@@ -99,7 +109,7 @@ tasks() { # the learners of photos-free-long once more, over tasks that are made
     mkdir -p "$out"
     cp "$RUNS/photos-free-long/pretrain.safetensors" "$out"
     python -m training metatrain --data "$data" --out "$out" --tasks "$made" --per-class 100 --steps 1000
-    rm -rf "$out/draft"
+    rm -rf "$out/draft" "$out/metrics.jsonl"
     python -m training export --checkpoint "$out" --data "$data" --out "$out/draft" --name "tasks-$made" --no-int8
     python -m training evaluate --artifact "$out/draft" --data "$data" --shot 1,5 --json-out "$out/metrics.jsonl"
   done

@@ -26,7 +26,7 @@ from service.web import problems
 
 log = logging.getLogger("fewshot.access")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
-LEFT = 499  # in log and metrics, as of nginx: who asked has hung up, and nothing was answered
+LEFT = 499  # in log and metrics, as of nginx: who asked has hung up, or was let go within a body that broke HTTP
 PROCESS = os.urandom(10).hex()
 NUMBERS = itertools.count(1)
 ALWAYS = [
@@ -62,13 +62,17 @@ class Boundary:
 
         async def bounded() -> Message:
             nonlocal seen, complete
-            if complete:
+            if complete or status:  # whoever asks while an answer goes out wants to know whether the caller is there
                 return await receive()
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.perf_counter())):
                     message = await receive()
             except TimeoutError:
+                if status:
+                    return await receive()
                 raise BodyTimeout(f"The body did not arrive within {self.body_timeout_s:g} s.") from None
+            if status:
+                return message
             if message["type"] == "http.disconnect":  # half way: what came is no request
                 raise CallerLeft
             if message["type"] == "http.request":

@@ -1,7 +1,7 @@
 """Requests that are no longer what they were: bits, bytes, lengths, methods, paths, types and values changed at random.
 
-Whatever comes in is answered, with what the OpenAPI file names, or refused by closing the connection. Knows nothing of
-single formats: those have tests of their own, and files that are no pictures are in hostile.py.
+Whatever comes in is answered, or refused by closing the connection. Knows nothing of single formats: those have tests
+of their own, and files that are no pictures are in hostile.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MORE_S = 0.4  # who has no answer by then may have said less than was announced,
 CONTROL = "the handlers of refusals: each is an error of the program then"
 BARE = without("from fastapi import FastAPI\nFastAPI.exception_handler = lambda self, *_: lambda handler: handler")
 JSON = {"Content-Type": "application/json"}
+INTERIM = re.compile(rb"\A(HTTP/1\.1 1\d\d [^\r\n]*\r\n\r\n)+")  # "100 Continue": the answer follows
 FINE = {503, 501, 505}  # busy, and what HTTP itself names: a method or a version that is not spoken
 ODD = (
     *("", "0", "-1", "null", "true", "1e999", "9" * 40, "%00", "%ff", "../..", "%2e%2e%2f", "a" * 5000, "\u202e", "'"),
@@ -204,13 +205,14 @@ def asked(port: int, request: bytes) -> tuple[int, bytes, float]:
     except TimeoutError:
         if not found:
             return -1, b"", time.monotonic() - began
-    status = int(found[9:12]) if re.match(rb"HTTP/1\.[01] \d{3} ", found) else 0
-    return status, found, time.monotonic() - began
+    final = INTERIM.sub(b"", found)
+    status = int(final[9:12]) if re.match(rb"HTTP/1\.[01] \d{3} ", final) else 0
+    return status, final, time.monotonic() - began
 
 
 def _whole(answer: bytes) -> bool:
     """Whether this is all, as it says itself; where it does not say, the end of the connection does."""
-    head, found, body = answer.partition(b"\r\n\r\n")
+    head, found, body = INTERIM.sub(b"", answer).partition(b"\r\n\r\n")
     length = LENGTH.search(head + b"\r\n")
     return bool(found) and length is not None and len(body) >= int(length[1])
 

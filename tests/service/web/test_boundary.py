@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
@@ -10,10 +11,13 @@ from contextlib import ExitStack, closing
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from service.metrics import Metrics
 from service.settings import Settings
 from service.stores.memory import MemoryStore
 from service.web.app import create_app
+from service.web.boundary import Boundary
 from tests.fakes import Gated, picture, tiny_artifact
 from tests.service.live import served
 from tests.service.web.asks import colours, refused
@@ -126,3 +130,41 @@ def test_all_bodies_together_are_bounded_and_room_comes_back(http: httpx.Client)
         clients[0].close()
         time.sleep(0.3)
         refused(http.post(path, content=bytes(9_000), headers=kind), 422, "undecodable_example")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "after the time for a body"])
+def test_once_an_answer_has_begun_what_is_missing_of_the_body_matters_no_more(
+    late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files are sent while it is asked whether the caller is still there."""
+    heard: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["more_body"]
+        asked = asyncio.create_task(receive())
+        await asyncio.sleep(0)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        heard.append((await asked)["type"])
+        heard.append((await receive())["type"])
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    messages: list[Message] = [{"type": "http.request", "body": b"half", "more_body": True}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(0.2 if late else 0.01)
+        return {"type": "http.disconnect"}
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    bounds = {"max_body_bytes": 100, "max_bodies_bytes": 100, "body_timeout_s": 0.1}
+    boundary = Boundary(app, **bounds, metrics=Metrics())  # type: ignore[arg-type]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"content-length", b"9")], "query_string": b""}
+    asyncio.run(boundary(scope, receive, send))
+    assert heard == ["http.disconnect"] * 2
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert not [record for record in caplog.records if record.exc_info]
