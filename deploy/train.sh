@@ -5,13 +5,13 @@
 #   FEWSHOT_DATA=/path/to/data bash deploy/train.sh [characters] [photos-cpu] [photos-free] [photos-64] [photos] \
 #     [photos-free-long] [photos-64-long] [photos-free-cpu] [tasks]
 #
-# characters, photos-cpu and photos-free-cpu are for two CPU cores and take hours, tasks (of what photos-free-long ended
-# with) an hour; the others are for a GPU, but for their learners, which
-# take some minutes of two cores each: photos-free, photos-64 and photos, each of which goes on from the one before it,
-# eleven minutes of an H100 in all, and photos-free-long and photos-64-long, which go on from photos-free, nine of an H200.
-# $FEWSHOT_DATA holds omniglot/ and mini_imagenet/, each with zips of class folders and a splits.json, and, for what the
-# artifact says of itself, trashnet/, magnetic_tile/ and gtsrb/. SEED=1 trains `characters` from other random weights, in
-# a folder of its own: three seeds tell how much of a figure is chance.
+# characters, photos-cpu and photos-free-cpu are for two CPU cores and take hours, tasks, which goes on from
+# photos-free-long, an hour. The others are for a GPU, but for their learners, which take some minutes of two cores each:
+# photos-free, photos-64 and photos, each of which goes on from the one before it, eleven minutes of an H100 in all, and
+# photos-free-long and photos-64-long, which go on from photos-free, nine of an H200. $FEWSHOT_DATA holds omniglot/ and
+# mini_imagenet/, each with zips of class folders and a splits.json, and, for what the artifact says of itself,
+# trashnet/, magnetic_tile/ and gtsrb/. SEED=1 trains `characters` from other random weights, in a folder of its own:
+# three seeds tell how much of a figure is chance.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${FEWSHOT_DATA:-../shared/data}
