@@ -61,7 +61,8 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "What learners are trained over: `pseudo`, each image a class, with its augmented views; `clusters` of "
         "features, fine and coarse; `mixed`, all of these in turn; and, to compare, with `labels` of the training "
         "classes. On one extractor that was trained without labels, a thousand steps each (`bash deploy/train.sh "
-        "tasks`). Taught by views of single images alone, the LSTM takes examples of a class to be more alike than they are.",
+        "tasks`). Taught by views of single images alone, the LSTM takes examples of a class to be more alike than "
+        "they are.",
         ("task", "method", "tasks", "accuracy", "episodes", "training_seed"),
     ),
     "objectives": (
