@@ -73,7 +73,7 @@ photos-free() { # the 64 training classes, no label read
   finish photos-free "$data" "--way 5 --shot 1,5,10" --description "Photographs: mini-ImageNet without labels"
 }
 
-photos-free-cpu() { # without labels as well, and without a GPU: a small network on small images, some three hours
+photos-free-cpu() { # without labels as well, and without a GPU: a small network on small images, some three hours of one core
   local data=$DATA/mini_imagenet out=$RUNS/photos-free-cpu
   python -m training pretrain --data "$data" --out "$out" --shape resnet10 --size 84 --small 48 --small-share 0.9 \
     --objectives contrastive=1,rotation=0.4 --augment strong --epochs 50 --batch 512 --lr 0.3 --warmup 0.05 \

@@ -39,6 +39,7 @@ BENCHMARK = {
     "photos-free-long": "no labels; eleven minutes of a GPU",
     "photos-64-long": "the same, then labels for five minutes",
     "photos-cpu": "labels; two CPU cores",
+    "photos-free-cpu": "no labels; two CPU cores, ResNet-10",
 }
 
 
