@@ -17,7 +17,7 @@ from typing import NamedTuple
 from array_api_compat import array_namespace, device
 
 from models import arrays
-from models.arrays import Array, class_means, each_own, one_hot
+from models.arrays import Array, class_means, one_hot
 from models.episode import Support
 from models.head import Affine
 from models.learners import prototype
@@ -88,7 +88,7 @@ class Discriminant(Once):
     def _left_out(self, support: Support, fit: Fit) -> Array:
         xp = array_namespace(support.features)
         counts = xp.sum(fit.own, axis=0)
-        others = others_of(fit.own)
+        others = prototype.others_of(fit.own)
         means, turned = fit.means, fit.apart(fit.away)
         towards = fit.apart(means)
         part = (1 / others)[:, None]
@@ -98,7 +98,9 @@ class Discriminant(Once):
             self._sure(others),
         )
         rivals = Centres(means, towards, self._sure(counts))
-        return xp.exp(self.log_scale) * left_out(fit.features, fit.own, fit.away, turned, self.log_own, rivals, mine)
+        return xp.exp(self.log_scale) * scores_left_out(
+            fit.features, fit.own, fit.away, turned, self.log_own, rivals, mine
+        )
 
     def _sure(self, counts: Array) -> Array:
         """See whitened.offset."""
@@ -106,14 +108,7 @@ class Discriminant(Once):
         return counts / (counts + xp.exp(self.log_noise))
 
 
-def others_of(own: Array) -> Array:
-    """[n]: how many others the class of each example [n, way] has; hardly any for an only one."""
-    xp = array_namespace(own)
-    others = each_own(own, xp.sum(own, axis=0)) - 1
-    return xp.maximum(others, xp.full_like(others, 1e-6))
-
-
-def left_out(
+def scores_left_out(
     features: Array, own: Array, away: Array, turned: Array, log_own: Array, rivals: Centres, mine: Centres
 ) -> Array:
     """Scores [n, way] of each example as if it had not been there; meaningless where its class has no other.
@@ -123,7 +118,7 @@ def left_out(
     is `away` times the inverse of the scatter of all.
     """
     xp = array_namespace(features)
-    others = others_of(own)
+    others = prototype.others_of(own)
     added = xp.exp(log_own) * (others + 1) / others
     factor = added / xp.maximum(1 - added * xp.sum(away * turned, axis=1), xp.full_like(added, 1e-6))
     seen = xp.sum(features * turned, axis=1)  # [n]

@@ -26,10 +26,10 @@ from array_api_compat import array_namespace, device
 from models.arrays import Array, class_means, each_own, normalise, one_hot, sigmoid, softmax, square_sum
 from models.episode import Support
 from models.head import Affine
-from models.learners.discriminant import Centres, inverse, left_out, others_of
+from models.learners.discriminant import Centres, inverse, scores_left_out
 from models.learners.memory import attention
 from models.learners.once import Once
-from models.learners.prototype import prototypes
+from models.learners.prototype import others_of, prototypes
 from models.learners.whitened import whitening
 
 SEEN = 11  # numbers seen of one class through one lens
@@ -166,7 +166,7 @@ class LSTM(Once):
             towards + way * (shares @ fit.apart(fit.slots) - towards),
             others / (others + answers.noise),
         )
-        scores = left_out(fit.features, fit.own, fit.away, turned, self.log_own, fit.centres, mine)
+        scores = scores_left_out(fit.features, fit.own, fit.away, turned, self.log_own, fit.centres, mine)
         return answers.scale * (scores + answers.bias[None, :])
 
     def work_out(self) -> Memory:

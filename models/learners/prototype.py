@@ -35,6 +35,13 @@ def prototypes(support: Support, transform: Array | None = None) -> tuple[Array,
     return (sums + weights.T @ unlabelled) / counts[:, None], counts
 
 
+def others_of(own: Array) -> Array:
+    """[n]: how many others the class of each example [n, way] has; hardly any for an only one."""
+    xp = array_namespace(own)
+    others = each_own(own, xp.sum(own, axis=0)) - 1
+    return xp.maximum(others, xp.full_like(others, 1e-6))
+
+
 def left_out(features: Array, support: Support) -> tuple[Array, Array, Array, Array]:
     """Classes of features [n, dim] one-hot [n, way], class means [way, dim], and for each example how many others its
     class has [n], hardly any for an only one, and their mean [n, dim], which then means nothing."""
@@ -42,8 +49,7 @@ def left_out(features: Array, support: Support) -> tuple[Array, Array, Array, Ar
     own = one_hot(support.labels, support.way, features)
     counts = xp.sum(own, axis=0)
     sums = own.T @ features
-    others = each_own(own, counts) - 1
-    others = xp.maximum(others, xp.full_like(others, 1e-6))
+    others = others_of(own)
     return own, sums / counts[:, None], others, (own @ sums - features) / others[:, None]
 
 
