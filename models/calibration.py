@@ -22,6 +22,10 @@ from functools import cache
 
 import numpy as np
 
+CAUTION = 10.0  # examples that the temperature counts as much as, against those of a task
+MOST = 3.0  # that the logarithm of a temperature is raised by
+MOST_ASKED = 200  # examples are enough, and of a large task every so many are asked
+
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
@@ -34,11 +38,6 @@ class Temperature:
     def at(self, way: int, shots: Sequence[int]) -> float:
         mean = sum(shots) / len(shots)
         return math.exp(self.constant + self.by_way * math.log(way) + self.by_shot * math.log(mean))
-
-
-CAUTION = 10.0  # examples that the temperature counts as much as, against those of a task
-MOST = 3.0  # that the logarithm grows by
-MOST_ASKED = 200  # examples are enough, and of a large task every so many are asked
 
 
 def divisor(temperature: float, held_out: np.ndarray, truth: np.ndarray) -> float:

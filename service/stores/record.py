@@ -12,7 +12,6 @@ import itertools
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,7 +127,7 @@ def difference(base: Base, before: Record, record: Record) -> bytes | None:
         and len(added) <= MOST_NEW * kept
         and before.artifact == record.artifact
         and bool(before.images) == bool(record.images)
-        and list(compress(record.ids, old)) == list(before.ids)
+        and list(itertools.compress(record.ids, old)) == list(before.ids)
     )
     if not fits:
         return None
