@@ -340,7 +340,7 @@ def learn(
     _finite(held.logits)
     shots = tuple(int(count) for count in np.bincount(record.classes, minlength=way))
     by = divisor(temperature.at(way, shots), held.logits, record.classes[held.index])
-    affine = Affine((affine.weight / by).astype(np.float32), (affine.bias / by).astype(np.float32))
+    affine = Affine(*(_finite((part / by).astype(np.float32)) for part in affine))
     held = replace(held, logits=held.logits / by)
     head = Head(affine, record.labels, shots, record.method, record.artifact)
     if rejection is not None:
