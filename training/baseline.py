@@ -56,7 +56,10 @@ def settings_of(kind: type[Any], text: str) -> Any:
 
 def images_of(config: BaselineConfig, splits: str, decoder: ImageDecoder) -> data.Images:
     """The images of one split, or of several with commas, turned where that was asked for."""
-    parts = [data.load(config.data, split, decoder, per_class=config.per_class or None) for split in splits.split(",")]
+    parts = [
+        data.load(config.data, split, decoder, per_class=config.per_class or None, group=config.group)
+        for split in splits.split(",")
+    ]
     offsets = np.cumsum([0, *(len(part.classes) for part in parts)])
     images = data.Images(
         np.concatenate([part.pixels for part in parts]),

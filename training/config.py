@@ -34,6 +34,9 @@ class PretrainConfig(Config):
     hold_out: int = Field(
         0, ge=0, description="classes of the split to learn nothing from: `metatrain` then practises on them"
     )
+    labelled: float = Field(
+        1, gt=0, le=1, description="share of the images of each class to learn from, as if no other had a label"
+    )
     shape: str = Field("resnet18", description="network, a name from models/resnet.py, or from bytenet.py for texts")
     size: int = Field(84, ge=16, description="pixels of the input, height and width; bytes of a text")
     small: int = Field(0, ge=0, description="pixels in the first part of the training; 0 = the same throughout")
@@ -134,6 +137,9 @@ class EvaluateConfig(Config):
     unlabelled: int = Field(0, ge=0, description="images of each class without a label; measures what they add as well")
     distractors: int = Field(0, ge=0, description="classes per episode that the unlabelled images show besides")
     only_distractors: bool = Field(False, description="the unlabelled images show those classes alone")
+    labelled: float = Field(
+        1, gt=0, le=1, description="share of the images of each class that are labelled: --unlabelled takes the others"
+    )
     group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
     precision: Literal["float32", "int8"] = "float32"
     views: int = Field(1, ge=1, le=3, description="of each image: 2 = its middle too, 3 = mirrored too")
@@ -299,6 +305,7 @@ class BaselineConfig(Config):
     shot: int = Field(1, ge=1)
     queries: int = Field(15, ge=1, description="questions per class")
     episodes: int = Field(2000, ge=2)
+    group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
     rotations: bool = False
     per_class: int = Field(0, ge=0)
     seed: int = 7

@@ -96,8 +96,18 @@ def alphabets(source: Path, split: str) -> set[str]:
     return {"background30": background, "background5": background & set(FIVE), "evaluation20": evaluation}[split]
 
 
-def load(source: Path, split: str, decoder: Decoder, *, per_class: int | None = None, group: str = "") -> Images:
+def load(
+    source: Path,
+    split: str,
+    decoder: Decoder,
+    *,
+    labelled: float = 1,
+    per_class: int | None = None,
+    group: str = "",
+) -> Images:
     """Decodes every image or text of one split ("train", "val", "test", one of BY_ALPHABET, or "all") into memory.
+
+    `labelled`: the share of each class that is labelled: no other image is read. Of these the first `per_class`.
 
     `group`: an expression; images of a class whose file names give the same match show one physical thing. Without
     it, `piece` in splits.json tells, where there is such an entry. Raises DataError when nothing is left, naming what
@@ -121,7 +131,8 @@ def load(source: Path, split: str, decoder: Decoder, *, per_class: int | None = 
     group_of = Grouper(pieces(source), group)
     pixels, labels, groups = [], [], []
     for label, name in enumerate(chosen):
-        for member, read in found[name][:per_class]:
+        for position in dealt(len(found[name]), labelled, label)[:per_class]:
+            member, read = found[name][position]
             try:
                 pixels.append(decoder(read()))
             except FewshotError as error:
@@ -164,6 +175,23 @@ def hold_out(images: Images, count: int) -> tuple[Images, Images]:
         raise DataError(f"--hold-out {count}: of {total} classes, between 2 and {total - 2} can be held out.")
     held = {position * total // count for position in range(count)}
     return _of(images, [k for k in range(total) if k not in held]), _of(images, sorted(held))
+
+
+def dealt(count: int, share: float, label: int) -> np.ndarray:
+    """Which of the images of a class count as labelled where only a share of them does, in order: at least two.
+
+    Drawn at random, and the same for the same arguments, for ever. With a share of 1 all of them are.
+    """
+    return np.sort(np.random.default_rng([0, label]).permutation(count)[: max(2, round(share * count))])
+
+
+def named(labels: np.ndarray, share: float) -> np.ndarray:
+    """The same for the images of all classes, [n] bool."""
+    found = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        found[rows[dealt(len(rows), share, int(label))]] = True
+    return found
 
 
 def _of(images: Images, chosen: list[int]) -> Images:

@@ -153,6 +153,8 @@ def main(config: EvaluateConfig) -> list[Row]:
     artifact = Artifact.load(config.artifact)
     if config.views > 1 and artifact.kind != "image":
         sys.exit(f"--views: {config.artifact} reads {artifact.kind}s.")
+    if config.labelled < 1 and not config.unlabelled:
+        sys.exit("--labelled is for --unlabelled, which takes the other images.")
     extractor = seen(load_extractor(artifact, precision=config.precision), config.views)
     images = data.load(
         config.data, config.split, artifact.decoder(), per_class=config.per_class or None, group=config.group
@@ -173,7 +175,8 @@ def main(config: EvaluateConfig) -> list[Row]:
         file=sys.stderr,
     )
     features = embed(extractor, images.pixels)
-    pool = Pool.of(images.labels, images.groups)
+    labelled = data.named(images.labels, config.labelled)
+    pool = Pool.of(np.where(labelled, images.labels, -1), images.groups)
     rows, single = measure(learners, features, pool, config)
     lines: list[raw.Line] = [{**asdict(row), "experiment": "accuracy"} for row in rows]
     print(
@@ -206,7 +209,8 @@ def main(config: EvaluateConfig) -> list[Row]:
     if config.unlabelled:
         from training import semi
 
-        found = semi.measure(learners, features, pool, config)
+        others = None if labelled.all() else Pool.of(np.where(labelled, -1, images.labels), images.groups)
+        found = semi.measure(learners, features, pool, config, others)
         print(
             f"{config.unlabelled} unlabelled images a class, {config.distractors} distractor classes"
             f"{', of which alone they are' if config.only_distractors else ''}, per cent\n\n{semi.table(found)}\n"
@@ -217,6 +221,7 @@ def main(config: EvaluateConfig) -> list[Row]:
             **raw.made_with(artifact),
             "rotations": config.rotations,
             **({"views": config.views} if config.views > 1 else {}),
+            **({"labelled": round(100 * config.labelled)} if config.labelled < 1 else {}),
             "command": raw.command("evaluate", config),
             "measured_in_s": round(time.perf_counter() - begun, 1),
         }

@@ -129,13 +129,13 @@ def practice(
 ) -> tuple[Tasks, list[Source]]:
     """What is remembered, and where episodes are drawn from, in turn."""
 
-    def load(source: Path, split: str) -> data.Images:
-        return data.load(source, split, decoder, per_class=config.per_class or None)
+    def load(source: Path, split: str, labelled: float = 1) -> data.Images:
+        return data.load(source, split, decoder, labelled=labelled, per_class=config.per_class or None)
 
     def tasks_of(images: data.Images, number: int = 0) -> Tasks:
         return cached(extractor, images, config, pretrained, seed=config.seed + number)
 
-    images = load(config.data, config.split)
+    images = load(config.data, config.split, pretrained.labelled)
     if pretrained.hold_out:
         known, unknown = data.hold_out(images, pretrained.hold_out)
         remembered = tasks_of(known)

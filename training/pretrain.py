@@ -45,7 +45,7 @@ def main(config: PretrainConfig) -> Path:
     if config.epochs == 0 and config.start is None:
         sys.exit("--epochs 0 takes the weights of --start as they are: which?")
     decoder = inputs.decoder(config)
-    images = data.load(config.data, config.split, decoder, per_class=config.per_class or None)
+    images = data.load(config.data, config.split, decoder, labelled=config.labelled, per_class=config.per_class or None)
     if config.hold_out:
         images, _ = data.hold_out(images, config.hold_out)
     check = data.load(config.data, "val", decoder) if config.check_epochs else None

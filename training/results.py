@@ -87,6 +87,16 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "`photos-84` a task's own examples did not lower them yet.",
         None,
     ),
+    "semi-supervised": (
+        "Semi-supervised",
+        "The same questions after learning without unlabelled images and with them: so many of each class of the task, "
+        "and as many of each of the distractor classes. `labelled`: per cent of the images of each class that are "
+        "labelled for good, as Ren et al. have it (10 on Omniglot, 40 on mini-ImageNet), so that examples and "
+        "questions come from them and unlabelled images from the others; with 100 each episode deals them anew. "
+        "`characters` learned from no label at all; `photos-ren` from 40 per cent of the images of its classes and "
+        "from no other image.",
+        None,
+    ),
     "field": (
         "Over HTTP, on domains never seen",
         "`deploy/field.py` teaches a running service and asks it: every learner, with unlabelled images of the same "

@@ -2,8 +2,10 @@
 
 The protocol of Ren et al., "Meta-Learning for Semi-Supervised Few-Shot Classification", 2018,
 https://arxiv.org/abs/1803.00676: beside its examples and questions an episode has some unlabelled images of each of its
-classes, and as many of each of some classes that it does not know, the distractors. The mean says what is gained; the
-worst tenth of the tasks says what it may cost. Knows nothing of how unlabelled examples are used.
+classes, and as many of each of some classes that it does not know, the distractors. In the paper a share of the images
+of each class is labelled for good: examples and questions are drawn from it, unlabelled images from the others; with a
+share of 1 each episode deals them anew. The mean says what is gained; the worst tenth of the tasks says what it may
+cost. Knows nothing of how unlabelled examples are used.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from models.learners import Learner
 from training import evaluate
 from training.config import EvaluateConfig
+from training.data import DataError
 from training.episodes import Indices, Pool, digest, frozen
 
 
@@ -31,6 +34,7 @@ class SemiRow:
     unlabelled: int  # of each class
     distractors: int  # classes
     only_distractors: bool
+    labelled: int  # per cent of the images of each class
     accuracy: float  # with the unlabelled
     interval: float
     supervised: float  # without them
@@ -62,20 +66,58 @@ def split(episode: Indices, way: int, queries: int, *, only_distractors: bool = 
     return own, np.concatenate(extra)
 
 
-def measure(learners: Mapping[str, Learner], features: np.ndarray, pool: Pool, config: EvaluateConfig) -> list[SemiRow]:
-    """A row for each learner that unlabelled examples mean something to, way and shot."""
+def drawn(pool: Pool, unlabelled: Pool | None, way: int, shot: int, config: EvaluateConfig) -> list[Indices]:
+    """The frozen episodes; their questions and unlabelled rows as `split` takes them apart, class by class."""
+    queries = config.queries + (0 if unlabelled else config.unlabelled)
+    episodes = frozen(pool, way=way, shot=shot, queries=queries, count=config.episodes, seed=config.seed)
+    if unlabelled is None:
+        return episodes
+    class_of = {int(row): label for label, groups in enumerate(pool.classes) for rows in groups for row in rows}
+    others = [np.concatenate(groups) for groups in unlabelled.classes]
+    rng = np.random.default_rng([config.seed, way, shot, config.unlabelled])
+    return [_with_others(episode, class_of, others, config, rng) for episode in episodes]
+
+
+def _with_others(
+    episode: Indices,
+    class_of: Mapping[int, int],
+    others: Sequence[np.ndarray],
+    config: EvaluateConfig,
+    rng: np.random.Generator,
+) -> Indices:
+    """The episode with up to `config.unlabelled` rows of `others` behind the questions of each class.
+
+    Raises DataError where a class has too few labelled images to ask about: unlabelled ones would be taken for them.
+    """
+    query, answers = [], []
+    for label in range(episode.way):
+        asked = episode.query[episode.answers == label]
+        if len(asked) < config.queries:
+            raise DataError(
+                f"--labelled leaves {len(asked)} images of a class to ask about: --queries {config.queries}."
+            )
+        rows = rng.permutation(others[class_of[int(asked[0])]])[: config.unlabelled]
+        query += [asked, rows]
+        answers.append(np.full(len(asked) + len(rows), label))
+    return replace(episode, query=np.concatenate(query), answers=np.concatenate(answers))
+
+
+def measure(
+    learners: Mapping[str, Learner],
+    features: np.ndarray,
+    pool: Pool,
+    config: EvaluateConfig,
+    unlabelled: Pool | None = None,
+) -> list[SemiRow]:
+    """A row for each learner that unlabelled examples mean something to, way and shot.
+
+    `unlabelled`: the same classes, of which unlabelled images are then drawn; without it they are of `pool` as well.
+    """
     rows = []
     for way in [int(part) for part in config.way.split(",")]:
         distractors = min(config.distractors, len(pool.classes) - way)
         for shot in [int(part) for part in config.shot.split(",")]:
-            episodes = frozen(
-                pool,
-                way=way + distractors,
-                shot=shot,
-                queries=config.queries + config.unlabelled,
-                count=config.episodes,
-                seed=config.seed,
-            )
+            episodes = drawn(pool, unlabelled, way + distractors, shot, config)
             parts = [split(e, way, config.queries, only_distractors=config.only_distractors) for e in episodes]
             for method, learner in learners.items():
                 if method != "ridge":
@@ -121,6 +163,7 @@ def _row(
         config.unlabelled,
         distractors,
         config.only_distractors,
+        round(100 * config.labelled),
         percent(with_them.mean()),
         percent(evaluate.interval(with_them)),
         percent(without.mean()),

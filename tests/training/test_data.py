@@ -183,6 +183,31 @@ def test_classes_held_out_and_the_rest_are_all_of_them(folder: Path, count: int)
     assert same(held, again[1])
 
 
+@pytest.mark.parametrize(("share", "each"), [(0.4, 8), (0.1, 2), (0.01, 2), (1, 20)])
+def test_a_share_of_each_class_is_labelled_and_always_the_same(share: float, each: int) -> None:
+    labels = np.repeat([2, 0, 1], 20)
+    found = data.named(labels, share)
+    assert np.bincount(labels[found]).tolist() == [each] * 3
+    assert np.array_equal(found, data.named(labels, share))
+    assert share == 1 or not np.array_equal(found[:20], found[20:40])  # not the first of each
+
+
+def test_of_what_is_labelled_alone_the_classes_are_all_there(folder: Path) -> None:
+    images = data.load(folder, "all", DECODER)
+    some = data.load(folder, "all", DECODER, labelled=0.7)
+    rows = data.named(images.labels, 0.7)
+    assert some.classes == images.classes
+    assert np.bincount(some.labels).tolist() == [2] * 10
+    assert greys(some) == [grey for grey, mine in zip(greys(images), rows, strict=True) if mine]
+    assert same(data.load(folder, "all", DECODER, labelled=1), images)
+
+
+def test_a_limit_takes_of_what_is_labelled(folder: Path) -> None:
+    """And never what another command, without the limit, did not count as labelled."""
+    some = data.load(folder, "all", DECODER, labelled=0.7)
+    assert greys(data.load(folder, "all", DECODER, labelled=0.7, per_class=1)) == greys(some)[::2]
+
+
 def test_neighbours_by_name_are_not_held_out_together(folder: Path) -> None:
     _, held = data.hold_out(data.load(folder, "all", DECODER), 5)
     assert held.classes == ("class0", "class2", "class4", "class6", "class8")

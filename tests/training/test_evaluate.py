@@ -211,6 +211,18 @@ def test_a_line_of_several_views_says_how_many_they_were(shapes: Path, fake: Mea
     assert shown[1] == 2 * shown[0]
 
 
+def test_of_a_share_that_is_labelled_the_line_says_so(shapes: Path, fake: MeanColour, tmp_path: Path) -> None:
+    file = tmp_path / "semi.jsonl"
+    more = {"way": "2", "shot": "1", "queries": 1, "unlabelled": 2, "labelled": 0.4}
+    evaluate.main(config(data=shapes, episodes=5, json_out=file, **more))
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    assert {line["experiment"] for line in lines} == {"accuracy", "semi-supervised"}
+    assert {line["labelled"] for line in lines} == {40}
+    assert all("--labelled 0.4" in line["command"] for line in lines)
+    with pytest.raises(SystemExit, match="--labelled is for --unlabelled"):
+        evaluate.main(config(data=shapes, episodes=5, labelled=0.4))
+
+
 def test_trust_and_what_int8_loses_are_lines_of_their_own(shapes: Path, fake: MeanColour, tmp_path: Path) -> None:
     out = tmp_path / "figures.jsonl"
     given = {"data": shapes, "split": "train", "way": "3", "shot": "2", "json_out": out}

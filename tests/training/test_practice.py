@@ -127,6 +127,13 @@ def test_without_more_the_classes_that_are_remembered_are_practised_on(extractor
     assert len(source.owners) == len(practice.slots_of(remembered, 16, seed=0)[0])
 
 
+def test_only_what_was_labelled_for_the_extractor_is_remembered(extractor: ImageExtractor, shapes: Path) -> None:
+    expected = data.load(shapes, "train", ImageDecoder(16, 16, 3), labelled=0.3)
+    remembered, _ = practised(extractor, config(data=shapes), labelled=0.3)
+    assert remembered.plain == len(expected)
+    assert np.array_equal(remembered.labels[: remembered.plain], expected.labels)
+
+
 def test_classes_held_out_are_practised_on_and_never_remembered(extractor: ImageExtractor, shapes: Path) -> None:
     images = data.load(shapes, "train", ImageDecoder(16, 16, 3))
     known, unknown = data.hold_out(images, 2)

@@ -65,6 +65,17 @@ def test_without_epochs_the_weights_are_those_of_the_start_and_see_at_another_si
     assert not torch.equal(source.get_buffer("centre"), larger.get_buffer("centre"))
 
 
+def test_only_what_is_labelled_is_learned_from(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[data.Images] = []
+    monkeypatch.setattr(pretrain, "train", lambda _config, images, _check: seen.append(images))
+    for share in (1, 0.3):
+        pretrain.main(config(data=shapes, out=tmp_path, labelled=share))
+    whole, part = seen
+    assert part.classes == whole.classes
+    assert part.pixels.tobytes() == whole.pixels[data.named(whole.labels, 0.3)].tobytes()
+    assert 0 < len(part) < len(whole)
+
+
 def test_a_finished_run_stays_as_it_is(shapes: Path, unbroken: Path) -> None:
     before = whole(unbroken)
     pretrain.main(PretrainConfig(data=shapes, out=unbroken, **TINY, epochs=2))

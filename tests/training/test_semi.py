@@ -10,7 +10,7 @@ import pytest
 from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from tests.fakes import MeanColour, tiny_artifact
-from training import evaluate, semi
+from training import data, evaluate, semi
 from training.config import EvaluateConfig
 from training.episodes import Pool, frozen
 
@@ -45,6 +45,33 @@ def test_an_episode_falls_into_examples_questions_and_unlabelled_images(only: bo
     shown = {int(number): 15 for number in (classes[4:] if only else classes)}
     assert dict(zip(*np.unique(extra // IMAGES, return_counts=True), strict=True)) == shown
     assert len({*own.support, *own.query, *extra}) == len(own.support) + len(own.query) + len(extra)
+
+
+def test_where_a_share_is_labelled_examples_and_questions_come_from_it_and_the_unlabelled_from_the_rest() -> None:
+    labels = np.repeat(np.arange(CLASSES), IMAGES)
+    labelled = data.named(labels, 0.4)
+    pool, rest = (Pool.of(np.where(mine, labels, -1)) for mine in (labelled, ~labelled))
+    given = config(episodes=5, labelled=0.4)
+    episodes = semi.drawn(pool, rest, 6, 2, given)
+    assert [e.query.tolist() for e in semi.drawn(pool, rest, 6, 2, given)] == [e.query.tolist() for e in episodes]
+    for episode in episodes:
+        own, extra = semi.split(episode, 4, 10)
+        assert labelled[own.support].all()
+        assert labelled[own.query].all()
+        assert np.bincount(own.answers).tolist() == [10] * 4
+        assert not labelled[extra].any()
+        classes = episode.support[::2] // IMAGES
+        assert np.array_equal(extra // IMAGES, np.repeat(classes, 15))
+        assert len(set(extra)) == len(extra)
+
+
+def test_more_questions_than_are_labelled_are_refused() -> None:
+    """Unlabelled images would be asked about in their place."""
+    labels = np.repeat(np.arange(CLASSES), IMAGES)
+    labelled = data.named(labels, 0.1)
+    pool, rest = (Pool.of(np.where(mine, labels, -1)) for mine in (labelled, ~labelled))
+    with pytest.raises(data.DataError, match="leaves 3 images of a class to ask about: --queries 10"):
+        semi.drawn(pool, rest, 6, 1, config(labelled=0.1))
 
 
 def test_unlabelled_images_help_and_foreign_ones_alone_do_not_harm() -> None:
