@@ -1,17 +1,15 @@
 """Micro-batching: images of all requests share one queue, and lanes turn them into features.
 
 A lane is a thread that takes what waits, up to `max_batch` images, decodes them, calls the extractor once and hands
-the features back. There is no timer: an idle service adds no delay and a busy one fills its batches. Requests are
-served in turns, so that a large support set does not keep single questions waiting, and small files of a batch are
-answered before large ones are decoded. On a CPU there are as many lanes as cores; on a GPU the extractor itself takes
-one call at a time, and the other lanes decode meanwhile. An image may also come as pixels of the extractor's own input
-size: it queues with the others and is only not decoded.
+the features back. There is no timer: an idle service adds no delay and a busy one fills its batches. Who goes next, and
+who is refused at the door, is settled in waiting.py; small files of a batch are answered before large ones are decoded.
+On a CPU there are as many lanes as cores; on a GPU the extractor itself takes one call at a time, and the other lanes
+decode meanwhile. An image may also come as pixels of the extractor's own input size: it queues with the others and is
+only not decoded.
 
-What hurts elsewhere is settled here: a full queue refuses at the door; one bad image fails alone; a failed batch tells
-each of its callers and the lane goes on; a caller who left is skipped when a batch is formed; a lane that dies tells
-everyone who waits, and `alive` turns false, as it does while the extractor fails at every batch. Functions that want a
-lane go first where they end a request whose images were let in; others take turns with images, so that neither keeps
-the other waiting. Knows nothing of tasks, heads or HTTP.
+What hurts elsewhere is settled here: one bad image fails alone; a failed batch tells each of its callers and the lane
+goes on; a caller who left is skipped when a batch is formed; a lane that dies tells everyone who waits, and `alive`
+turns false, as it does while the extractor fails at every batch. Knows nothing of tasks, heads or HTTP.
 """
 
 from __future__ import annotations
@@ -21,24 +19,22 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from models.errors import ExtractorFailed, FewshotError, Overloaded, UndecodableExample
 from models.extractor import Decoder, Extractor
-from service.callers import CallerLeft, has_left
+from service.callers import CallerLeft, has_left, tenant
 from service.metrics import Metrics
+from service.waiting import Job, Payload, Waiting
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 LARGE = 100_000  # bytes of a file that small ones are not to wait for
-MEMORY = 32  # calls of lanes, over which their speed is averaged
 FAILURES = 8  # batches in a row at which the extractor failed, after which it counts as broken
-Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder's shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,24 +49,6 @@ class Embedded:
     def stages(self) -> dict[str, float]:
         """The same in milliseconds, by name."""
         return {"queue": self.queued_s * 1e3, "decode": self.decode_s * 1e3, "embed": self.embed_s * 1e3}
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request: the images that no lane has taken yet and the answers so far."""
-
-    payloads: Sequence[Payload]
-    future: asyncio.Future[Any]
-    loop: asyncio.AbstractEventLoop
-    entered: float
-    gone: Callable[[], bool]  # whether the caller has left
-    call: Callable[[], Any] | None = None
-    taken: int = 0
-    left: int = 0
-    items: list[np.ndarray | FewshotError | None] = field(default_factory=list)
-    queued_s: float = 0.0
-    decode_s: float = 0.0
-    embed_s: float = 0.0
 
 
 class Batcher:
@@ -90,24 +68,14 @@ class Batcher:
         self._extractor = extractor
         self._decoder = decoder
         self._max_batch = max_batch
-        self._max_waiting = max_waiting
-        self._max_wait_s = max_wait_s
-        self._lane_s = 0.0  # work of the lanes of late, and the images that it was for: see _spent
-        self._lane_images = 0.0
-        self._call_s = 0.0  # what a call of `run` took of late
+        self._waits = Waiting(lanes=lanes, max_batch=max_batch, max_waiting=max_waiting, max_wait_s=max_wait_s)
         self._failures = 0
         self._metrics = metrics or Metrics()
-        self._jobs: deque[_Job] = deque()
-        self._ends: deque[_Job] = deque()  # functions that end what was let in
-        self._calls: deque[_Job] = deque()  # and others
-        self._waiting = 0  # images in self._jobs
-        self._images_next = False  # whose turn it is, where both wait
-        self._underway = 0  # images that the lanes have taken and not done
         self._idle = 0
         self._closing = False
         self._dead = False
         self._changed = threading.Condition()
-        self._active: set[_Job] = set()  # everyone who would have to be told
+        self._active: set[Job] = set()  # everyone who would have to be told
         self._lanes = [threading.Thread(target=self._lane, name=f"lane-{n}", daemon=True) for n in range(lanes)]
         for lane in self._lanes:
             lane.start()
@@ -118,15 +86,15 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        """Images that no lane has taken yet."""
+        return self._waits.images
 
     async def embed(self, payloads: Sequence[Payload]) -> Embedded:
         """Features of images, encoded or as pixels, in order. Raises Overloaded at once when there is no room."""
         job = self._job(payloads)
         with self._changed:
-            self._admit(len(payloads))
-            self._jobs.append(job)
-            self._waiting += len(payloads)
+            self._open()
+            self._waits.join(job)
             self._active.add(job)
             # Wake no more lanes than there are batches, else each gets a sliver.
             self._changed.notify(min(len(payloads), len(self._lanes)))
@@ -143,9 +111,7 @@ class Batcher:
         job.call = call
         with self._changed:
             self._open()
-            if not admitted:
-                self._admit_call()
-            (self._ends if admitted else self._calls).append(job)
+            self._waits.join_function(job, admitted=admitted)
             self._active.add(job)
             self._changed.notify()
         result: T = await self._wait(job)
@@ -159,9 +125,9 @@ class Batcher:
         for lane in self._lanes:
             await asyncio.to_thread(lane.join)
 
-    def _job(self, payloads: Sequence[Payload]) -> _Job:
+    def _job(self, payloads: Sequence[Payload]) -> Job:
         loop = asyncio.get_running_loop()
-        job = _Job(payloads, loop.create_future(), loop, time.perf_counter(), has_left.get())
+        job = Job(payloads, loop.create_future(), loop, time.perf_counter(), tenant.get(), has_left.get())
         job.left = len(payloads)
         job.items = [None] * len(payloads)
         return job
@@ -172,41 +138,7 @@ class Batcher:
         if self._closing:
             raise Overloaded("The service is shutting down.", retry_after=2)
 
-    def _admit_call(self) -> None:
-        ahead = len(self._calls)
-        if ahead < len(self._lanes):
-            return
-        batches = min(ahead, math.ceil(self._waiting / self._max_batch))  # each of which takes a turn
-        self._check(batches * self._max_batch * self._image_s + (ahead + len(self._ends)) * self._call_s)
-
-    @property
-    def _image_s(self) -> float:
-        return self._lane_s / (self._lane_images or 1)
-
-    def _check(self, work: float) -> None:
-        """Raises Overloaded where the lanes need too long for so many seconds of work."""
-        wait = work / len(self._lanes)
-        if wait > self._max_wait_s:
-            raise Overloaded(f"This would wait for {wait:.1f} s; the limit is {self._max_wait_s:g} s (MAX_WAIT_S).")
-
-    def _admit(self, images: int) -> None:
-        self._open()
-        if self._waiting and self._waiting + images > self._max_waiting:
-            raise Overloaded(f"{self._waiting} images are waiting; the limit is {self._max_waiting} (MAX_WAITING).")
-        # Requests take turns, so that each gets no more images done than this one before this one is through. What the
-        # lanes take next is no queue, and a wait no longer than the own work is fair.
-        ahead = min(self._waiting, len(self._jobs) * images)
-        if ahead > max(self._max_batch * len(self._lanes), images):
-            # Places are free when a batch has just been taken, so none of what is on the lanes counts as done.
-            functions = len(self._ends) + len(self._calls)
-            self._check((ahead + self._underway) * self._image_s + functions * self._call_s)
-
-    def _spent(self, seconds: float, images: int) -> None:
-        """What a lane has done with images; from that of late follows how long those who come will wait."""
-        self._lane_s += seconds - self._lane_s / MEMORY
-        self._lane_images += images - self._lane_images / MEMORY
-
-    async def _wait(self, job: _Job) -> Any:
+    async def _wait(self, job: Job) -> Any:
         try:
             return await job.future
         finally:
@@ -216,19 +148,18 @@ class Batcher:
     # What follows runs on the lanes.
 
     def _lane(self) -> None:
-        batch: list[tuple[_Job, int]] = []
+        batch: list[tuple[Job, int]] = []
         try:
             while True:
                 with self._changed:
-                    self._underway -= len(batch)
+                    self._waits.underway -= len(batch)
                     self._idle += 1
-                    while not self._jobs and not self._calls and not self._ends:
+                    while not self._waits:
                         if self._closing:
                             return
                         self._changed.wait()
-                    job = self._function()
+                    job = self._waits.function()
                     batch = [] if job else self._take()
-                    self._underway += len(batch)
                     self._idle -= 1
                 if job and job.call:
                     self._do_call(job, job.call)
@@ -239,42 +170,28 @@ class Batcher:
             self._die()
             raise
 
-    def _function(self) -> _Job | None:
-        """The next function, where it is not the turn of images."""
-        if self._ends:
-            return self._ends.popleft()
-        turn = bool(self._calls) and not (self._images_next and self._jobs)
-        self._images_next = turn
-        return self._calls.popleft() if turn else None
-
-    def _take(self) -> list[tuple[_Job, int]]:
-        """The next batch: a share of every waiting request in turn. Leaves some for other idle lanes."""
-        limit = min(self._max_batch, max(1, -(-self._waiting // max(1, self._idle))))
-        batch: list[tuple[_Job, int]] = []
-        while self._jobs and len(batch) < limit:
-            job = self._jobs.popleft()
-            rest = len(job.payloads) - job.taken
-            if self._nobody_waits(job):
-                self._waiting -= rest
-                self._metrics.abandoned.inc(rest)
-                continue
-            share = min(rest, max(1, (limit - len(batch)) // (len(self._jobs) + 1)))
-            if job.taken == 0:
+    def _take(self) -> list[tuple[Job, int]]:
+        """The next batch; leaves some for other idle lanes."""
+        limit = min(self._max_batch, max(1, -(-self.waiting // max(1, self._idle))))
+        batch = self._waits.take(limit, self._skipped)
+        for job, index in batch:
+            if index == 0:
                 job.queued_s = time.perf_counter() - job.entered
-            batch.extend((job, index) for index in range(job.taken, job.taken + share))
-            job.taken += share
-            self._waiting -= share
-            if share < rest:
-                self._jobs.append(job)
         return batch
 
-    def _nobody_waits(self, job: _Job) -> bool:
+    def _skipped(self, job: Job) -> bool:
+        if not self._nobody_waits(job):
+            return False
+        self._metrics.abandoned.inc(job.rest)
+        return True
+
+    def _nobody_waits(self, job: Job) -> bool:
         if job.gone():
             self._tell([(job, CallerLeft())])
             return True
         return job.future.cancelled()
 
-    def _do_call(self, job: _Job, call: Callable[[], Any]) -> None:
+    def _do_call(self, job: Job, call: Callable[[], Any]) -> None:
         if self._nobody_waits(job):
             return
         start = time.perf_counter()
@@ -283,7 +200,7 @@ class Batcher:
         except Exception as error:  # belongs to the caller, not to the lane
             result = error
         with self._changed:
-            self._call_s += (time.perf_counter() - start - self._call_s) / 8
+            self._waits.called(time.perf_counter() - start)
         self._tell([(job, result)])
 
     def _pixels(self, payload: Payload) -> np.ndarray:
@@ -294,11 +211,11 @@ class Batcher:
             raise UndecodableExample(f"The pixels are not uint8 of {shape}, as the extractor takes them.")
         return payload
 
-    def _do_batch(self, batch: list[tuple[_Job, int]]) -> None:
+    def _do_batch(self, batch: list[tuple[Job, int]]) -> None:
         arrays: list[np.ndarray] = []
-        places: list[tuple[_Job, int]] = []
+        places: list[tuple[Job, int]] = []
         begin = time.perf_counter()
-        finished: dict[_Job, int] = {}
+        finished: dict[Job, int] = {}
         for job, index in batch:
             start = time.perf_counter()
             finished[job] = finished.get(job, 0) + 1
@@ -334,14 +251,14 @@ class Batcher:
                     job.items[index] = ExtractorFailed("The extractor failed on this image.", index=index)
         done = []
         with self._changed:  # two lanes may hold parts of one request
-            self._spent(time.perf_counter() - begin, len(batch))
+            self._waits.spent(time.perf_counter() - begin, len(batch))
             for job, count in finished.items():
                 job.left -= count
                 if job.left == 0:
                     done.append((job, None))
         self._tell(done)
 
-    def _tell(self, answers: list[tuple[_Job, Any]]) -> None:
+    def _tell(self, answers: list[tuple[Job, Any]]) -> None:
         """Hands results to their callers with one wake-up of each event loop."""
         for loop in {job.loop for job, _ in answers}:
             mine = [(job.future, answer) for job, answer in answers if job.loop is loop]
@@ -354,15 +271,13 @@ class Batcher:
         with self._changed:
             self._dead = True
             orphans = [(job, ExtractorFailed("The extractor has stopped.")) for job in self._active]
-            for queue in (self._jobs, self._calls, self._ends):
-                queue.clear()
-            self._waiting = 0
+            self._waits.clear()
         self._tell(orphans)
 
 
-def _by_size(batch: list[tuple[_Job, int]]) -> list[list[tuple[_Job, int]]]:
+def _by_size(batch: list[tuple[Job, int]]) -> list[list[tuple[Job, int]]]:
     """The images of a batch that are small files, then those that are not, which may take a hundred times as long."""
-    parts: tuple[list[tuple[_Job, int]], list[tuple[_Job, int]]] = ([], [])
+    parts: tuple[list[tuple[Job, int]], list[tuple[Job, int]]] = ([], [])
     for job, index in batch:
         payload = job.payloads[index]
         parts[isinstance(payload, bytes) and len(payload) > LARGE].append((job, index))

@@ -1,6 +1,6 @@
-"""Whether the caller whom work is for is still there. The server tells; who is about to begin with work looks.
+"""Whom work is for, and whether they are still there. The server tells; who is about to begin with work looks.
 
-Knows nothing of connections.
+Knows nothing of connections or keys.
 """
 
 from __future__ import annotations
@@ -19,3 +19,4 @@ def stays() -> bool:
 
 
 has_left: ContextVar[Callable[[], bool]] = ContextVar("has_left", default=stays)
+tenant: ContextVar[str] = ContextVar("tenant", default="")  # who takes turns with others

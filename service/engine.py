@@ -23,7 +23,7 @@ from models.errors import (
 )
 from models.head import Head
 from service.answering import Answer, Predictions, answered
-from service.batcher import Batcher, Embedded, Payload
+from service.batcher import Batcher, Embedded
 from service.flights import Flights, both
 from service.learning import Learning
 from service.metrics import Metrics
@@ -46,6 +46,7 @@ from service.support import (
 )
 from service.support import head_id as head_id_of
 from service.tasks import Adapted, Tasks
+from service.waiting import Payload
 
 
 class Engine:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from models.errors import FewshotError, Forbidden, Unauthorized
-from service import quota
+from service import callers, quota
 from service.keys import Key, Keyring
 from service.quota import Allowance
 from service.stores import Scope, Store
@@ -84,6 +84,7 @@ class Access:
             await problems.of_error(error, request_id=scope["state"]["request_id"])(scope, receive, send)
             return
         scope["state"]["tenant"] = self.store.scope(key.tenant)
+        callers.tenant.set(key.tenant)
         await self.app(scope, receive, send)
 
     def _allowance(self, key: Key) -> Allowance | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
 import platform
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -60,7 +62,21 @@ class Fault:
             "seed": seed,
             "seconds": round(time.perf_counter() - start, 1),
             "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "day": time.strftime("%Y-%m-%d", time.gmtime()),
+            "commit": commit(),
         }
+
+
+def commit() -> str:
+    """What was run, where that is known: of a tree that was changed since, with a plus."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return told.stdout.strip()
 
 
 FAULTS: dict[str, Fault] = {}

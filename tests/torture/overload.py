@@ -27,9 +27,12 @@ CLIENTS = 64  # of the closed loop that finds the peak
 TIMES = {2: 0.98, 5: 0.95, 10: 0.90}  # load over capacity -> least goodput over peak
 EXPENSIVE = {"artifact": PRETRAINED / "photos", "precision": "float32", "lanes": LANES}
 SLEEPING = """
-import sys, time, models.extractor_onnx as onnx
+import time, models.extractor_onnx as onnx
 run = onnx.OnnxExtractor.__call__
 onnx.OnnxExtractor.__call__ = lambda self, batch: (time.sleep(0.005 * len(batch)), run(self, batch))[1]
+"""
+STARTED = """
+import sys
 from service.__main__ import main
 sys.exit(main())
 """
@@ -39,16 +42,27 @@ LEAST_IN_STORM = 0.25  # of the peak: the event loop has more to do than the lan
 NORMAL_S = 10  # after which all is as before
 
 
-def load(service: Service, folder: Path, **options: object) -> dict[str, Any]:
-    """What deploy/load.py found, asking the tasks named `tasks` (`t` without)."""
+def loading(service: Service, folder: Path, *, key: str = "", **options: object) -> subprocess.Popen[str]:
+    """deploy/load.py, begun, which asks the tasks named `tasks` (`t` without)."""
     files = images(folder)
     given = {"tasks": "t", **options}
     arguments = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, str(ROOT / "deploy" / "load.py"), service.url, *files, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    environment = {**os.environ, "FEWSHOT_KEY": key}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def told(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What it found."""
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    found: dict[str, Any] = json.loads(out)
     return found
+
+
+def load(service: Service, folder: Path, **options: Any) -> dict[str, Any]:
+    """Both."""
+    return told(loading(service, folder, **options))
 
 
 def images(folder: Path) -> Sequence[str]:
@@ -61,15 +75,16 @@ def images(folder: Path) -> Sequence[str]:
     return sorted(map(str, kept.iterdir()))
 
 
-def at_work(folder: Path, n: int, **settings: object) -> Service:
-    """The service with work that is a bottleneck; not started."""
-    if n >= LONG:
-        return Service(folder, **{**EXPENSIVE, **settings})
-    return Service(folder, wrapper=(sys.executable, "-c", SLEEPING), **{"lanes": LANES, **settings})
+def at_work(folder: Path, n: int, *, changed: str = "", **settings: object) -> Service:
+    """The service with work that is a bottleneck, not started; `changed`: code that breaks something before it is."""
+    work, also = (STARTED, EXPENSIVE) if n >= LONG else (SLEEPING + STARTED, {"lanes": LANES})
+    if n >= LONG and not changed:
+        return Service(folder, **{**also, **settings})
+    return Service(folder, wrapper=(sys.executable, "-c", changed + work), **{**also, **settings})
 
 
-def taught(service: Service, *tasks: str) -> None:
-    with service.client() as client:
+def taught(service: Service, *tasks: str, key: str = "") -> None:
+    with service.client(headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
         for number, task in enumerate(tasks or ("t",)):
             client.put(f"/v1/tasks/{task}", files=support(number)).raise_for_status()
 
@@ -86,10 +101,10 @@ class Peak:
     p99_ms: float
 
     @staticmethod
-    def of(service: Service, folder: Path, n: int) -> Peak:
-        found = load(service, folder, connections=CLIENTS, seconds=max(1, n / 2))
+    def of(service: Service, folder: Path, n: int, *, key: str = "") -> Peak:
+        found = load(service, folder, connections=CLIENTS, seconds=max(1, n / 2), key=key)
         if "503" in found["statuses"]:  # so slow just now that these are too many
-            found = load(service, folder, connections=CLIENTS // 2, seconds=max(1, n / 2))
+            found = load(service, folder, connections=CLIENTS // 2, seconds=max(1, n / 2), key=key)
         return Peak(max(1.0, found["goodput_per_s"]), p99(found))
 
     def __add__(self, other: Peak) -> Peak:

@@ -18,9 +18,9 @@ from fastapi import APIRouter, Request, Response
 from models.errors import InvalidRequest, VersionNotFound
 from models.text import MAX_BYTES
 from service.answering import Answer
-from service.batcher import Payload
 from service.engine import Engine
 from service.stores import Scope
+from service.waiting import Payload
 from service.web import answers
 from service.web.about import is_stopping
 from service.web.access import scope_of

@@ -30,6 +30,7 @@ from service.keys import create, revoke
 from service.settings import Settings, SettingsError
 from service.stores.lru import Recent
 from service.stores.memory import MemoryStore
+from service.waiting import Waiting
 from service.web import access
 from service.web.app import create_app
 from tests.fakes import MeanColour, picture, tiny_artifact
@@ -408,6 +409,26 @@ def test_there_is_no_way_around_the_keys_over_a_websocket() -> None:
     scope = {"type": "websocket", "path": "/v1/tasks", "headers": [], "state": {}}
     asyncio.run(access.Access(app, MemoryStore())(scope, receive, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_lanes_know_for_which_tenant_they_work(service: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tenants take turns on them, whatever the way in and whichever of its keys."""
+    seen: list[str] = []
+    join = Waiting.join
+    monkeypatch.setattr(Waiting, "join", lambda self, job: (seen.append(job.tenant), join(self, job))[1])
+    path = f"/v1/tasks/{taught(service)['task']}/classify"
+    other = create(service.file, tenant="c", scopes=["adapt"])[1]
+    wait_for(service, other, 200)
+    image = picture("red")
+    assert (
+        service.http.post(
+            path, content=image, headers={**bearer(service.keys["a"]), "Content-Type": "image/png"}
+        ).status_code
+        == 200
+    )
+    assert service.http.post(path, files={"image": image}, headers=bearer(service.keys["a"])).status_code == 200
+    assert service.http.put("/v1/tasks/t", files=colours("red", "blue"), headers=bearer(other)).status_code == 201
+    assert seen == ["a", "a", "a", "c"]
 
 
 def test_keys_of_one_tenant_share_its_tasks_and_those_made_without_keys_are_of_the_tenant_default(

@@ -1,0 +1,163 @@
+"""Who goes next and who is let in: tenants, and within one its requests, take turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from models.errors import Overloaded
+from service.callers import stays
+from service.waiting import Job, Waiting
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+class Place:
+    """A queue in front of one lane of batches of 16, in which an image takes 10 ms and a function 20."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, max_waiting: int = 1024, max_wait_s: float = 0.4):
+        self.loop = loop
+        self.waits = Waiting(lanes=1, max_batch=16, max_waiting=max_waiting, max_wait_s=max_wait_s)
+        for _ in range(100):
+            self.waits.spent(0.16, 16)
+            self.waits.called(0.02)
+
+    def job(self, tenant: str, images: int = 0) -> Job:
+        return Job([b""] * images, self.loop.create_future(), self.loop, 0.0, tenant, stays)
+
+    def come(self, tenant: str, images: int = 1) -> Job | None:
+        """The job, where it was let in."""
+        job = self.job(tenant, images)
+        try:
+            self.waits.join(job)
+        except Overloaded:
+            return None
+        return job
+
+    def call(self, tenant: str) -> Job | None:
+        job = self.job(tenant)
+        try:
+            self.waits.join_function(job, admitted=False)
+        except Overloaded:
+            return None
+        return job
+
+    def batch(self, limit: int = 16) -> list[str]:
+        """Takes one, and tells whose its images are."""
+        taken = self.waits.take(limit, lambda _: False)
+        self.waits.underway -= len(taken)
+        return [job.tenant for job, _ in taken]
+
+
+def test_of_the_next_images_each_tenant_gets_an_equal_share(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop, max_wait_s=1)
+    for _ in range(30):
+        assert place.come("many")
+    for tenant in ("few", "fewer"):
+        assert place.come(tenant, 20)
+    assert Counter(place.batch(15)) == {"many": 5, "few": 5, "fewer": 5}
+    assert Counter(place.batch(16)) == {"many": 6, "few": 5, "fewer": 5}
+    assert Counter(place.batch(16)) == {"few": 6, "fewer": 5, "many": 5}  # a place that is over is each one's in turn
+
+
+def test_places_that_others_do_not_need_are_for_who_waits(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    for _ in range(40):
+        assert place.come("many")
+    assert place.come("one")
+    assert Counter(place.batch()) == {"many": 15, "one": 1}
+    assert Counter(place.batch()) == {"many": 16}
+
+
+def test_where_tenants_are_more_than_places_all_have_their_turn(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    names = [f"tenant-{number}" for number in range(10)]
+    for name in names:
+        assert place.come(name, 3)
+    assert sorted(place.batch(4) + place.batch(4) + place.batch(2)) == sorted(names)
+
+
+def test_requests_of_one_tenant_take_turns_as_well(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    large, small = place.come("one", 60), place.come("one", 2)
+    assert large
+    assert small
+    place.batch(8)
+    assert small.rest == 0
+    assert large.rest == 54
+
+
+def test_who_asks_for_ten_times_what_can_be_done_is_refused_and_another_is_not(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    refused = Counter[str]()
+    served = Counter[str]()
+    for _ in range(200):  # of 160 ms, in which sixteen images are done
+        for number in range(160):
+            refused["flood"] += place.come("flood") is None
+            if number % 20 == 0:
+                refused["calm"] += place.come("calm") is None
+        served.update(place.batch())
+    assert refused["calm"] == 0
+    assert served["calm"] == pytest.approx(200 * 8, abs=16)
+    assert refused["flood"] > 200 * 140
+    assert sum(served.values()) == 200 * 16
+
+
+def test_alone_a_tenant_has_all_of_it(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    assert (
+        sum(place.come("alone") is not None for _ in range(100)) == 40
+    )  # 0.4 s of 10 ms each, with the one that waits
+
+
+def test_of_two_who_flood_each_gets_a_half(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    served = Counter[str]()
+    for _ in range(100):
+        for _ in range(100):
+            place.come("one")
+        place.come("other", 40)
+        served.update(place.batch())
+    assert served["one"] == pytest.approx(served["other"], abs=16)
+
+
+def test_a_full_house_has_room_for_who_has_less_than_a_share_of_it(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop, max_waiting=20, max_wait_s=1e9)
+    assert sum(place.come("flood") is not None for _ in range(50)) == 20
+    assert sum(place.come("calm") is not None for _ in range(50)) == 10
+    assert sum(place.come("late") is not None for _ in range(50)) == 6
+    assert place.come("flood") is None
+
+
+def test_an_empty_house_takes_any_request(loop: asyncio.AbstractEventLoop) -> None:
+    assert Place(loop, max_waiting=4).come("large", 50)
+
+
+def test_functions_take_turns_by_tenant_as_well(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    assert sum(place.call("flood") is not None for _ in range(50)) == 21
+    assert place.call("calm")
+    assert place.call("calm")
+    order = []
+    while job := place.waits.function():
+        order.append(job.tenant)
+    assert order[:4] == ["flood", "calm", "flood", "calm"]
+    assert Counter(order) == {"flood": 21, "calm": 2}
+
+
+def test_nothing_is_counted_that_is_not_there(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    gone = place.come("left", 7)
+    assert place.come("stays", 3)
+    taken = place.waits.take(16, lambda job: job is gone)
+    assert [job.tenant for job, _ in taken] == ["stays"] * 3
+    assert place.waits.images == 0
+    assert not place.waits
