@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -70,13 +71,11 @@ class Fault:
 
 def commit() -> str:
     """What was run, where that is known: of a tree that was changed since, with a plus."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return told.stdout.strip()
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    command = [git, "describe", "--always", "--dirty=+", "--abbrev=12"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 FAULTS: dict[str, Fault] = {}
