@@ -128,6 +128,7 @@ class Engine:
         there = await known(head_id)
         if there:
             return there
+        await self._room_for(scope, name)
         # What is left out is told by its place, so another order is another request.
         order = hash((*((example.label, example.payload) for example in examples), *unlabelled))
         flight = (scope.tenant, name, head_id, str(order), str(expect), str(ttl_s), str(retain), on_bad_image)
@@ -316,6 +317,16 @@ class Engine:
             self._flights.leave_alone(scope.tenant, task)
         if not found:
             raise TaskNotFound(f"There is no task {task!r}.")
+
+    async def _room_for(self, scope: Scope, task: str) -> None:
+        """Raises TooLarge where the task is a new one and the tenant has as many as it may; of several that come at
+        once a few may get in together."""
+        most = self.limits.max_tasks
+        if not most or not await scope.full(most):
+            return
+        with suppress(SealBroken):  # damaged, and to be replaced
+            if await scope.pointer(task) is None:
+                raise TooLarge(f"There are {most} tasks, and the limit is {most} (MAX_TASKS): delete one first.")
 
     async def _embed(self, payloads: Sequence[Payload]) -> Embedded:
         """Features of images, which count for the caller's quota unless there was no room for them."""

@@ -90,6 +90,7 @@ class Settings(BaseModel):
     max_queries: int = Field(64, ge=1, le=10_000, description="most images of one classify request")
     max_way: int = Field(256, ge=2, description="most classes of a task")
     max_label: int = Field(256, ge=1, description="most characters of a label")
+    max_tasks: int = Field(0, ge=0, description="most tasks of one tenant; 0 = as many as the store holds")
     drain_s: float = Field(
         0, ge=0, description="how long a service that is asked to stop still answers while it says that it is not ready"
     )

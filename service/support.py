@@ -51,6 +51,7 @@ class Limits:
     max_queries: int = 64
     max_way: int = 256
     max_label: int = 256
+    max_tasks: int = 0  # of a tenant; 0: as many as the store holds
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,10 @@ class Scope(Protocol):
         """Forgets one remembered value, durably, if there is one."""
         ...
 
+    async def full(self, most: int) -> bool:
+        """Whether there are so many tasks, or more. Damaged ones count; ones that ended do not for long."""
+        ...
+
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         """Up to `limit` tasks whose names sort after `after`, by name."""
         ...

@@ -159,6 +159,9 @@ class RecentScope:
     async def delete(self, task: str) -> bool:
         return await self._recent.whole(self._write(task, self._beneath.delete(task), lambda _: None))
 
+    async def full(self, most: int) -> bool:
+        return await self._beneath.full(most)
+
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         return await self._beneath.tasks(limit=limit, after=after)
 

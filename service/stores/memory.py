@@ -149,6 +149,9 @@ class MemoryScope:
         self._sealed.forget(task)
         return at is not None
 
+    async def full(self, most: int) -> bool:
+        return sum(self._get("pointer", name) is not None for name in self._names("pointer")) >= most
+
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         found: list[tuple[str, Pointer]] = []
         for task in sorted(name for name in self._names("pointer") if isinstance(name, str) and name > after):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 import secrets
 import time
@@ -45,6 +46,8 @@ from service.stores.sealed import History, Sealed, ends, next_version
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+PAGE = 1000  # tasks that are looked at together
+WEED_S = 10
 TRIES = 8  # of a change that others keep overtaking
 MARK = "fs:mark"
 
@@ -89,6 +92,7 @@ class RedisStore:
         self.recent = RecentRecords()
         # By tenant and task: who remembers here takes turns, so that only other replicas are ever faster.
         self.turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self.weeded: dict[str, float] = {}  # tenant -> when the index of its tasks was last looked through
         self._mark: bytes | None = None  # of the store as it was first met
         self.link = Link(
             url,
@@ -330,6 +334,22 @@ class RedisScope:
             known = self._sealed.with_base(task, known, await fetch(client, f"{prefix}{version}"))
         records = list({*records, *(f"{prefix}{needed}" for needed in known.records)})
         return Found(version, known, records)
+
+    async def full(self, most: int) -> bool:
+        async def operation(client: Redis) -> bool:
+            return bool(await client.zcard(self._key("tasks")) >= most)
+
+        if not await self._store.link.call(operation):
+            return False
+        # Tasks that ended stay in the index until somebody looks: not for each who is refused.
+        now = time.monotonic()
+        if now - self._store.weeded.get(self.tenant, -math.inf) < WEED_S:
+            return True
+        self._store.weeded[self.tenant] = now
+        last = ""
+        while page := await self.tasks(limit=PAGE, after=last):
+            last = page[-1][0]
+        return await self._store.link.call(operation)
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         async def operation(client: Redis) -> list[tuple[str, Pointer]]:

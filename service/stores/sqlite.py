@@ -77,6 +77,7 @@ TASKS = (
     "SELECT task, CAST(pointer AS BLOB) FROM tasks"
     " WHERE tenant = ? AND task > ? AND (expires IS NULL OR expires > ?) ORDER BY task"
 )
+COUNT = "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE tenant = ? AND (expires IS NULL OR expires > ?) LIMIT ?)"
 PUT_TASK = "REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)"
 # An expired task leaves with its records; the statements go together, in this order.
 EXPIRED = (
@@ -339,6 +340,13 @@ class SqliteScope:
         with suppress(StoreUnavailable):  # deleted it is; this only clears its bytes from the log as well
             await self._store.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
         return found
+
+    async def full(self, most: int) -> bool:
+        def work(db: sqlite3.Connection) -> bool:
+            (count,) = db.execute(COUNT, (self.tenant, time.time(), most)).fetchone()
+            return bool(count >= most)
+
+        return await self._store.run(work)
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         def work(db: sqlite3.Connection) -> list[tuple[str, Pointer]]:

@@ -85,7 +85,7 @@ def create_app(
         max_wait_s=settings.max_wait_s,
         metrics=metrics,
     )
-    limits = Limits(settings.max_examples, settings.max_queries, settings.max_way, settings.max_label)
+    limits = Limits(**{name: getattr(settings, name) for name in Limits.__dataclass_fields__})
     engine = Engine(
         artifact,
         batcher,

@@ -313,6 +313,7 @@ class LimitsInfo(Closed):
     max_queries: int
     max_way: int
     max_label: int
+    max_tasks: int = Field(description="of one tenant; 0: as many as the store holds")
     max_waiting: int
     formats: list[str]
 

@@ -122,6 +122,27 @@ async def test_listing_goes_by_name_in_pages(store: Store) -> None:
     assert len(await scope.tasks(limit=5)) == 5
 
 
+async def test_a_tenant_is_full_when_it_has_so_many_tasks_that_have_not_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.stores.redis.WEED_S", 0.0)
+    scope, other = store.scope("t"), store.scope("u")
+    assert await scope.full(1) is False
+    await commit(scope, "a")
+    await commit(scope, "b")
+    await commit(scope, "b", 1)
+    assert await scope.full(2) is True
+    assert await scope.full(3) is False
+    assert await other.full(1) is False
+    await commit(scope, "short", expires=time.time() + 0.2)
+    assert await scope.full(3) is True
+    await scope.delete("a")
+    assert await scope.full(3) is False
+    assert await scope.full(2) is True
+    await asyncio.sleep(0.3)
+    assert await scope.full(2) is False
+
+
 async def test_tenants_do_not_see_each_other(store: Store) -> None:
     one, other = store.scope("one"), store.scope("other")
     await commit(one, "cats", 1)

@@ -13,6 +13,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,6 +24,7 @@ import pytest
 from fastapi import FastAPI
 
 from models.images import MAX_ASPECT, MIN_EDGE
+from service.keys import create
 from service.settings import Settings
 from service.stores.memory import MemoryStore
 from service.web import schemas
@@ -29,7 +32,7 @@ from service.web.app import create_app
 from tests.fakes import Gated, MeanColour, picture, tiny_artifact
 from tests.models import corpus
 from tests.service.live import served
-from tests.service.web.asks import refused, support_json, text
+from tests.service.web.asks import colours, refused, support_json, text
 from tests.service.web.conftest import LIMITS
 from tests.service.web.test_access import Guarded, Operation, bearer, guarded, operations, taught, told
 
@@ -302,7 +305,7 @@ AT_LIMITS: dict[str, tuple[Callable[[httpx.Client, int], httpx.Response], int, i
     "max_label": (label, SMALL["max_label"], 422, "invalid_support"),
 }
 # Each has a test of its own, below or in test_texts.py.
-ELSEWHERE = {"formats", "body_timeout_s", "max_waiting", "max_text_bytes"}
+ELSEWHERE = {"formats", "body_timeout_s", "max_waiting", "max_text_bytes", "max_tasks"}
 
 
 def test_every_limit_that_is_told_is_tested(limited: httpx.Client) -> None:
@@ -321,6 +324,25 @@ def test_a_limit_lets_through_what_it_names_and_no_more(limited: httpx.Client, n
     problem = refused(come(limited, limit + 1), status, code)
     # A person can see which limit it was, and how much it is: its variable, or a word.
     assert re.search(rf"{name.upper()}|pixels|times", problem["detail"]), problem
+
+
+def test_one_tenant_cannot_fill_the_store(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    own, other = ({"headers": bearer(create(file, tenant=name, scopes=["adapt"])[1])} for name in ("a", "b"))
+    settings = Settings(max_tasks=3, keys_file=file)
+    app = create_app(settings, artifact=tiny_artifact(tmp_path / "tiny"), extractor=MeanColour(), store=MemoryStore())
+    with served(app) as http:
+        for name in ("one", "two", "three"):
+            assert http.put(f"/v1/tasks/{name}", files=colours("red", "blue"), **own).status_code == 201
+        for ask in (partial(http.put, "/v1/tasks/four"), partial(http.post, "/v1/tasks")):
+            problem = refused(ask(files=colours("red", "lime"), **own), 413, "too_large")
+            assert "MAX_TASKS" in problem["detail"]
+        # What is there can be used, changed and taught anew, others have room of their own, and who deletes has room.
+        assert http.put("/v1/tasks/one", files=colours("red", "lime"), **own).status_code == 200
+        assert http.post("/v1/tasks/two/examples", files=colours("lime"), **own).status_code == 200
+        assert http.put("/v1/tasks/four", files=colours("red", "blue"), **other).status_code == 201
+        assert http.delete("/v1/tasks/three", **own).status_code == 204
+        assert http.put("/v1/tasks/four", files=colours("red", "blue"), **own).status_code == 201
 
 
 def test_the_formats_that_are_told_are_read_and_no_others(limited: httpx.Client) -> None:
