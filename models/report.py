@@ -1,7 +1,8 @@
 """What a support set says about itself: how well its task will do, which examples look wrong, and what to add.
 
 Every example is classified by a head made without it (leave-one-out; in folds for learners that have no closed form of
-it). An interval after Wilson, 1927, goes with the accuracy, for support sets are small. Knows nothing of images,
+it), and without its twins, if it has any: it would be answered by its likes, and better than questions are. An interval
+after Wilson, 1927, goes with the accuracy, for support sets are small. Knows nothing of images,
 stores or requests.
 """
 
@@ -11,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +20,12 @@ from models.arrays import fetch, softmax
 from models.episode import Support
 from models.head import Affine
 from models.learners import Learner
+from models.twins import units
 
 FOLDS = 5
 MOST_SUSPECTS = 10
 ENOUGH, GOOD = 5, 10  # shots of a class
+MANY_TWINS = 0.3  # of all examples
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +35,7 @@ class HeldOut:
     index: np.ndarray  # [m] rows of the support set
     logits: np.ndarray  # [m, way]
     estimate: str  # "leave-one-out", "5-fold", or "none" when m is 0
+    twins: tuple[tuple[int, ...], ...] = ()  # rows that show one thing, and were held out together
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,44 +61,49 @@ class Report:
     confusions: tuple[Confusion, ...]
     suspects: tuple[Suspect, ...]  # the surest first
     advice: str
+    twins: tuple[tuple[str, ...], ...] = ()  # examples that seem to show one thing, and count as one here
 
 
 def fitted(learner: Learner, support: Support) -> tuple[Affine, Callable[[], HeldOut]]:
     """The map of a support set, and what gives what `held_out` says of it; from one fit where the learner can."""
-    index, both = _with_others(support), getattr(learner, "adapt_and_leave_one_out", None)
-    if both is None or not len(index):
+    both = getattr(learner, "adapt_and_leave_one_out", None)
+    if both is None:
         return learner.adapt(support), lambda: held_out(learner, support)
     affine, logits = both(support)
-    return affine, lambda: HeldOut(index, fetch(logits)[index], "leave-one-out")
+    return affine, lambda: _held(learner, support, lambda: logits)
 
 
 def held_out(learner: Learner, support: Support) -> HeldOut:
-    """Classifies each example of a class with two or more as if it had not been there. Unlabelled ones are not used."""
-    index, closed_form = _with_others(support), getattr(learner, "leave_one_out", None)
+    """Classifies each example of a class that shows two things or more as if it, and its twins, had not been there.
+
+    Unlabelled ones are not used.
+    """
+    closed_form = getattr(learner, "leave_one_out", None)
+    return _held(learner, support, closed_form and (lambda: closed_form(support)))
+
+
+def _held(learner: Learner, support: Support, leave_one_out: Callable[[], Any] | None) -> HeldOut:
+    labels = fetch(support.labels)
+    shown = units(fetch(support.features), labels, support.way)
+    things = np.zeros(support.way, int)
+    np.maximum.at(things, labels, shown + 1)
+    _, place, counts = np.unique(labels * len(labels) + shown, return_inverse=True, return_counts=True)
+    twins = tuple(sorted(tuple(np.flatnonzero(place == k).tolist()) for k in np.flatnonzero(counts > 1)))
+    index = np.flatnonzero(things[labels] > 1)
     if not len(index):
-        return HeldOut(index, np.zeros((0, support.way), np.float32), "none")
-    if closed_form is not None:
-        return HeldOut(index, fetch(closed_form(support))[index], "leave-one-out")
-    labels = fetch(support.labels)
-    counts = np.bincount(labels, minlength=support.way)
-    turn = np.zeros(len(labels), int)
-    for label in range(support.way):
-        rows = np.flatnonzero(labels == label)
-        turn[rows] = np.arange(len(rows)) % FOLDS
+        return HeldOut(index, np.zeros((0, support.way), np.float32), "none", twins)
     logits = np.zeros((len(labels), support.way), np.float32)
-    folds = range(min(FOLDS, int(counts.max())))
-    for fold in folds:
-        out = (turn == fold) & (counts[labels] > 1)
-        kept = np.flatnonzero(~out)
-        affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
-        logits[out] = fetch(support.features[np.flatnonzero(out)] @ affine.weight.T + affine.bias)
-    return HeldOut(index, logits[index], f"{len(folds)}-fold")
-
-
-def _with_others(support: Support) -> np.ndarray:
-    """The rows whose class has another example."""
-    labels = fetch(support.labels)
-    return np.flatnonzero(np.bincount(labels, minlength=support.way)[labels] > 1)
+    again, folds = index, min(FOLDS, int(things.max()))
+    if leave_one_out is not None:
+        logits[:] = fetch(leave_one_out())
+        again = index[counts[place[index]] > 1]
+    for fold in range(folds):
+        out = again[shown[again] % FOLDS == fold]
+        if len(out):
+            kept = np.setdiff1d(np.arange(len(labels)), out)
+            affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
+            logits[out] = fetch(support.features[out] @ affine.weight.T + affine.bias)
+    return HeldOut(index, logits[index], f"{folds}-fold" if leave_one_out is None else "leave-one-out", twins)
 
 
 def without_own(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -107,8 +117,10 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
     """classes [n] of the support examples as indices into labels; ids [n]; the logits of `held` calibrated."""
     counts = np.bincount(classes, minlength=len(labels))
     few = _few(counts, labels)
+    twins = tuple(tuple(ids[row] for row in rows) for rows in held.twins)[:MOST_SUSPECTS]
+    alike = _alike(held, classes, labels)
     if not len(held.index):
-        return Report(None, None, "none", (), (), few)
+        return Report(None, None, "none", (), (), alike or few, twins)
     probabilities = softmax(held.logits.astype(np.float64))
     truth, guess = classes[held.index], probabilities.argmax(axis=1)
     wrong = np.flatnonzero(guess != truth)
@@ -126,7 +138,8 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
         held.estimate,
         confusions,
         suspects,
-        _advice(suspects, confusions, few, counts),
+        _advice(suspects, confusions, alike or few, counts),
+        twins,
     )
 
 
@@ -145,6 +158,18 @@ def _few(counts: np.ndarray, labels: Sequence[str]) -> str:
         return ""
     missing = ENOUGH - int(counts[fewest])
     return f"Add {missing} more of {labels[fewest]!r}: {int(counts[fewest])} is few, {ENOUGH} make a task dependable."
+
+
+def _alike(held: HeldOut, classes: np.ndarray, labels: Sequence[str]) -> str:
+    """What to say where twins are many; empty where they are few."""
+    twins = sum(len(rows) for rows in held.twins)
+    if twins < MANY_TWINS * len(classes):
+        return ""
+    most = Counter(int(classes[rows[0]]) for rows in held.twins for _ in rows).most_common(1)[0][0]
+    return (
+        f"{twins} of {len(classes)} examples look like another of their class, as frames of one burst do, most of them "
+        f"of {labels[most]!r}: they tell little more than one of them would. Add different ones."
+    )
 
 
 def _advice(suspects: Sequence[Suspect], confusions: Sequence[Confusion], few: str, counts: np.ndarray) -> str:

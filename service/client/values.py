@@ -92,6 +92,7 @@ class Report:
     confusions: tuple[Confusion, ...] = ()
     suspects: tuple[Suspect, ...] = ()
     advice: str = ""
+    twins: tuple[tuple[str, ...], ...] = ()  # examples of a class that seem to show one thing, and count as one
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -260,6 +261,7 @@ def _report(data: Json) -> Report:
         interval=None if interval is None else (interval[0], interval[1]),
         confusions=tuple(Confusion(item["from"], item["to"], item["count"]) for item in data.get("confusions", ())),
         suspects=tuple(of(Suspect, item) for item in data.get("suspects", ())),
+        twins=tuple(map(tuple, data.get("twins", ()))),
     )
 
 

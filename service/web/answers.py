@@ -94,6 +94,7 @@ def report(found: Report) -> dict[str, Any]:
         "confusions": [{"from": item.label, "to": item.taken_for, "count": item.count} for item in found.confusions],
         "suspects": [dataclasses.asdict(item) for item in found.suspects],
         "advice": found.advice,
+        "twins": found.twins,
     }
 
 

@@ -175,6 +175,7 @@ class ReportInfo(Closed):
     confusions: list[ConfusionInfo]
     suspects: list[SuspectInfo]
     advice: str
+    twins: list[list[str]] = Field(description="examples of a class that seem to show one thing, and count as one")
 
 
 class Task(Closed):

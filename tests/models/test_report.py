@@ -123,6 +123,69 @@ def test_torch_holds_out_as_numpy_does(method: str, torch: ModuleType) -> None:
     np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
 
 
+def with_twins(shots: int = 4) -> tuple[Support, np.ndarray]:
+    """Three classes, in each of which every thing is shown twice, and what each row shows."""
+    support, _, _ = clusters((shots,) * 3, noise=0.4)
+    rng = np.random.default_rng(0)
+    rows = np.repeat(np.argsort(support.labels, kind="stable"), 2)
+    near = support.features[rows] + 0.01 * rng.standard_normal((len(rows), support.features.shape[1]))
+    return Support(near.astype(np.float32), support.labels[rows], support.way), np.repeat(np.arange(3 * shots), 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_twins_are_held_out_together(method: str) -> None:
+    """What is said of an example is what the learner makes of others, none of which shows the same."""
+    support, rows = with_twins()
+    found = held_out(learner(method), support)
+    assert found.index.tolist() == list(range(24))
+    assert found.twins == tuple((2 * k, 2 * k + 1) for k in range(12))
+    for fold in range(4):
+        out = np.flatnonzero(rows % 4 == fold)
+        kept = np.setdiff1d(np.arange(24), out)
+        weight, bias = learner(method).adapt(Support(support.features[kept], support.labels[kept], 3))
+        np.testing.assert_allclose(found.logits[out], support.features[out] @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_where_classes_say_nothing_twins_would_answer_for_each_other() -> None:
+    """The control: with every example shown twice, leave-one-out alone says that all is well."""
+    rng = np.random.default_rng(0)
+    features = np.repeat(rng.standard_normal((40, 64)), 2, axis=0).astype(np.float32)
+    features += 0.01 * rng.standard_normal(features.shape).astype(np.float32)
+    support = Support(features, np.repeat([0, 1, 2, 3], 20), 4)
+    ridge = learner("ridge")
+    flattered = ridge.leave_one_out(support).argmax(axis=1) == support.labels
+    found = held_out(ridge, support)
+    honest = found.logits.argmax(axis=1) == support.labels[found.index]
+    assert flattered.mean() > 0.9
+    assert honest.mean() < 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_that_shows_one_thing_is_not_held_out(method: str) -> None:
+    support, rows = with_twins()
+    one = np.isin(rows, [0, 4, 5, 6, 8, 9])  # one thing of the first class, shown twice
+    found = held_out(learner(method), Support(support.features[one], support.labels[one], 3))
+    assert found.index.tolist() == list(range(2, 12))
+    assert np.isfinite(found.logits).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_picture_sent_many_times_is_no_evidence(method: str) -> None:
+    support, _, _ = clusters((1, 1))
+    again = np.repeat([0, 1], 5)
+    found = on(method, Support(support.features[again], support.labels[again], 2))
+    assert (found.accuracy, found.estimate) == (None, "none")
+    assert found.twins == (tuple(f"ex_{k}" for k in range(5)), tuple(f"ex_{k}" for k in range(5, 10)))
+    assert found.advice.startswith("10 of 10 examples look like another of their class")
+
+
+def test_a_few_twins_are_named_and_are_no_cause_for_advice() -> None:
+    held = replace(HeldOut(np.arange(15), np.eye(3)[np.arange(15) // 5], "leave-one-out"), twins=((3, 4),))
+    found = report(held, classes=np.arange(15) // 5, labels=LABELS, ids=[f"ex_{k}" for k in range(15)])
+    assert found.twins == (("ex_3", "ex_4"),)
+    assert found.advice.startswith("Ready to use.")
+
+
 def test_rivals_are_all_entries_but_that_of_the_own_class() -> None:
     logits = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
     assert without_own(logits, np.array([0, 2, 1])).tolist() == [[2, 3], [4, 5], [7, 9]]
