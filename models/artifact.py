@@ -61,6 +61,7 @@ class Manifest:
     int8: Mapping[str, Any] | None
     files: Mapping[str, str]  # file name -> sha256
     rejections: Mapping[str, Rejection] = field(default_factory=dict)  # of the methods that can say "none of these"
+    twins: float = 0.0  # squared distance of features up to which two examples of a class show one thing; 0: not known
 
     @property
     def portable(self) -> bool:
@@ -96,6 +97,7 @@ class Manifest:
             int8=data.get("int8"),
             files=data["files"],
             rejections=rejections,
+            twins=float(data.get("twins", 0.0)),
         )
 
 

@@ -64,27 +64,27 @@ class Report:
     twins: tuple[tuple[str, ...], ...] = ()  # examples that seem to show one thing, and count as one here
 
 
-def fitted(learner: Learner, support: Support) -> tuple[Affine, Callable[[], HeldOut]]:
+def fitted(learner: Learner, support: Support, *, near: float = 0.0) -> tuple[Affine, Callable[[], HeldOut]]:
     """The map of a support set, and what gives what `held_out` says of it; from one fit where the learner can."""
     both = getattr(learner, "adapt_and_leave_one_out", None)
     if both is None:
-        return learner.adapt(support), lambda: held_out(learner, support)
+        return learner.adapt(support), lambda: held_out(learner, support, near=near)
     affine, logits = both(support)
-    return affine, lambda: _held(learner, support, lambda: logits)
+    return affine, lambda: _held(learner, support, near, lambda: logits)
 
 
-def held_out(learner: Learner, support: Support) -> HeldOut:
+def held_out(learner: Learner, support: Support, *, near: float = 0.0) -> HeldOut:
     """Classifies each example of a class that shows two things or more as if it, and its twins, had not been there.
 
-    Unlabelled ones are not used.
+    `near`: the squared distance that twins have at most, see twins.py. Unlabelled ones are not used.
     """
     closed_form = getattr(learner, "leave_one_out", None)
-    return _held(learner, support, closed_form and (lambda: closed_form(support)))
+    return _held(learner, support, near, closed_form and (lambda: closed_form(support)))
 
 
-def _held(learner: Learner, support: Support, leave_one_out: Callable[[], Any] | None) -> HeldOut:
+def _held(learner: Learner, support: Support, near: float, leave_one_out: Callable[[], Any] | None) -> HeldOut:
     labels = fetch(support.labels)
-    shown = units(fetch(support.features), labels, support.way)
+    shown = units(fetch(support.features), labels, support.way, near=near)
     things = np.zeros(support.way, int)
     np.maximum.at(things, labels, shown + 1)
     _, place, counts = np.unique(labels * len(labels) + shown, return_inverse=True, return_counts=True)

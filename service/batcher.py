@@ -29,11 +29,10 @@ from models.errors import ExtractorFailed, FewshotError, Overloaded, Undecodable
 from models.extractor import Decoder, Extractor
 from service.callers import CallerLeft, has_left, tenant
 from service.metrics import Metrics
-from service.waiting import Job, Payload, Waiting
+from service.waiting import LARGE, Job, Payload, Waiting, cost
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-LARGE = 100_000  # bytes of a file that small ones are not to wait for
 FAILURES = 8  # batches in a row at which the extractor failed, after which it counts as broken
 
 
@@ -152,7 +151,7 @@ class Batcher:
         try:
             while True:
                 with self._changed:
-                    self._waits.underway -= len(batch)
+                    self._waits.underway -= _work(batch)
                     self._idle += 1
                     while not self._waits:
                         if self._closing:
@@ -251,7 +250,7 @@ class Batcher:
                     job.items[index] = ExtractorFailed("The extractor failed on this image.", index=index)
         done = []
         with self._changed:  # two lanes may hold parts of one request
-            self._waits.spent(time.perf_counter() - begin, len(batch))
+            self._waits.spent(time.perf_counter() - begin, _work(batch))
             for job, count in finished.items():
                 job.left -= count
                 if job.left == 0:
@@ -273,6 +272,10 @@ class Batcher:
             orphans = [(job, ExtractorFailed("The extractor has stopped.")) for job in self._active]
             self._waits.clear()
         self._tell(orphans)
+
+
+def _work(batch: list[tuple[Job, int]]) -> float:
+    return sum(cost(job.payloads[index]) for job, index in batch)
 
 
 def _by_size(batch: list[tuple[Job, int]]) -> list[list[tuple[Job, int]]]:

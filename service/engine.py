@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -68,6 +69,7 @@ class Engine:
         self._learning = Learning(artifact, batcher, self.limits, default_method=default_method, device=adapt_device)
         self.default_method = self._learning.default_method
         self._flights = Flights()
+        self._coming: Counter[tuple[str, str]] = Counter()  # new tasks that are being made, by tenant and name
         self._tasks = Tasks(self._learning, self._flights, self.metrics)
 
     async def adapt(
@@ -128,12 +130,12 @@ class Engine:
         there = await known(head_id)
         if there:
             return there
-        await self._room_for(scope, name)
         # What is left out is told by its place, so another order is another request.
         order = hash((*((example.label, example.payload) for example in examples), *unlabelled))
         flight = (scope.tenant, name, head_id, str(order), str(expect), str(ttl_s), str(retain), on_bad_image)
-        with spending(len(examples) + len(unlabelled), Overloaded):
-            return await self._flights.once(flight, work)
+        async with self._room(scope, name):
+            with spending(len(examples) + len(unlabelled), Overloaded):
+                return await self._flights.once(flight, work)
 
     async def add(
         self,
@@ -318,15 +320,30 @@ class Engine:
         if not found:
             raise TaskNotFound(f"There is no task {task!r}.")
 
-    async def _room_for(self, scope: Scope, task: str) -> None:
-        """Raises TooLarge where the task is a new one and the tenant has as many as it may; of several that come at
-        once a few may get in together."""
-        most = self.limits.max_tasks
-        if not most or not await scope.full(most):
+    @asynccontextmanager
+    async def _room(self, scope: Scope, task: str) -> AsyncIterator[None]:
+        """Keeps a place for a new task while it is made. Raises TooLarge where the tenant has as many as it may.
+
+        Those that other replicas are making just now are not known here.
+        """
+        most, coming, place = self.limits.max_tasks, self._coming, (scope.tenant, task)
+        new = bool(most)
+        if new:
+            with suppress(SealBroken):  # damaged, and to be replaced
+                new = await scope.pointer(task) is None
+        if not new:
+            yield
             return
-        with suppress(SealBroken):  # damaged, and to be replaced
-            if await scope.pointer(task) is None:
-                raise TooLarge(f"There are {most} tasks, and the limit is {most} (MAX_TASKS): delete one first.")
+        coming[place] += 1  # before the store is asked: of two that come at once one counts the other
+        try:
+            others = sum(tenant == scope.tenant and name != task for tenant, name in coming)
+            if others >= most or await scope.full(most - others):
+                raise TooLarge(f"A tenant may have {most} tasks (MAX_TASKS): delete one first.")
+            yield
+        finally:
+            coming[place] -= 1
+            if not coming[place]:
+                del coming[place]
 
     async def _embed(self, payloads: Sequence[Payload]) -> Embedded:
         """Features of images, which count for the caller's quota unless there was no room for them."""

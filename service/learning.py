@@ -58,7 +58,7 @@ class Learning:
     def _learn(self, record: Record) -> Learned:
         learner, manifest = self.learner(record.method), self.artifact.manifest
         temperature, rejection = manifest.methods[record.method], manifest.rejections.get(record.method)
-        return learn(record, learner, temperature, rejection, device=self._device)
+        return learn(record, learner, temperature, rejection, device=self._device, near=manifest.twins)
 
     async def ours(self, task: str, record: Record) -> Record:
         """The record, or the same task for the artifact that is served now. Raises TaskStale."""

@@ -322,7 +322,13 @@ def _finite(found: np.ndarray) -> np.ndarray:
 
 
 def learn(
-    record: Record, learner: Learner, temperature: Temperature, rejection: Rejection | None, *, device: str
+    record: Record,
+    learner: Learner,
+    temperature: Temperature,
+    rejection: Rejection | None,
+    *,
+    device: str,
+    near: float = 0.0,
 ) -> Learned:
     """Adapts, and holds examples out for the report. Raises ExtractorFailed when the numbers are not finite."""
     way = len(record.labels)
@@ -334,7 +340,7 @@ def learn(
         place(unlabelled, device) if len(unlabelled) else None,
     )
     with _solving():
-        affine, leave_out = report.fitted(learner, support)
+        affine, leave_out = report.fitted(learner, support, near=near)
     affine = Affine(_finite(fetch(affine.weight)), _finite(fetch(affine.bias)))
     with _solving():
         held = leave_out()

@@ -1,10 +1,11 @@
 """Who waits for a lane, who goes next, and who is not let in because it would take too long.
 
-Tenants take turns: of what the lanes do next, each that waits gets an equal share in images, so one that asks for ten
-times what the service can do has its own requests refused, and not those of others. Within a tenant requests take turns
-in the same way, so that a large support set does not keep single questions waiting. Functions that want a lane go first
-where they end a request whose images were let in; others take turns with images, so that neither keeps the other
-waiting. Knows nothing of threads: who uses this holds a lock. Knows nothing of images either but how many they are.
+Tenants take turns: of what the lanes do next, each that waits gets an equal share, so one that asks for ten times what
+the service can do has its own requests refused, and not those of others. Within a tenant requests take turns in the
+same way, so that a large support set does not keep single questions waiting. A share is counted in images; a large
+file, which takes as long to decode as many small ones, counts as many. Functions that want a lane go first where they
+end a request whose images were let in; others take turns with images, so that neither keeps the other waiting. Knows
+nothing of threads: who uses this holds a lock.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ import numpy as np
 
 from models.errors import FewshotError, Overloaded
 
+LARGE = 100_000  # bytes of a file that small ones are not to wait for; as many more count as one more image
+MOST_REMEMBERED = 1000  # tenants that do not wait and had more than others
 MEMORY = 32  # calls of lanes, over which their speed is averaged
 Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder's shape
+
+
+def cost(payload: Payload) -> float:
+    """How many small images' work one is."""
+    return max(1.0, len(payload) / LARGE) if isinstance(payload, bytes) else 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -46,53 +54,66 @@ class Job:
     def rest(self) -> int:
         return len(self.payloads) - self.taken
 
+    @property
+    def cost(self) -> float:
+        """Of what no lane has taken yet; a function is one."""
+        return 1.0 if self.call else sum(map(cost, self.payloads[self.taken :]))
+
 
 class Turns:
-    """Jobs of several tenants, who take turns; those of one are in the order in which they came."""
+    """Jobs of several tenants: whoever had least is next, of one tenant in the order in which they came."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, deque[Job]] = {}  # none of them empty; whose turn it is comes first
-        self.size: dict[str, int] = {}  # of what waits, by tenant: images, or functions, which count as one
+        self._jobs: dict[str, deque[Job]] = {}  # none of them empty
+        self.waits: dict[str, float] = {}  # the cost of what waits, by tenant
+        self._had: dict[str, float] = {}  # what each was given, while anybody waits; who comes had no less than others
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
 
     @property
-    def total(self) -> int:
-        return sum(self.size.values())
-
-    @property
     def tenants(self) -> int:
         return len(self._jobs)
+
+    @property
+    def total(self) -> float:
+        return sum(self.waits.values())
 
     def jobs(self, tenant: str) -> int:
         return len(self._jobs.get(tenant, ()))
 
-    def add(self, job: Job, size: int) -> None:
-        self._jobs.setdefault(job.tenant, deque()).append(job)
-        self.size[job.tenant] = self.size.get(job.tenant, 0) + size
+    def add(self, job: Job) -> None:
+        if job.tenant not in self._jobs:
+            least = min((self._had[name] for name in self._jobs), default=0.0)
+            self._had[job.tenant] = max(least, self._had.get(job.tenant, 0.0))
+            self._jobs[job.tenant] = deque()
+        self._jobs[job.tenant].append(job)
+        self.waits[job.tenant] = self.waits.get(job.tenant, 0.0) + job.cost
 
-    def first(self) -> deque[Job]:
-        """The jobs of the tenant whose turn it is, for the caller to take from."""
-        return next(iter(self._jobs.values()))
+    def next(self) -> tuple[str, deque[Job]]:
+        """The tenant whose turn it is, and its jobs, for the caller to take from and then to say what was `taken`."""
+        tenant = min(self._jobs, key=lambda name: self._had[name])
+        return tenant, self._jobs[tenant]
 
-    def taken(self, size: int) -> None:
-        """So much was taken of the tenant whose turn it was: the next one's comes."""
-        tenant = next(iter(self._jobs))
-        jobs = self._jobs.pop(tenant)
-        self.size[tenant] -= size
-        if jobs:
-            self._jobs[tenant] = jobs
-        else:
-            del self.size[tenant]
+    def taken(self, tenant: str, work: float, *, gone: float = 0.0) -> None:
+        """So much work of a tenant is being done, and so much more is not wanted any longer."""
+        jobs, waits = self._jobs.pop(tenant), self.waits.pop(tenant) - work - gone
+        self._had[tenant] += work
+        if jobs:  # behind those that had as much
+            self._jobs[tenant], self.waits[tenant] = jobs, waits
+        elif not self._jobs:
+            self._had.clear()
+        elif len(self._had) > 2 * len(self._jobs) + MOST_REMEMBERED:
+            least = min(self._had[name] for name in self._jobs)
+            self._had = {name: had for name, had in self._had.items() if name in self._jobs or had > least}
 
-    def before(self, tenant: str, own: int, size: int) -> int:
+    def before(self, tenant: str, own: float, size: float) -> float:
         """What is done before a job of this size, which has to wait for `own` of its tenant's: of others, no more."""
-        return own + sum(min(waits, own + size) for name, waits in self.size.items() if name != tenant)
+        return own + sum(min(waits, own + size) for name, waits in self.waits.items() if name != tenant)
 
     def clear(self) -> None:
-        self._jobs.clear()
-        self.size.clear()
+        for kept in (self._jobs, self.waits, self._had):
+            kept.clear()
 
 
 class Waiting:
@@ -103,110 +124,131 @@ class Waiting:
         self._max_batch = max_batch
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
-        self._images = Turns()
-        self._ends: deque[Job] = deque()  # functions that end what was let in
+        self.images = 0  # that no lane has taken
+        self._of: dict[str, int] = {}  # the same by tenant
+        self._turns = Turns()
+        self._ends = Turns()  # functions that end what was let in
         self._calls = Turns()  # and others
         self._images_next = False  # whose turn it is, where both wait
-        self.underway = 0  # images that the lanes have taken and not done
-        self._lane_s = 0.0  # work of the lanes of late, and the images that it was for: see spent
-        self._lane_images = 0.0
+        self.underway = 0.0  # work that the lanes have taken and not done
+        self._lane_s = 0.0  # what it took the lanes of late, and how much work it was: see spent
+        self._lane_work = 0.0
         self._call_s = 0.0  # what a function took of late
 
     def __bool__(self) -> bool:
-        return bool(self._images or self._ends or self._calls)
-
-    @property
-    def images(self) -> int:
-        return self._images.total
+        return bool(self._turns or self._ends or self._calls)
 
     def join(self, job: Job) -> None:
         """Lets images in. Raises Overloaded."""
-        images, waits = len(job.payloads), self._images
-        mine = waits.size.get(job.tenant, 0)
-        if waits:
-            tenants = waits.tenants + (mine == 0)
-            room = max(self._max_waiting - waits.total, self._max_waiting // tenants - mine)
-            if images > room:
-                raise Overloaded(f"{waits.total} images are waiting; the limit is {self._max_waiting} (MAX_WAITING).")
-        # Requests take turns, so that each gets no more images done than this one before this one is through. What the
-        # lanes take next is no queue, and a wait no longer than the own work is fair.
-        ahead = waits.before(job.tenant, min(mine, waits.jobs(job.tenant) * images), images)
-        if ahead > max(self._max_batch * self._lanes, images):
-            # Places are free when a batch has just been taken, so none of what is on the lanes counts as done.
-            functions = len(self._ends) + self._calls.total
-            self._check((ahead + self.underway) * self._image_s + functions * self._call_s)
-        waits.add(job, images)
+        turns, images, work = self._turns, len(job.payloads), job.cost
+        if images > self._room(job.tenant):
+            raise Overloaded(f"{self.images} images are waiting; the limit is {self._max_waiting} (MAX_WAITING).")
+        # Requests take turns, so that each gets no more done than this one before this one is through. What the lanes
+        # take next is no queue, and a wait no longer than the own work is fair.
+        mine = turns.waits.get(job.tenant, 0.0)
+        ahead = turns.before(job.tenant, min(mine, turns.jobs(job.tenant) * work), work)
+        if ahead > max(self._max_batch * self._lanes, work):
+            # Places are free when a batch has just been taken, so none of what is on the lanes counts as done. Between
+            # two batches there is one function, but for those that go first.
+            functions = self._ends.total + min(self._calls.total, math.ceil(ahead / self._max_batch) + 1)
+            self._check((ahead + self.underway) * self._unit_s + functions * self._call_s)
+        turns.add(job)
+        self.images += images
+        self._of[job.tenant] = self._of.get(job.tenant, 0) + images
+
+    def _room(self, tenant: str) -> float:
+        """Images that a tenant may bring: what is left, or of a full house, up to twice as many, its own share."""
+        if not self.images:
+            return math.inf
+        mine = self._of.get(tenant, 0)
+        share = self._max_waiting // (len(self._of) + (tenant not in self._of)) - mine
+        return max(self._max_waiting - self.images, min(share, 2 * self._max_waiting - self.images))
 
     def join_function(self, job: Job, *, admitted: bool) -> None:
         """Lets a function in. Raises Overloaded, but for one that ends what was let in."""
         if admitted:
-            self._ends.append(job)
+            self._ends.add(job)
             return
-        ahead = self._calls.before(job.tenant, self._calls.size.get(job.tenant, 0), 1)
+        ahead = self._calls.before(job.tenant, self._calls.waits.get(job.tenant, 0.0), 1)
         if ahead >= self._lanes:
-            batches = min(ahead, math.ceil(self.images / self._max_batch))  # each of which takes a turn
-            self._check(batches * self._max_batch * self._image_s + (ahead + len(self._ends)) * self._call_s)
-        self._calls.add(job, 1)
+            batches = min(ahead, math.ceil(self._turns.total / self._max_batch))  # each of which takes a turn
+            self._check(batches * self._max_batch * self._unit_s + (ahead + self._ends.total) * self._call_s)
+        self._calls.add(job)
 
     def function(self) -> Job | None:
         """Takes the next function, where it is not the turn of images."""
-        if self._ends:
-            return self._ends.popleft()
-        turn = bool(self._calls) and not (self._images_next and self._images)
-        self._images_next = turn
-        if not turn:
+        turn = bool(self._calls) and not (self._images_next and self._turns)
+        if not self._ends:
+            self._images_next = turn
+        chosen = self._ends or (self._calls if turn else None)
+        if not chosen:
             return None
-        job = self._calls.first().popleft()
-        self._calls.taken(1)
+        tenant, jobs = chosen.next()
+        job = jobs.popleft()
+        chosen.taken(tenant, 1)
         return job
 
     def take(self, limit: int, nobody_waits: Callable[[Job], bool]) -> list[tuple[Job, int]]:
-        """Takes the next batch, of at most `limit` images: a share of every tenant, and of every request of one."""
+        """Takes the next batch, of at most so many images and of no more work: a share of every tenant, and of every
+        request of one."""
         batch: list[tuple[Job, int]] = []
-        while self._images and len(batch) < limit:
-            slots = max(1, (limit - len(batch)) // self._images.tenants)
-            for _ in range(min(self._images.tenants, limit - len(batch))):
-                batch += self._of_one(slots, nobody_waits)
-        self.underway += len(batch)
+        work = 0.0
+        while self._turns and len(batch) < limit and work < limit:
+            room = limit - len(batch)
+            work += self._of_one(
+                batch, room=room, budget=max(1.0, (limit - work) / self._turns.tenants), left=nobody_waits
+            )
+        self.underway += work
         return batch
 
-    def _of_one(self, slots: int, nobody_waits: Callable[[Job], bool]) -> list[tuple[Job, int]]:
-        """Images of the tenant whose turn it is, of its requests in turn."""
-        jobs, gone = self._images.first(), 0
-        taken: list[tuple[Job, int]] = []
-        while jobs and len(taken) < slots:
+    def _of_one(self, batch: list[tuple[Job, int]], *, room: int, budget: float, left: Callable[[Job], bool]) -> float:
+        """Adds images of the tenant whose turn it is, of its requests in turn, to a batch; how much work they are."""
+        tenant, jobs = self._turns.next()
+        work, gone, images = 0.0, 0.0, 0
+        room += len(batch)
+        while jobs and len(batch) < room and work < budget:
             job = jobs.popleft()
-            if nobody_waits(job):
-                gone += job.rest
+            if left(job):
+                gone += job.cost
+                images += job.rest
                 continue
-            share = min(job.rest, max(1, (slots - len(taken)) // (len(jobs) + 1)))
-            taken.extend((job, index) for index in range(job.taken, job.taken + share))
-            job.taken += share
+            share, used = (budget - work) / (len(jobs) + 1), 0.0
+            while job.rest and len(batch) < room and (not used or used + cost(job.payloads[job.taken]) <= share):
+                batch.append((job, job.taken))
+                used += cost(job.payloads[job.taken])
+                job.taken += 1
+                images += 1
+            work += used
             if job.rest:
                 jobs.append(job)
-        self._images.taken(len(taken) + gone)
-        return taken
+        self.images -= images
+        self._of[tenant] -= images
+        if not jobs:
+            del self._of[tenant]
+        self._turns.taken(tenant, work, gone=gone)
+        return work
 
-    def spent(self, seconds: float, images: int) -> None:
-        """What a lane has done with images; from that of late follows how long those who come will wait."""
+    def spent(self, seconds: float, work: float) -> None:
+        """What a lane has done; from that of late follows how long those who come will wait."""
         self._lane_s += seconds - self._lane_s / MEMORY
-        self._lane_images += images - self._lane_images / MEMORY
+        self._lane_work += work - self._lane_work / MEMORY
 
     def called(self, seconds: float) -> None:
         """The same of a function."""
         self._call_s += (seconds - self._call_s) / 8
 
     def clear(self) -> None:
-        self._images.clear()
-        self._calls.clear()
-        self._ends.clear()
+        for turns in (self._turns, self._ends, self._calls):
+            turns.clear()
+        self.images = 0
+        self._of.clear()
 
     @property
-    def _image_s(self) -> float:
-        return self._lane_s / (self._lane_images or 1)
+    def _unit_s(self) -> float:
+        return self._lane_s / (self._lane_work or 1)
 
-    def _check(self, work: float) -> None:
+    def _check(self, seconds: float) -> None:
         """Raises Overloaded where the lanes need too long for so many seconds of work."""
-        wait = work / self._lanes
+        wait = seconds / self._lanes
         if wait > self._max_wait_s:
             raise Overloaded(f"This would wait for {wait:.1f} s; the limit is {self._max_wait_s:g} s (MAX_WAIT_S).")

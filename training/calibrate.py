@@ -18,6 +18,7 @@ from training.episodes import Indices, Pool, frozen
 
 SHOTS = (1, 2, 5, 10)
 LOG_TEMPERATURES = np.linspace(np.log(0.05), np.log(20), 121)
+PAIRS = 10_000  # of different examples, of which one is as near as twins might be: see apart
 SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
 
 
@@ -59,6 +60,19 @@ def calibrate(
         scores[method] = float(np.mean(right))
         rejections[method] = fit_rejection(found, Temperature(**temperatures[method]))
     return temperatures, rejections, scores
+
+
+def apart(features: np.ndarray, pool: Pool) -> float:
+    """What tells twins, see models/twins.py: half the squared distance that one pair in ten thousand of different
+    examples of a class is nearer than. 0 where there are too few to tell."""
+    found = []
+    for groups in pool.classes:
+        rows = np.array([group[0] for group in groups])
+        products = features[rows] @ features[rows].T
+        squares = np.diagonal(products)
+        found.append((squares[:, None] + squares - 2 * products)[np.triu_indices(len(rows), 1)])
+    distances = np.concatenate(found)
+    return round(float(max(0, np.quantile(distances, 1 / PAIRS))) / 2, 5) if len(distances) >= PAIRS else 0.0
 
 
 def fit_temperature(sizes: list[tuple[int, int]], curves: np.ndarray) -> dict[str, float]:

@@ -185,12 +185,21 @@ def dealt(count: int, share: float, label: int) -> np.ndarray:
     return np.sort(np.random.default_rng([0, label]).permutation(count)[: max(2, round(share * count))])
 
 
-def named(labels: np.ndarray, share: float) -> np.ndarray:
-    """The same for the images of all classes, [n] bool."""
-    found = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        found[rows[dealt(len(rows), share, int(label))]] = True
+def named(images: Images, share: float) -> np.ndarray:
+    """The same for the images of all classes, [n] bool: whole things, where several show one.
+
+    Raises DataError where a class has fewer than two things on either side, unless all of it is labelled.
+    """
+    found = np.zeros(len(images), bool)
+    for label, name in enumerate(images.classes):
+        rows = np.flatnonzero(images.labels == label)
+        groups = images.groups[rows]
+        things = [row[None] for row in rows[groups < 0]]
+        things += [rows[groups == number] for number in np.unique(groups) if number >= 0]
+        chosen = dealt(len(things), share, label)
+        if share < 1 and len(things) - len(chosen) < 2:
+            raise DataError(f"--labelled {share:g}: of {name}, which shows {len(things)} things, too few are left.")
+        found[np.concatenate([things[k] for k in chosen])] = True
     return found
 
 

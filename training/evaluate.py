@@ -174,8 +174,8 @@ def main(config: EvaluateConfig) -> list[Row]:
         f"{len(images)} {artifact.kind}s of {len(images.classes)} classes: {config.data} ({config.split})",
         file=sys.stderr,
     )
+    labelled = data.named(images, config.labelled)
     features = embed(extractor, images.pixels)
-    labelled = data.named(images.labels, config.labelled)
     pool = Pool.of(np.where(labelled, images.labels, -1), images.groups)
     rows, single = measure(learners, features, pool, config)
     lines: list[raw.Line] = [{**asdict(row), "experiment": "accuracy"} for row in rows]

@@ -25,7 +25,7 @@ from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.learners import build
 from training import checkpoint, data, evaluate, inputs, metatrain, practice, probe, raw
-from training.calibrate import SHOTS, calibrate
+from training.calibrate import SHOTS, apart, calibrate
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
 from training.int8 import after_pool, int8_loss, quantise
@@ -91,6 +91,8 @@ def main(config: ExportConfig) -> Path:
         "input": given,
         "methods": {method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in kept},
         "default": default,
+        # Views of one image, which pseudo-tasks are made of, do not tell how near different images are.
+        "twins": apart(tasks.features, tasks.pool) if config.tasks == "labels" else 0.0,
         "training": {
             "data": pretrained.data.name,
             "split": pretrained.split,

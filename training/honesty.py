@@ -95,7 +95,7 @@ def _row(
         mine, known = episode.labels < way, episode.answers < way
         own = features[episode.support[mine]]
         support = Support(own, episode.labels[mine], way)
-        affine, leave_out = fitted(learner, support)
+        affine, leave_out = fitted(learner, support, near=artifact.manifest.twins)
         held = leave_out()
         by = divisor(temperature, held.logits, support.labels[held.index])
         weight, bias = affine.weight.T / by, affine.bias / by

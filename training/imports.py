@@ -23,7 +23,7 @@ from models.images import ImageDecoder
 from models.learners import LEARNERS, build
 from training import data, evaluate, metatrain, onnx_file, probe
 from training.backbone import Backbone, Refused
-from training.calibrate import calibrate
+from training.calibrate import apart, calibrate
 from training.config import ImportConfig, MetatrainConfig
 from training.export import seal, stored
 from training.int8 import int8_loss, quantise
@@ -194,6 +194,7 @@ def _make(config: ImportConfig, backbone: Backbone, seen: data.Images, held_out:
             method: {"temperature": temperatures[method], "rejection": rejections[method]} for method in arrays
         },
         "default": default,
+        "twins": apart(features, check.pool),
         "training": {
             "data": config.data.name,
             "split": "train",

@@ -135,6 +135,8 @@ def practice(
     def tasks_of(images: data.Images, number: int = 0) -> Tasks:
         return cached(extractor, images, config, pretrained, seed=config.seed + number)
 
+    if pretrained.labelled < 1 and config.split != pretrained.split:
+        raise data.DataError(f"Which images are labelled was dealt for the split '{pretrained.split}': take that one.")
     images = load(config.data, config.split, pretrained.labelled)
     if pretrained.hold_out:
         known, unknown = data.hold_out(images, pretrained.hold_out)

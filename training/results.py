@@ -94,7 +94,7 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "labelled for good, as Ren et al. have it (10 on Omniglot, 40 on mini-ImageNet), so that examples and "
         "questions come from them and unlabelled images from the others; with 100 each episode deals them anew. "
         "`characters` learned from no label at all; `photos-ren` from 40 per cent of the images of its classes and "
-        "from no other image.",
+        "from no other image of them (its probabilities are fitted on the validation classes).",
         None,
     ),
     "field": (

@@ -29,6 +29,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -345,11 +346,22 @@ class RedisScope:
         now = time.monotonic()
         if now - self._store.weeded.get(self.tenant, -math.inf) < WEED_S:
             return True
+        last: str | None = ""
+        while last is not None:
+            last = await self._store.link.call(partial(self._weed, after=last), answers=3)
         self._store.weeded[self.tenant] = now
-        last = ""
-        while page := await self.tasks(limit=PAGE, after=last):
-            last = page[-1][0]
         return await self._store.link.call(operation)
+
+    async def _weed(self, client: Redis, *, after: str) -> str | None:
+        """Takes the tasks that ended off a page of the index; the last name of the page, None behind the last page."""
+        lower = f"({after}" if after else "-"
+        page: list[Any] = await client.zrangebylex(self._key("tasks"), lower, "+", start=0, num=PAGE)
+        names = [name.decode() for name in page]
+        there: list[Any] = await client.mget([self._key("p", name) for name in names]) if names else []
+        ended = [name for name, data in zip(names, there, strict=True) if data is None]
+        if ended:
+            await self._unlist(client, ended)
+        return names[-1] if names else None
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         async def operation(client: Redis) -> list[tuple[str, Pointer]]:

@@ -13,8 +13,9 @@ import pytest
 
 from models.errors import ExtractorFailed, Overloaded, UndecodableExample
 from models.images import ImageDecoder
-from service.batcher import FAILURES, LARGE, Batcher, Embedded
+from service.batcher import FAILURES, Batcher, Embedded
 from service.callers import CallerLeft, has_left
+from service.waiting import LARGE
 from tests.fakes import Failing, Gated, MeanColour, picture
 
 DECODER = ImageDecoder(16, 16, 3)

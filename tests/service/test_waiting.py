@@ -10,7 +10,7 @@ import pytest
 
 from models.errors import Overloaded
 from service.callers import stays
-from service.waiting import Job, Waiting
+from service.waiting import LARGE, Job, Waiting, cost
 
 
 @pytest.fixture
@@ -30,12 +30,14 @@ class Place:
             self.waits.spent(0.16, 16)
             self.waits.called(0.02)
 
-    def job(self, tenant: str, images: int = 0) -> Job:
-        return Job([b""] * images, self.loop.create_future(), self.loop, 0.0, tenant, stays)
+    def job(self, tenant: str, images: int = 0, *, large: int = 0) -> Job:
+        """`large`: of so many images is each the work."""
+        files = [b" " * large * LARGE] * images
+        return Job(files, self.loop.create_future(), self.loop, 0.0, tenant, stays, None if images else lambda: None)
 
-    def come(self, tenant: str, images: int = 1) -> Job | None:
+    def come(self, tenant: str, images: int = 1, *, large: int = 0) -> Job | None:
         """The job, where it was let in."""
-        job = self.job(tenant, images)
+        job = self.job(tenant, images, large=large)
         try:
             self.waits.join(job)
         except Overloaded:
@@ -53,7 +55,7 @@ class Place:
     def batch(self, limit: int = 16) -> list[str]:
         """Takes one, and tells whose its images are."""
         taken = self.waits.take(limit, lambda _: False)
-        self.waits.underway -= len(taken)
+        self.waits.underway -= sum(cost(job.payloads[index]) for job, index in taken)
         return [job.tenant for job, _ in taken]
 
 
@@ -135,6 +137,9 @@ def test_a_full_house_has_room_for_who_has_less_than_a_share_of_it(loop: asyncio
     assert sum(place.come("calm") is not None for _ in range(50)) == 10
     assert sum(place.come("late") is not None for _ in range(50)) == 6
     assert place.come("flood") is None
+    for number in range(30):  # but twice the house is the end
+        place.come(f"tenant-{number}")
+    assert place.waits.images == 40
 
 
 def test_an_empty_house_takes_any_request(loop: asyncio.AbstractEventLoop) -> None:
@@ -151,6 +156,55 @@ def test_functions_take_turns_by_tenant_as_well(loop: asyncio.AbstractEventLoop)
         order.append(job.tenant)
     assert order[:4] == ["flood", "calm", "flood", "calm"]
     assert Counter(order) == {"flood": 21, "calm": 2}
+
+
+def test_a_large_file_counts_as_the_many_that_it_takes_as_long_as(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop, max_wait_s=100)
+    served = Counter[str]()
+    for _ in range(60):
+        for _ in range(4):
+            place.come("large", large=10)
+        place.come("small", 16)
+        taken = place.batch()
+        assert len(taken) <= 16
+        served.update(taken)
+    assert served["small"] == pytest.approx(10 * served["large"], rel=0.1)
+
+
+def test_of_large_files_a_batch_takes_no_more_than_work_for_as_many_images(loop: asyncio.AbstractEventLoop) -> None:
+    for large, images in ((8, 2), (100, 1), (1, 16)):
+        place = Place(loop, max_wait_s=100)
+        assert place.come("one", 20, large=large)
+        assert place.batch() == ["one"] * images
+
+
+def test_one_after_the_other_large_files_do_not_get_more_than_a_share(loop: asyncio.AbstractEventLoop) -> None:
+    """Who has just had much does not begin anew by coming again."""
+    place = Place(loop, max_wait_s=100)
+    served = Counter[str]()
+    large = None
+    for _ in range(200):
+        if large is None or not large.rest:
+            large = place.come("large", large=40)
+        place.come("small", 16)
+        served.update(place.batch())
+    assert 40 * served["large"] <= served["small"] + 40
+
+
+def test_functions_of_others_do_not_keep_images_out(loop: asyncio.AbstractEventLoop) -> None:
+    alone, beside = Place(loop), Place(loop)
+    while beside.call("flood"):
+        pass
+    let_in = [sum(place.come("calm") is not None for _ in range(60)) for place in (alone, beside)]
+    assert let_in[1] >= 0.8 * let_in[0]
+
+
+def test_what_ends_a_request_goes_by_tenant_too(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop)
+    for tenant in ("flood",) * 5 + ("calm",):
+        place.waits.join_function(place.job(tenant), admitted=True)
+    ended = [place.waits.function() for _ in range(6)]
+    assert [job.tenant for job in ended if job][:2] == ["flood", "calm"]
 
 
 def test_nothing_is_counted_that_is_not_there(loop: asyncio.AbstractEventLoop) -> None:

@@ -1,11 +1,12 @@
-"""The temperature of tasks of each size: what counts in its fit."""
+"""The temperature of tasks of each size, what counts in its fit; and how near twins are."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from models.calibration import Temperature
-from training.calibrate import LOG_TEMPERATURES, fit_temperature
+from training.calibrate import LOG_TEMPERATURES, apart, fit_temperature
+from training.episodes import Pool
 
 SIZES = [(way, shot) for way in (2, 5, 20) for shot in (1, 5)]
 
@@ -39,3 +40,35 @@ def test_where_a_wrong_temperature_costs_nothing_the_best_is_taken_as_it_is() ->
 def test_a_best_temperature_at_the_end_of_the_grid_is_taken_as_it_is() -> None:
     fit = Temperature(**fit_temperature(SIZES, curves([float(LOG_TEMPERATURES[0])] * 6, [1.0] * 6)))
     assert abs(np.log(fit.at(5, (1,) * 5)) - LOG_TEMPERATURES[0]) < 0.01
+
+
+def cloud(classes: int, each: int, *, groups: bool = False) -> tuple[np.ndarray, Pool]:
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((classes * each, 64)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    labels = np.repeat(np.arange(classes), each)
+    return features, Pool.of(labels, np.tile(np.arange(each) // 2, classes) if groups else None)
+
+
+def test_twins_are_nearer_than_half_of_what_one_pair_in_ten_thousand_is() -> None:
+    features, pool = cloud(10, 60)
+    distances = np.concatenate(
+        [
+            ((features[k * 60 : k * 60 + 60, None] - features[None, k * 60 : k * 60 + 60]) ** 2).sum(axis=2)[
+                np.triu_indices(60, 1)
+            ]
+            for k in range(10)
+        ]
+    )
+    assert abs(apart(features, pool) - np.quantile(distances, 1e-4) / 2) < 1e-3
+    assert 0.3 < apart(features, pool) < 0.8
+
+
+def test_pictures_of_one_thing_do_not_count_as_different() -> None:
+    features, pool = cloud(10, 120, groups=True)
+    features[1::2] = features[::2]  # the second of each thing is the first once more
+    assert apart(features, pool) > 0.3
+
+
+def test_of_few_pairs_nothing_is_told() -> None:
+    assert apart(*cloud(3, 20)) == 0

@@ -183,22 +183,41 @@ def test_classes_held_out_and_the_rest_are_all_of_them(folder: Path, count: int)
     assert same(held, again[1])
 
 
+def only(labels: np.ndarray, groups: np.ndarray | None = None) -> data.Images:
+    """Images of which nothing but this is known."""
+    pixels, names = np.zeros((len(labels), 1, 1, 1), np.uint8), tuple(f"class{k}" for k in range(labels.max() + 1))
+    return data.Images(pixels, labels, names, np.full(len(labels), -1) if groups is None else groups)
+
+
 @pytest.mark.parametrize(("share", "each"), [(0.4, 8), (0.1, 2), (0.01, 2), (1, 20)])
 def test_a_share_of_each_class_is_labelled_and_always_the_same(share: float, each: int) -> None:
-    labels = np.repeat([2, 0, 1], 20)
-    found = data.named(labels, share)
-    assert np.bincount(labels[found]).tolist() == [each] * 3
-    assert np.array_equal(found, data.named(labels, share))
+    images = only(np.repeat([2, 0, 1], 20))
+    found = data.named(images, share)
+    assert np.bincount(images.labels[found]).tolist() == [each] * 3
+    assert np.array_equal(found, data.named(images, share))
     assert share == 1 or not np.array_equal(found[:20], found[20:40])  # not the first of each
+
+
+def test_images_of_one_thing_are_labelled_or_not_together() -> None:
+    groups = np.tile(np.repeat(np.arange(6), 3), 2) + np.repeat([0, 6], 18)
+    found = data.named(only(np.repeat([0, 1], 18), groups), 0.5)
+    for number in range(12):
+        assert len(set(found[groups == number])) == 1
+    assert found.reshape(2, 18).sum(axis=1).tolist() == [9, 9]
+
+
+def test_a_class_of_which_too_few_images_are_left_unlabelled_is_named() -> None:
+    with pytest.raises(data.DataError, match=r"--labelled 0\.5: of class1, which shows 3 things"):
+        data.named(only(np.repeat([0, 1], [8, 3])), 0.5)
 
 
 def test_of_what_is_labelled_alone_the_classes_are_all_there(folder: Path) -> None:
     images = data.load(folder, "all", DECODER)
     some = data.load(folder, "all", DECODER, labelled=0.7)
-    rows = data.named(images.labels, 0.7)
+    rows = np.concatenate([3 * label + data.dealt(3, 0.7, label) for label in range(10)])
     assert some.classes == images.classes
     assert np.bincount(some.labels).tolist() == [2] * 10
-    assert greys(some) == [grey for grey, mine in zip(greys(images), rows, strict=True) if mine]
+    assert greys(some) == [greys(images)[row] for row in rows]
     assert same(data.load(folder, "all", DECODER, labelled=1), images)
 
 

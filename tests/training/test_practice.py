@@ -134,6 +134,11 @@ def test_only_what_was_labelled_for_the_extractor_is_remembered(extractor: Image
     assert np.array_equal(remembered.labels[: remembered.plain], expected.labels)
 
 
+def test_what_is_labelled_is_told_for_the_split_of_the_extractor_alone(extractor: ImageExtractor, shapes: Path) -> None:
+    with pytest.raises(data.DataError, match="dealt for the split 'all'"):
+        practised(extractor, config(data=shapes), labelled=0.3, split="all")
+
+
 def test_classes_held_out_are_practised_on_and_never_remembered(extractor: ImageExtractor, shapes: Path) -> None:
     images = data.load(shapes, "train", ImageDecoder(16, 16, 3))
     known, unknown = data.hold_out(images, 2)

@@ -72,7 +72,7 @@ def test_only_what_is_labelled_is_learned_from(shapes: Path, tmp_path: Path, mon
         pretrain.main(config(data=shapes, out=tmp_path, labelled=share))
     whole, part = seen
     assert part.classes == whole.classes
-    assert part.pixels.tobytes() == whole.pixels[data.named(whole.labels, 0.3)].tobytes()
+    assert part.pixels.tobytes() == whole.pixels[data.named(whole, 0.3)].tobytes()
     assert 0 < len(part) < len(whole)
 
 

@@ -49,7 +49,8 @@ def test_an_episode_falls_into_examples_questions_and_unlabelled_images(only: bo
 
 def test_where_a_share_is_labelled_examples_and_questions_come_from_it_and_the_unlabelled_from_the_rest() -> None:
     labels = np.repeat(np.arange(CLASSES), IMAGES)
-    labelled = data.named(labels, 0.4)
+    labelled = np.zeros(len(labels), bool)
+    labelled[[IMAGES * label + row for label in range(CLASSES) for row in data.dealt(IMAGES, 0.4, label)]] = True
     pool, rest = (Pool.of(np.where(mine, labels, -1)) for mine in (labelled, ~labelled))
     given = config(episodes=5, labelled=0.4)
     episodes = semi.drawn(pool, rest, 6, 2, given)
@@ -68,7 +69,7 @@ def test_where_a_share_is_labelled_examples_and_questions_come_from_it_and_the_u
 def test_more_questions_than_are_labelled_are_refused() -> None:
     """Unlabelled images would be asked about in their place."""
     labels = np.repeat(np.arange(CLASSES), IMAGES)
-    labelled = data.named(labels, 0.1)
+    labelled = np.arange(len(labels)) % 10 == 0
     pool, rest = (Pool.of(np.where(mine, labels, -1)) for mine in (labelled, ~labelled))
     with pytest.raises(data.DataError, match="leaves 3 images of a class to ask about: --queries 10"):
         semi.drawn(pool, rest, 6, 1, config(labelled=0.1))

@@ -345,6 +345,21 @@ def test_one_tenant_cannot_fill_the_store(tmp_path: Path) -> None:
         assert http.put("/v1/tasks/four", files=colours("red", "blue"), **own).status_code == 201
 
 
+def test_a_tenant_that_comes_with_many_new_tasks_at_once_gets_no_more_in(tmp_path: Path) -> None:
+    settings = Settings(max_tasks=3, max_wait_s=60)
+    app = create_app(settings, artifact=tiny_artifact(tmp_path / "tiny"), extractor=MeanColour(), store=MemoryStore())
+
+    def put(number: int) -> int:
+        return http.put(f"/v1/tasks/task-{number}", files=colours("red", "blue")).status_code
+
+    with served(app) as http, ThreadPoolExecutor(30) as pool:
+        answers = list(pool.map(put, range(60)))
+        assert set(answers) == {201, 413}
+        assert len(http.get("/v1/tasks").json()["items"]) == answers.count(201) <= 3
+        late = [put(number) for number in range(60, 64)]  # the places that were kept for who was refused are free again
+        assert answers.count(201) + late.count(201) == 3
+
+
 def test_the_formats_that_are_told_are_read_and_no_others(limited: httpx.Client) -> None:
     told_formats = limited.get("/v1/limits").json()["formats"]
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "PCX"):
