@@ -21,7 +21,8 @@ import numpy as np
 
 from models.errors import FewshotError, Overloaded
 
-LARGE = 100_000  # bytes of a file that small ones are not to wait for; as many more count as one more image
+LARGE = 100_000  # bytes of a file that small ones are not to wait for
+ONE_MORE = 500_000  # bytes beyond that, which take as long to decode as a small image takes in all
 MOST_REMEMBERED = 1000  # tenants that do not wait and had more than others
 MEMORY = 32  # calls of lanes, over which their speed is averaged
 Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder's shape
@@ -29,7 +30,7 @@ Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder
 
 def cost(payload: Payload) -> float:
     """How many small images' work one is."""
-    return max(1.0, len(payload) / LARGE) if isinstance(payload, bytes) else 1.0
+    return 1.0 + max(0, len(payload) - LARGE) / ONE_MORE if isinstance(payload, bytes) else 1.0
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ import pytest
 
 from models.errors import Overloaded
 from service.callers import stays
-from service.waiting import LARGE, Job, Waiting, cost
+from service.waiting import LARGE, ONE_MORE, Job, Waiting, cost
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ class Place:
 
     def job(self, tenant: str, images: int = 0, *, large: int = 0) -> Job:
         """`large`: of so many images is each the work."""
-        files = [b" " * large * LARGE] * images
+        files = [b" " * (LARGE + (large - 1) * ONE_MORE) if large else b""] * images
         return Job(files, self.loop.create_future(), self.loop, 0.0, tenant, stays, None if images else lambda: None)
 
     def come(self, tenant: str, images: int = 1, *, large: int = 0) -> Job | None:

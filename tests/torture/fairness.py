@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from service.keys import create
+from service.waiting import cost
 from tests.torture.line import Outcome, fault
 from tests.torture.overload import LONG, Peak, at_work, load, loading, p99, taught, told, unanswered
 from tests.torture.world import Service
 
 FLOOD = 10  # times what the service can do
+LARGE_FLOOD = 3  # times, of large pictures: more is a flood of the network before it is one of the lanes
 CALM = 0.3  # of it: less than a half, which is its share of two
 LEAST = 0.9  # of what is served where nobody floods
+PATIENCE_MS = 400  # of the calm one, beside twice its p99 alone: as long as the service lets anybody wait
 NO_TURNS = """
 import types, service.batcher as batcher
 batcher.tenant = types.SimpleNamespace(get=lambda: "")
 """
+
+
+def photograph(seed: int) -> bytes:
+    """A JPEG of twelve million pixels, with noise, as a telephone takes it: some two megabytes."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    image = np.asarray(coarse.resize((4000, 3000)), np.float32) + 3 * rng.standard_normal((3000, 4000, 3), np.float32)
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def served(found: dict[str, Any]) -> float:
@@ -26,47 +43,50 @@ def served(found: dict[str, Any]) -> float:
 
 @fault("A4", n=15, quick=2)
 def flooding_tenant(n: int, seed: int, folder: Path) -> Outcome:
-    """A tenant who asks for ten times what the service can do is refused; others are served as if it were not there.
+    """Beside a tenant who asks for ten times what there is, one who asks for less than its share is served.
 
-    n: seconds.
+    n: seconds. At full length once more with a flood of large pictures, each of which takes as long as many small ones.
     """
     wrong, missed = [], []
     keys = folder / "keys.json"
     calm, flood = (create(keys, tenant=tenant, scopes=["adapt", "classify"])[1] for tenant in ("calm", "flood"))
+    large = folder / "large.jpg"
+    large.write_bytes(photograph(seed))
+    asked = lost = 0
+    figures: dict[str, Any] = {}
 
-    def both(service: Service) -> tuple[dict[str, Any], dict[str, Any], float, Peak]:
-        """What the calm one got beside the flood, what the flood got, and what share of its questions were served in
-        time, over that without a flood."""
+    def both(service: Service, files: tuple[Path, ...]) -> dict[str, Any]:
+        """What the calm one got alone, and beside the flood."""
+        nonlocal asked, lost
         for key in (calm, flood):
             taught(service, key=key)
         peak = Peak.of(service, folder, n, key=flood)
-        deadline = 400 + 2 * peak.p99_ms
-        little = {"key": calm, "rate": CALM * peak.per_s, "deadline_ms": deadline}
-        alone = load(service, folder, seconds=max(1, n / 2), **little)
-        other = loading(service, folder, key=flood, rate=FLOOD * peak.per_s, seconds=n + 1, deadline_ms=deadline)
-        beside = load(service, folder, seconds=n, **little)
-        return beside, told(other), round(served(beside) / served(alone), 3), peak
+        little = {"key": calm, "rate": CALM * peak.per_s}
+        alone = load(service, folder, seconds=max(2, n / 2), **little)
+        little["deadline_ms"] = PATIENCE_MS + 2 * p99(alone)
+        rate = LARGE_FLOOD * peak.per_s / cost(files[0].read_bytes()) if files else FLOOD * peak.per_s
+        other = loading(service, folder, key=flood, files=files, rate=rate, seconds=n + 1, deadline_ms=1000)
+        beside, flooded = load(service, folder, seconds=n, **little), told(other)
+        asked += sum(sum(found["statuses"].values()) for found in (beside, flooded))
+        lost += unanswered(beside) + unanswered(flooded)
+        return {
+            "served": round(served(beside) / served(alone), 3),
+            "p99_ms": [round(p99(alone)), round(p99(beside))],
+            "statuses": beside["statuses"],
+            "flood": flooded["statuses"],
+        }
 
     with at_work(folder / "turns", n, keys_file=keys) as service:
-        beside, other, share, peak = both(service)
-    if not other["statuses"].get("503"):
-        wrong.append("the flood was not refused")
-    if share < LEAST:
-        (missed if n >= LONG else wrong).append(f"beside a flood {share:.2f} of what is served without is served")
+        for name, files in (("small", ()), ("large", (large,)))[: 2 if n >= LONG else 1]:
+            found = figures[name] = both(service, files)
+            if not found["flood"].get("503"):
+                wrong.append(f"the flood of {name} pictures was not refused")
+            if found["served"] < LEAST:
+                said = f"beside a flood of {name} pictures {found['served']:.2f} of what is served without is served"
+                (missed if n >= LONG else wrong).append(said)
     with at_work(folder / "no-turns", n, changed=NO_TURNS, keys_file=keys) as service:
-        first, _, without, _ = both(service)
-    if without > 0.6:
+        found = both(service, ())
+    if found["served"] > 0.6:
         wrong.append("the control did as well without turns")
-    figures = {
-        "peak_per_s": peak.per_s,
-        "asked_per_s": round(CALM * peak.per_s, 1),
-        "served": share,
-        "p99_ms": p99(beside),
-        "statuses": beside["statuses"],
-        "flood": other["statuses"],
-    }
-    asked, lost = (
-        sum(f(found) for found in (beside, other)) for f in (lambda f: sum(f["statuses"].values()), unanswered)
-    )
-    control = {"turns": "by request alone", "served": without, "statuses": first["statuses"]}
+    control = {"turns": "by request alone", "served": found["served"], "statuses": found["statuses"]}
     return Outcome(asked, lost, control, figures, tuple(wrong), tuple(missed))

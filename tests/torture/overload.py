@@ -42,12 +42,14 @@ LEAST_IN_STORM = 0.25  # of the peak: the event loop has more to do than the lan
 NORMAL_S = 10  # after which all is as before
 
 
-def loading(service: Service, folder: Path, *, key: str = "", **options: object) -> subprocess.Popen[str]:
-    """deploy/load.py, begun, which asks the tasks named `tasks` (`t` without)."""
-    files = images(folder)
+def loading(
+    service: Service, folder: Path, *, key: str = "", files: Sequence[Path] = (), **options: object
+) -> subprocess.Popen[str]:
+    """deploy/load.py, begun, which asks the tasks named `tasks` (or `t`) about `files` (or small pictures)."""
+    shown = [str(file) for file in files] or images(folder)
     given = {"tasks": "t", **options}
     arguments = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, str(ROOT / "deploy" / "load.py"), service.url, *files, *arguments]
+    command = [sys.executable, str(ROOT / "deploy" / "load.py"), service.url, *shown, *arguments]
     environment = {**os.environ, "FEWSHOT_KEY": key}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
