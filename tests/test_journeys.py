@@ -6,6 +6,7 @@ them). The times that are asserted are generous, for a test machine does other t
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.redis_server import RedisServer
 from tests.service.test_main import started
@@ -49,6 +51,13 @@ class Watch:
 
 def photo(label: str, number: int) -> bytes:
     return (SAMPLE / label / f"{number}.png").read_bytes()
+
+
+def saved(image: bytes, quality: int) -> bytes:
+    """The same picture as a JPEG."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(image)).convert("RGB").save(out, "JPEG", quality=quality)
+    return out.getvalue()
 
 
 def photos(*labels: str, shots: int = 3) -> list[tuple[str, bytes]]:
@@ -110,6 +119,15 @@ def test_an_application_developer_goes_from_a_start_to_a_file_of_their_own(tmp_p
         asked = row["predictions"][0]
         assert asked["label"] == "theta"
         watch.lap("ask")
+        # A hurry: one photo of each, saved three times. The report is not taken in.
+        hurried = [(label, saved(photo(label, 1), quality)) for label in ("alpha", "theta") for quality in (95, 85, 75)]
+        report = http.put("/v1/tasks/hurry", files=hurried).raise_for_status().json()["report"]
+        assert (report["accuracy"], [len(twins) for twins in report["twins"]]) == (None, [3, 3])
+        assert report["advice"].startswith("6 of 6 examples look like another of their class")
+        # And a muddle: the same photos under both names.
+        muddle = [(label, image) for label in ("alpha", "theta") for _, image in hurried]
+        assert http.put("/v1/tasks/muddle", files=muddle).status_code == 201
+        watch.lap("hurry and muddle")
         body = http.get("/v1/tasks/letters/export?format=zip").raise_for_status().content
         (tmp_path / "letters.zip").write_bytes(body)
         watch.lap("export")
