@@ -69,7 +69,9 @@ class Settings(BaseModel):
     lru_heads: int = Field(4096, ge=1, description="heads kept in memory")
     lanes: int = Field(0, ge=0, description="threads that decode and extract; 0 = as many as cores, at most 8")
     max_batch: int = Field(16, ge=1, description="most images in one call of the extractor")
-    max_waiting: int = Field(1024, ge=1, description="most images waiting; beyond that requests are refused")
+    max_waiting: int = Field(
+        1024, ge=1, description="most images waiting; beyond that refused, but for a tenant with less than its share"
+    )
     max_wait_s: float = Field(0.4, gt=0, description="longest time to wait for a lane; who would is refused")
     max_connections: int = Field(
         2048,
