@@ -116,6 +116,10 @@ def without_own(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Sequence[str]) -> Report:
     """classes [n] of the support examples as indices into labels; ids [n]; the logits of `held` calibrated."""
     counts = np.bincount(classes, minlength=len(labels))
+    weight = np.ones(len(classes))  # twins count as one between them
+    for rows in held.twins:
+        counts[classes[rows[0]]] -= len(rows) - 1
+        weight[list(rows)] = 1 / len(rows)
     few = _few(counts, labels)
     twins = tuple(tuple(ids[row] for row in rows) for rows in held.twins)[:MOST_SUSPECTS]
     alike = _alike(held, classes, labels)
@@ -131,10 +135,11 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
         Suspect(ids[held.index[i]], labels[truth[i]], labels[guess[i]], round(float(probabilities[i, guess[i]]), 4))
         for i in surest
     )
-    right = len(truth) - len(wrong)
+    things = float(weight[held.index].sum())
+    right = things - float(weight[held.index[wrong]].sum())
     return Report(
-        round(right / len(truth), 4),
-        wilson(right, len(truth)),
+        round(right / things, 4),
+        wilson(right, things),
         held.estimate,
         confusions,
         suspects,
@@ -143,7 +148,7 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
     )
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share."""
     share = right / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -167,7 +172,7 @@ def _alike(held: HeldOut, classes: np.ndarray, labels: Sequence[str]) -> str:
         return ""
     most = Counter(int(classes[rows[0]]) for rows in held.twins for _ in rows).most_common(1)[0][0]
     return (
-        f"{twins} of {len(classes)} examples look like another of their class, as frames of one burst do, most of them "
+        f"{twins} of {len(classes)} examples look like another of their class, as frames of one burst do, above all "
         f"of {labels[most]!r}: they tell little more than one of them would. Add different ones."
     )
 

@@ -127,13 +127,13 @@ class Engine:
                 scope, name, record, record_id(record), expect, rejected=rejected, embedded=embedded
             )
 
-        there = await known(head_id)
-        if there:
-            return there
         # What is left out is told by its place, so another order is another request.
         order = hash((*((example.label, example.payload) for example in examples), *unlabelled))
         flight = (scope.tenant, name, head_id, str(order), str(expect), str(ttl_s), str(retain), on_bad_image)
         async with self._room(scope, name):
+            there = await known(head_id)
+            if there:
+                return there
             with spending(len(examples) + len(unlabelled), Overloaded):
                 return await self._flights.once(flight, work)
 
@@ -336,14 +336,18 @@ class Engine:
             return
         coming[place] += 1  # before the store is asked: of two that come at once one counts the other
         try:
-            others = sum(tenant == scope.tenant and name != task for tenant, name in coming)
-            if others >= most or await scope.full(most - others):
+            if await self._full(scope, task) and await scope.pointer(task) is None and await self._full(scope, task):
                 raise TooLarge(f"A tenant may have {most} tasks (MAX_TASKS): delete one first.")
             yield
         finally:
             coming[place] -= 1
             if not coming[place]:
                 del coming[place]
+
+    async def _full(self, scope: Scope, task: str) -> bool:
+        """Whether there are as many tasks as may be, with those that are coming: one of them may be there by now."""
+        others = sum(tenant == scope.tenant and name != task for tenant, name in self._coming)
+        return others >= self.limits.max_tasks or await scope.full(self.limits.max_tasks - others)
 
     async def _embed(self, payloads: Sequence[Payload]) -> Embedded:
         """Features of images, which count for the caller's quota unless there was no room for them."""

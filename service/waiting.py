@@ -3,7 +3,7 @@
 Tenants take turns: of what the lanes do next, each that waits gets an equal share, so one that asks for ten times what
 the service can do has its own requests refused, and not those of others. Within a tenant requests take turns in the
 same way, so that a large support set does not keep single questions waiting. A share is counted in images; a large
-file, which takes as long to decode as many small ones, counts as many. Functions that want a lane go first where they
+one, which takes as long to decode as many small ones, counts as many. Functions that want a lane go first where they
 end a request whose images were let in; others take turns with images, so that neither keeps the other waiting. Knows
 nothing of threads: who uses this holds a lock.
 """
@@ -19,18 +19,24 @@ from typing import Any
 
 import numpy as np
 
+from models.containers import area
 from models.errors import FewshotError, Overloaded
 
 LARGE = 100_000  # bytes of a file that small ones are not to wait for
 ONE_MORE = 500_000  # bytes beyond that, which take as long to decode as a small image takes in all
+PIXELS = 300_000  # that take as long to decode as a small image takes in all
+PIXELS_SCALED = 2_000_000  # of a JPEG, which is made smaller while it is decoded
 MOST_REMEMBERED = 1000  # tenants that do not wait and had more than others
 MEMORY = 32  # calls of lanes, over which their speed is averaged
 Payload = bytes | np.ndarray  # an encoded image, or uint8 pixels of the decoder's shape
 
 
 def cost(payload: Payload) -> float:
-    """How many small images' work one is."""
-    return 1.0 + max(0, len(payload) - LARGE) / ONE_MORE if isinstance(payload, bytes) else 1.0
+    """How many small images' work one is, going by its bytes and by the pixels that its header tells."""
+    if not isinstance(payload, bytes):
+        return 1.0
+    by_pixels = area(payload) / (PIXELS_SCALED if payload.startswith(b"\xff\xd8") else PIXELS)
+    return max(1.0, by_pixels) + max(0, len(payload) - LARGE) / ONE_MORE
 
 
 @dataclass(slots=True, eq=False)
@@ -146,9 +152,9 @@ class Waiting:
             raise Overloaded(f"{self.images} images are waiting; the limit is {self._max_waiting} (MAX_WAITING).")
         # Requests take turns, so that each gets no more done than this one before this one is through. What the lanes
         # take next is no queue, and a wait no longer than the own work is fair.
-        mine = turns.waits.get(job.tenant, 0.0)
-        ahead = turns.before(job.tenant, min(mine, turns.jobs(job.tenant) * work), work)
-        if ahead > max(self._max_batch * self._lanes, work):
+        jobs, mine = turns.jobs(job.tenant), turns.waits.get(job.tenant, 0.0)
+        ahead = turns.before(job.tenant, min(mine, jobs * work), work)
+        if self._images_before(job.tenant, jobs, images) > max(self._max_batch * self._lanes, images):
             # Places are free when a batch has just been taken, so none of what is on the lanes counts as done. Between
             # two batches there is one function, but for those that go first.
             functions = self._ends.total + min(self._calls.total, math.ceil(ahead / self._max_batch) + 1)
@@ -156,6 +162,11 @@ class Waiting:
         turns.add(job)
         self.images += images
         self._of[job.tenant] = self._of.get(job.tenant, 0) + images
+
+    def _images_before(self, tenant: str, jobs: int, images: int) -> int:
+        """The same as Turns.before, in images and not in work."""
+        own = min(self._of.get(tenant, 0), jobs * images)
+        return own + sum(min(count, own + images) for name, count in self._of.items() if name != tenant)
 
     def _room(self, tenant: str) -> float:
         """Images that a tenant may bring: what is left, or of a full house, up to twice as many, its own share."""
@@ -190,15 +201,13 @@ class Waiting:
         return job
 
     def take(self, limit: int, nobody_waits: Callable[[Job], bool]) -> list[tuple[Job, int]]:
-        """Takes the next batch, of at most so many images and of no more work: a share of every tenant, and of every
-        request of one."""
+        """Takes the next batch, of at most so many images, and of no more work than a full one of small images is: a
+        share of every tenant, and of every request of one."""
         batch: list[tuple[Job, int]] = []
         work = 0.0
-        while self._turns and len(batch) < limit and work < limit:
-            room = limit - len(batch)
-            work += self._of_one(
-                batch, room=room, budget=max(1.0, (limit - work) / self._turns.tenants), left=nobody_waits
-            )
+        while self._turns and len(batch) < limit and work < self._max_batch:
+            budget = max(1.0, min(limit - len(batch), self._max_batch - work) / self._turns.tenants)
+            work += self._of_one(batch, room=limit - len(batch), budget=budget, left=nobody_waits)
         self.underway += work
         return batch
 

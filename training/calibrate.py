@@ -19,6 +19,7 @@ from training.episodes import Indices, Pool, frozen
 SHOTS = (1, 2, 5, 10)
 LOG_TEMPERATURES = np.linspace(np.log(0.05), np.log(20), 121)
 PAIRS = 10_000  # of different examples, of which one is as near as twins might be: see apart
+MOST_COMPARED = 1000  # examples of a class
 SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
 
 
@@ -67,7 +68,7 @@ def apart(features: np.ndarray, pool: Pool) -> float:
     examples of a class is nearer than. 0 where there are too few to tell."""
     found = []
     for groups in pool.classes:
-        rows = np.array([group[0] for group in groups])
+        rows = np.array([group[0] for group in groups])[:: -(-len(groups) // MOST_COMPARED)]
         products = features[rows] @ features[rows].T
         squares = np.diagonal(products)
         found.append((squares[:, None] + squares - 2 * products)[np.triu_indices(len(rows), 1)])

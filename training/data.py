@@ -119,27 +119,28 @@ def load(
     for name, member, read in _examples(source, decoder):
         found.setdefault(name, []).append((member, read))
     if split == "all":
-        chosen = sorted(found)
+        classes = sorted(found)
     elif split in BY_ALPHABET:
         wanted = alphabets(source, split)
-        chosen = sorted(name for name in found if name.split("/")[0] in wanted)
+        classes = sorted(name for name in found if name.split("/")[0] in wanted)
     else:
         wanted = set(split_classes(source, list(found))[split])
-        chosen = sorted(wanted & set(found))
-    if not chosen:
+        classes = sorted(wanted & set(found))
+    if not classes:
         raise DataError(f"{source} has no classes in its split '{split}'.")
     group_of = Grouper(pieces(source), group)
     pixels, labels, groups = [], [], []
-    for label, name in enumerate(chosen):
-        for position in dealt(len(found[name]), labelled, label)[:per_class]:
-            member, read = found[name][position]
+    for label, name in enumerate(classes):
+        numbers = np.array([group_of(name, PurePosixPath(member).name) for member, _ in found[name]])
+        for place in chosen(numbers, labelled, label)[:per_class]:
+            member, read = found[name][place]
             try:
                 pixels.append(decoder(read()))
             except FewshotError as error:
                 raise DataError(f"{member}: {error.detail}") from None
             labels.append(label)
-            groups.append(group_of(name, PurePosixPath(member).name))
-    return Images(np.stack(pixels), np.array(labels, np.int64), tuple(chosen), np.array(groups, np.int64))
+            groups.append(numbers[place])
+    return Images(np.stack(pixels), np.array(labels, np.int64), tuple(classes), np.array(groups, np.int64))
 
 
 def _examples(source: Path, decoder: Decoder) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
@@ -185,8 +186,15 @@ def dealt(count: int, share: float, label: int) -> np.ndarray:
     return np.sort(np.random.default_rng([0, label]).permutation(count)[: max(2, round(share * count))])
 
 
+def chosen(groups: np.ndarray, share: float, label: int) -> np.ndarray:
+    """The same for images of a class of which several may show one thing, `groups` [n]: places of whole things."""
+    alone = [np.array([place]) for place in np.flatnonzero(groups < 0)]
+    things = alone + [np.flatnonzero(groups == number) for number in np.unique(groups[groups >= 0])]
+    return np.sort(np.concatenate([things[k] for k in dealt(len(things), share, label)]))
+
+
 def named(images: Images, share: float) -> np.ndarray:
-    """The same for the images of all classes, [n] bool: whole things, where several show one.
+    """The same for the images of all classes, [n] bool.
 
     Raises DataError where a class has fewer than two things on either side, unless all of it is labelled.
     """
@@ -194,12 +202,10 @@ def named(images: Images, share: float) -> np.ndarray:
     for label, name in enumerate(images.classes):
         rows = np.flatnonzero(images.labels == label)
         groups = images.groups[rows]
-        things = [row[None] for row in rows[groups < 0]]
-        things += [rows[groups == number] for number in np.unique(groups) if number >= 0]
-        chosen = dealt(len(things), share, label)
-        if share < 1 and len(things) - len(chosen) < 2:
-            raise DataError(f"--labelled {share:g}: of {name}, which shows {len(things)} things, too few are left.")
-        found[np.concatenate([things[k] for k in chosen])] = True
+        found[rows[chosen(groups, share, label)]] = True
+        others = groups[~found[rows]]
+        if share < 1 and (others < 0).sum() + len(np.unique(others[others >= 0])) < 2:
+            raise DataError(f"--labelled {share:g}: of {name} too few images are left without a label.")
     return found
 
 

@@ -338,7 +338,7 @@ class RedisScope:
 
     async def full(self, most: int) -> bool:
         async def operation(client: Redis) -> bool:
-            return bool(await client.zcard(self._key("tasks")) >= most)
+            return bool(await client.zrangebylex(self._key("tasks"), "-", "+", start=most - 1, num=1))
 
         if not await self._store.link.call(operation):
             return False
@@ -346,10 +346,10 @@ class RedisScope:
         now = time.monotonic()
         if now - self._store.weeded.get(self.tenant, -math.inf) < WEED_S:
             return True
+        self._store.weeded[self.tenant] = now
         last: str | None = ""
         while last is not None:
             last = await self._store.link.call(partial(self._weed, after=last), answers=3)
-        self._store.weeded[self.tenant] = now
         return await self._store.link.call(operation)
 
     async def _weed(self, client: Redis, *, after: str) -> str | None:

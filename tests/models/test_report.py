@@ -197,9 +197,29 @@ def test_one_picture_sent_many_times_is_no_evidence(method: str) -> None:
     assert found.advice.startswith("10 of 10 examples look like another of their class")
 
 
+@pytest.mark.parametrize("frames", [1, 10])
+def test_frames_of_one_thing_are_no_more_evidence_than_one_of_it(frames: int) -> None:
+    truth = np.repeat([0, 1], 3 * frames)
+    twins = tuple(tuple(range(k * frames, k * frames + frames)) for k in range(6)) if frames > 1 else ()
+    logits = np.eye(3)[truth]
+    logits[:frames] = [0, 0, 1]  # all frames of one thing are answered wrongly
+    held = HeldOut(np.arange(len(truth)), logits, "leave-one-out", twins)
+    found = report(held, classes=truth, labels=LABELS, ids=[f"ex_{k}" for k in range(len(truth))])
+    assert (found.accuracy, found.interval) == (round(5 / 6, 4), wilson(5, 6))
+
+
+def test_a_class_that_shows_one_thing_is_one_with_few_examples() -> None:
+    truth = np.repeat([0, 1], 6)
+    held = HeldOut(np.arange(6, 12), np.eye(2)[truth[6:]], "leave-one-out", (tuple(range(6)),))
+    found = report(held, classes=truth, labels=("ant", "bee"), ids=[f"ex_{k}" for k in range(12)])
+    assert found.advice.startswith("6 of 12 examples look like another of their class, as frames of one burst do")
+    some = report(replace(held, twins=(tuple(range(3)),)), classes=truth, labels=("ant", "bee"), ids=["x"] * 12)
+    assert some.advice.startswith("Add 1 more of 'ant': 4 is few")
+
+
 def test_a_few_twins_are_named_and_are_no_cause_for_advice() -> None:
-    held = replace(HeldOut(np.arange(15), np.eye(3)[np.arange(15) // 5], "leave-one-out"), twins=((3, 4),))
-    found = report(held, classes=np.arange(15) // 5, labels=LABELS, ids=[f"ex_{k}" for k in range(15)])
+    held = replace(HeldOut(np.arange(18), np.eye(3)[np.arange(18) // 6], "leave-one-out"), twins=((3, 4),))
+    found = report(held, classes=np.arange(18) // 6, labels=LABELS, ids=[f"ex_{k}" for k in range(18)])
     assert found.twins == (("ex_3", "ex_4"),)
     assert found.advice.startswith("Ready to use.")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from PIL import Image
 
 from models.errors import Overloaded
 from service.callers import stays
@@ -176,6 +178,29 @@ def test_of_large_files_a_batch_takes_no_more_than_work_for_as_many_images(loop:
         place = Place(loop, max_wait_s=100)
         assert place.come("one", 20, large=large)
         assert place.batch() == ["one"] * images
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [("PNG", 12), ("WEBP", 12), ("JPEG", 2)],  # a JPEG is made smaller while it is decoded
+)
+def test_a_small_file_of_many_pixels_counts_as_many(kind: str, least: float) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (2000, 2000), "white").save(out, kind)
+    assert len(out.getvalue()) < LARGE
+    assert least <= cost(out.getvalue()) < 20
+
+
+def test_of_few_large_files_none_is_refused_that_used_not_to_be(loop: asyncio.AbstractEventLoop) -> None:
+    """As many images as the lanes take next are no queue, whatever they weigh; a lone tenant's photographs, say."""
+    place = Place(loop)
+    assert all(place.come("one", large=6) for _ in range(17))  # a lane of batches of sixteen
+
+
+def test_an_idle_lane_takes_as_many_large_files_as_make_a_batch(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop, max_wait_s=100)
+    assert place.come("one", 8, large=2)
+    assert place.batch(4) == ["one"] * 4  # which leaves four for another lane
 
 
 def test_one_after_the_other_large_files_do_not_get_more_than_a_share(loop: asyncio.AbstractEventLoop) -> None:

@@ -206,8 +206,19 @@ def test_images_of_one_thing_are_labelled_or_not_together() -> None:
     assert found.reshape(2, 18).sum(axis=1).tolist() == [9, 9]
 
 
+def test_what_is_loaded_as_labelled_is_what_is_named_so(folder: Path) -> None:
+    for label in range(10):
+        for number in range(3, 12):
+            picture(folder / f"class{label}" / f"{number}.png", 10 * label + number)
+    whole = data.load(folder, "all", DECODER, group=r"^\d")  # 1, 10 and 11 show one thing
+    rows = data.named(whole, 0.5)
+    part = data.load(folder, "all", DECODER, labelled=0.5, group=r"^\d")
+    assert part.pixels.tobytes() == whole.pixels[rows].tobytes()
+    assert 0 < len(part) < len(whole)
+
+
 def test_a_class_of_which_too_few_images_are_left_unlabelled_is_named() -> None:
-    with pytest.raises(data.DataError, match=r"--labelled 0\.5: of class1, which shows 3 things"):
+    with pytest.raises(data.DataError, match=r"--labelled 0\.5: of class1 too few images are left"):
         data.named(only(np.repeat([0, 1], [8, 3])), 0.5)
 
 

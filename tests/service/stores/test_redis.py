@@ -320,7 +320,9 @@ async def test_few_rights_are_enough(tmp_path: Path, caplog: pytest.LogCaptureFi
             await commit(scope, "cats", 2)
             await scope.commit("soon", make_record(3, expires=time.time() + 0.05), "hd_3", make_head(3), expect=None)
             await asyncio.sleep(0.1)
+            assert await scope.full(2) is False
             assert await scope.tasks(limit=10) == [("cats", Pointer(2, "hd_2"))]
+            assert await scope.full(1) is True
             assert await scope.record("cats") is not None
             await commit(scope, "cats", 3, expires=time.time() + 50)  # its versions get an end
             assert len(await scope.versions("cats")) == 3

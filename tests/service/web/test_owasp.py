@@ -6,6 +6,7 @@ tenant sees is in test_access.py, which this borrows its requests from.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
@@ -26,7 +27,8 @@ from fastapi import FastAPI
 from models.images import MAX_ASPECT, MIN_EDGE
 from service.keys import create
 from service.settings import Settings
-from service.stores.memory import MemoryStore
+from service.stores import Pointer
+from service.stores.memory import MemoryScope, MemoryStore
 from service.web import schemas
 from service.web.app import create_app
 from tests.fakes import Gated, MeanColour, picture, tiny_artifact
@@ -358,6 +360,41 @@ def test_a_tenant_that_comes_with_many_new_tasks_at_once_gets_no_more_in(tmp_pat
         assert len(http.get("/v1/tasks").json()["items"]) == answers.count(201) <= 3
         late = [put(number) for number in range(60, 64)]  # the places that were kept for who was refused are free again
         assert answers.count(201) + late.count(201) == 3
+
+
+class SlowStore(MemoryStore):
+    """Waits before it tells where a task is, and whether there are too many, as a store elsewhere does."""
+
+    def scope(self, tenant: str) -> Any:
+        class Scope(MemoryScope):
+            async def pointer(self, task: str) -> Pointer | None:
+                await asyncio.sleep(0.003)
+                return await super().pointer(task)
+
+            async def full(self, most: int) -> bool:
+                await asyncio.sleep(0.003)
+                return await super().full(most)
+
+        return Scope(self, tenant)
+
+
+def test_a_bound_on_tasks_is_no_trouble_for_who_comes_twice_or_last(tmp_path: Path) -> None:
+    settings = Settings(max_tasks=2, max_wait_s=60)
+    app = create_app(settings, artifact=tiny_artifact(tmp_path / "tiny"), extractor=MeanColour(), store=SlowStore())
+
+    def put(name: str, delay: float) -> tuple[int, int | None]:
+        time.sleep(delay)
+        answer = http.put(f"/v1/tasks/{name}", files=colours("red", "blue"))
+        return answer.status_code, answer.json().get("version")
+
+    with served(app) as http, ThreadPoolExecutor(2) as pool:
+        for number in range(30):
+            for names in (("one", "one"), ("one", "two")):
+                answers = list(pool.map(put, names, (0, 0.001 * number)))
+                assert {status for status, _ in answers} <= {200, 201}, (names, number)
+                assert {version for _, version in answers} == {1}, (names, number)  # learned once
+                for name in set(names):
+                    http.delete(f"/v1/tasks/{name}").raise_for_status()
 
 
 def test_the_formats_that_are_told_are_read_and_no_others(limited: httpx.Client) -> None:
