@@ -19,7 +19,7 @@ FLOOD = 10  # times what the service can do
 LARGE_FLOOD = 3  # times, of large pictures: more is a flood of the network before it is one of the lanes
 CALM = 0.3  # of it: less than a half, which is its share of two
 LEAST = 0.9  # of what is served where nobody floods
-PATIENCE_MS = 400  # of the calm one, beside twice its p99 alone: as long as the service lets anybody wait
+PATIENCE_MS = 400  # beside twice the p99 at the peak: as long as the service lets anybody wait
 NO_TURNS = """
 import types, service.batcher as batcher
 batcher.tenant = types.SimpleNamespace(get=lambda: "")
@@ -63,7 +63,7 @@ def flooding_tenant(n: int, seed: int, folder: Path) -> Outcome:
         peak = Peak.of(service, folder, n, key=flood)
         little = {"key": calm, "rate": CALM * peak.per_s}
         alone = load(service, folder, seconds=max(2, n / 2), **little)
-        little["deadline_ms"] = PATIENCE_MS + 2 * p99(alone)
+        little["deadline_ms"] = PATIENCE_MS + 2 * peak.p99_ms
         rate = LARGE_FLOOD * peak.per_s / cost(files[0].read_bytes()) if files else FLOOD * peak.per_s
         other = loading(service, folder, key=flood, files=files, rate=rate, seconds=n + 1, deadline_ms=1000)
         beside, flooded = load(service, folder, seconds=n, **little), told(other)
