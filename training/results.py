@@ -245,8 +245,9 @@ held out together. How temperatures are fitted was looked at again because of a 
 1-shot), and chosen on validation classes. No outside weights: all was learned from random weights.
 Where there are several training seeds, a cell is their mean with its own interval, and each seed in brackets; where
 there is one, the spread over trainings is **not** known. Wall-clock is that of the training; "not recorded" where
-nobody wrote it down. Results that used labels of the training classes stand in tables of their own. A number that is
-missing was not measured."""
+nobody wrote it down. Results that used labels of the training classes stand in tables of their own. In the tables of
+`photos-84`, `photos-free`, `photos-free-long`, `photos-64` and `photos-64-long` the `lstm` is as it was before it
+counted a task's scatter as well. A number that is missing was not measured."""
 
 
 def main(config: ResultsConfig) -> Path:
