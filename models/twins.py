@@ -1,8 +1,8 @@
 """Which examples of a class show one thing: frames of one burst, one piece in several lights, one file saved twice.
 
 They are told by their features alone: two examples of a class are twins where their squared distance is at most what
-the artifact names, half of what hardly any two different ones of its validation classes are nearer than. Who is the
-twin of a twin is one as well. So how a class is made up says nothing, nor how many of it are alike; but what looks
+the artifact names, a quarter of what hardly any two different ones of its validation classes are nearer than. Who is
+the twin of a twin is one as well. So how a class is made up says nothing, nor how many of it are alike; but what looks
 alike to the extractor is taken for one thing, as two plates of one make would be. Knows nothing of images or learners.
 """
 

@@ -64,8 +64,8 @@ def calibrate(
 
 
 def apart(features: np.ndarray, pool: Pool) -> float:
-    """What tells twins, see models/twins.py: half the squared distance that one pair in ten thousand of different
-    examples of a class is nearer than. 0 where there are too few to tell."""
+    """What tells twins, see models/twins.py: a quarter of the squared distance that one pair in ten thousand of
+    different examples of a class is nearer than, for elsewhere things may be more alike. 0 where too few can tell."""
     found = []
     for groups in pool.classes:
         rows = np.array([group[0] for group in groups])[:: -(-len(groups) // MOST_COMPARED)]
@@ -73,7 +73,7 @@ def apart(features: np.ndarray, pool: Pool) -> float:
         squares = np.diagonal(products)
         found.append((squares[:, None] + squares - 2 * products)[np.triu_indices(len(rows), 1)])
     distances = np.concatenate(found)
-    return round(float(max(0, np.quantile(distances, 1 / PAIRS))) / 2, 5) if len(distances) >= PAIRS else 0.0
+    return round(float(max(0, np.quantile(distances, 1 / PAIRS))) / 4, 5) if len(distances) >= PAIRS else 0.0
 
 
 def fit_temperature(sizes: list[tuple[int, int]], curves: np.ndarray) -> dict[str, float]:

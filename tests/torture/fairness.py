@@ -82,11 +82,12 @@ def flooding_tenant(n: int, seed: int, folder: Path) -> Outcome:
             if not found["flood"].get("503"):
                 wrong.append(f"the flood of {name} pictures was not refused")
             if found["served"] < LEAST:
-                said = f"beside a flood of {name} pictures {found['served']:.2f} of what is served without is served"
-                (missed if n >= LONG else wrong).append(said)
+                missed.append(
+                    f"beside a flood of {name} pictures {found['served']:.2f} of what is served alone is served"
+                )
     with at_work(folder / "no-turns", n, changed=NO_TURNS, keys_file=keys) as service:
         found = both(service, ())
-    if found["served"] > 0.6:
+    if found["served"] > 0.6 or found["served"] > 0.7 * figures["small"]["served"]:
         wrong.append("the control did as well without turns")
     control = {"turns": "by request alone", "served": found["served"], "statuses": found["statuses"]}
     return Outcome(asked, lost, control, figures, tuple(wrong), tuple(missed))

@@ -447,7 +447,7 @@ def poison_in_a_batch(n: int, seed: int, folder: Path) -> Outcome:
             wrong += _harmed(real, rng.randrange(32), poison)
             kinds[poison[2]] += 1
             sizes[max(real.held.batches)] += 1
-    if not set(sizes) <= {31, 32}:
+    if min(sizes) < 16:  # a large one takes the place of several
         wrong.append(f"the images did not share a batch: {dict(sizes)}")
     with table(OneTry, folder) as careless:
         failed = [len(_harmed(careless, rng.randrange(32), poison)) for poison in poisons[:5] if poison[1] != SICK]

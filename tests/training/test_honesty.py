@@ -41,7 +41,7 @@ def test_what_a_tasks_own_examples_say_is_measured_too(monkeypatch: pytest.Monke
     features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
     learners = {"prototype": Prototype(np.float32(np.log(20)))}  # far too sure
     rejection = Rejection(*[(0.0, 0.0, 0.0, 1.0, 0.0)] * 4, quantiles=(-3.0, 3.0))
-    manifest = SimpleNamespace(rejections={"prototype": rejection}, methods={"prototype": Temperature()})
+    manifest = SimpleNamespace(rejections={"prototype": rejection}, methods={"prototype": Temperature()}, twins=0.0)
     artifact: Any = SimpleNamespace(learners=lambda: learners, manifest=manifest)
     config = EvaluateConfig(artifact=Path("none"), data=Path("none"), way="5", shot="5", foreign=2, episodes=60)
     (found,) = honesty.measure(artifact, features, Pool.of(labels), config)
