@@ -215,12 +215,14 @@ class Batcher:
         places: list[tuple[Job, int]] = []
         begin = time.perf_counter()
         finished: dict[Job, int] = {}
+        work = float(len(batch))  # of what is no picture, whatever its header claims, no more than of a small one
         for job, index in batch:
             start = time.perf_counter()
             finished[job] = finished.get(job, 0) + 1
             try:
                 arrays.append(self._pixels(job.payloads[index]))
                 places.append((job, index))
+                work += cost(job.payloads[index]) - 1
             except FewshotError as error:
                 error.index = index
                 job.items[index] = error
@@ -250,7 +252,7 @@ class Batcher:
                     job.items[index] = ExtractorFailed("The extractor failed on this image.", index=index)
         done = []
         with self._changed:  # two lanes may hold parts of one request
-            self._waits.spent(time.perf_counter() - begin, _work(batch))
+            self._waits.spent(time.perf_counter() - begin, work)
             for job, count in finished.items():
                 job.left -= count
                 if job.left == 0:

@@ -25,6 +25,7 @@ from models.errors import FewshotError, Overloaded
 LARGE = 100_000  # bytes of a file that small ones are not to wait for
 ONE_MORE = 500_000  # bytes beyond that, which take as long to decode as a small image takes in all
 PIXELS = 300_000  # that take as long to decode as a small image takes in all
+MOST_PIXELS = 16_800_000  # that are counted, whatever a header claims
 PIXELS_SCALED = 2_000_000  # of a JPEG, which is made smaller while it is decoded
 MOST_REMEMBERED = 1000  # tenants that do not wait and had more than others
 MEMORY = 32  # calls of lanes, over which their speed is averaged
@@ -35,7 +36,7 @@ def cost(payload: Payload) -> float:
     """How many small images' work one is, going by its bytes and by the pixels that its header tells."""
     if not isinstance(payload, bytes):
         return 1.0
-    by_pixels = area(payload) / (PIXELS_SCALED if payload.startswith(b"\xff\xd8") else PIXELS)
+    by_pixels = min(area(payload), MOST_PIXELS) / (PIXELS_SCALED if payload.startswith(b"\xff\xd8") else PIXELS)
     return max(1.0, by_pixels) + max(0, len(payload) - LARGE) / ONE_MORE
 
 

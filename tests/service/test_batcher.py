@@ -289,6 +289,33 @@ def test_who_would_wait_too_long_is_refused_at_the_door() -> None:
     run(work, extractor, max_wait_s=0.2)
 
 
+def test_headers_that_lie_do_not_open_the_door() -> None:
+    """What is refused at its header takes no time: counted as the work that it claims, all work would seem quick."""
+    extractor = Slow()
+    liar = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (4000).to_bytes(4, "big") * 2
+
+    async def work(batcher: Batcher) -> None:
+        extractor.gate.set()
+        await batcher.embed([RED] * 40)  # by now it is known how long an image takes
+        for _ in range(40):
+            await batcher.embed([liar, RED])
+        extractor.gate.clear()
+        extractor.begun.clear()
+        inside = [asyncio.create_task(batcher.embed([RED] * 4))]
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        inside += [asyncio.create_task(batcher.embed([RED])) for _ in range(60)]
+        await asyncio.sleep(0)
+        refused = [task for task in inside if task.done()]
+        assert len(refused) > 30
+        for task in refused:
+            with pytest.raises(Overloaded, match="MAX_WAIT_S"):
+                task.result()
+        extractor.gate.set()
+        await asyncio.gather(*(task for task in inside if task not in refused))
+
+    run(work, extractor, max_wait_s=0.2)
+
+
 def test_one_large_request_leaves_the_door_open_for_small_ones() -> None:
     extractor = Gated()
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import io
+import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from PIL import Image
 
 from models.errors import Overloaded
 from service.callers import stays
-from service.waiting import LARGE, ONE_MORE, Job, Waiting, cost
+from service.waiting import LARGE, MOST_PIXELS, ONE_MORE, PIXELS, Job, Waiting, cost
 
 
 @pytest.fixture
@@ -189,6 +190,19 @@ def test_a_small_file_of_many_pixels_counts_as_many(kind: str, least: float) -> 
     Image.new("RGB", (2000, 2000), "white").save(out, kind)
     assert len(out.getvalue()) < LARGE
     assert least <= cost(out.getvalue()) < 20
+
+
+@pytest.mark.parametrize("width", [2**14, 2**20, 2**31 - 1])
+@pytest.mark.parametrize(
+    "header",
+    [
+        lambda width: b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, width),
+        lambda width: b"RIFF....WEBPVP8X" + bytes(8) + b"\xff" * 6,
+    ],
+    ids=["png", "webp"],
+)
+def test_a_header_may_claim_what_it_likes(header: Callable[[int], bytes], width: int) -> None:
+    assert cost(header(width)) == MOST_PIXELS / PIXELS
 
 
 def test_of_few_large_files_none_is_refused_that_used_not_to_be(loop: asyncio.AbstractEventLoop) -> None:
