@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PAGE = 1000  # tasks that are looked at together
-WEED_S = 10
+WEED_S = 10  # in which an index is not looked through again for who is refused
 TRIES = 8  # of a change that others keep overtaking
 MARK = "fs:mark"
 
@@ -347,42 +347,37 @@ class RedisScope:
         if now - self._store.weeded.get(self.tenant, -math.inf) < WEED_S:
             return True
         self._store.weeded[self.tenant] = now
-        last: str | None = ""
-        while last is not None:
-            last = await self._store.link.call(partial(self._weed, after=last), answers=3)
+        last = ""
+        while page := await self._store.link.call(partial(self._page, after=last, most=PAGE), answers=3):
+            last = page[-1][0]
         return await self._store.link.call(operation)
 
-    async def _weed(self, client: Redis, *, after: str) -> str | None:
-        """Takes the tasks that ended off a page of the index; the last name of the page, None behind the last page."""
+    async def _page(self, client: Redis, *, after: str, most: int) -> list[tuple[str, bytes | None]]:
+        """Names behind `after` in the index, with their pointers; those that ended (None) are taken off it."""
         lower = f"({after}" if after else "-"
-        page: list[Any] = await client.zrangebylex(self._key("tasks"), lower, "+", start=0, num=PAGE)
+        page: list[Any] = await client.zrangebylex(self._key("tasks"), lower, "+", start=0, num=most)
+        if not page:
+            return []
         names = [name.decode() for name in page]
-        there: list[Any] = await client.mget([self._key("p", name) for name in names]) if names else []
-        ended = [name for name, data in zip(names, there, strict=True) if data is None]
-        if ended:
+        values: list[Any] = await client.mget([self._key("p", name) for name in names])
+        if ended := [name for name, data in zip(names, values, strict=True) if data is None]:
             await self._unlist(client, ended)
-        return names[-1] if names else None
+        return list(zip(names, values, strict=True))
 
     async def tasks(self, *, limit: int, after: str = "") -> list[tuple[str, Pointer]]:
         async def operation(client: Redis) -> list[tuple[str, Pointer]]:
             found: list[tuple[str, Pointer]] = []
             last = after
             while len(found) < limit:
-                lower = f"({last}" if last else "-"
-                page: list[Any] = await client.zrangebylex(self._key("tasks"), lower, "+", start=0, num=limit)
+                page = await self._page(client, after=last, most=limit)
                 if not page:
                     self._store.recognise(await fetch(client, MARK))
                     break
-                names = [name.decode() for name in page]
-                values: list[Any] = await client.mget([self._key("p", name) for name in names])
-                expired = [name for name, data in zip(names, values, strict=True) if data is None]
-                if expired:
-                    await self._unlist(client, expired)
-                for name, data in zip(names, values, strict=True):
+                for name, data in page:
                     pointer = None if data is None else self._sealed.list_pointer(name, data)
                     if pointer is not None:
                         found.append((name, pointer))
-                last = names[-1]
+                last = page[-1][0]
             return found[:limit]
 
         return await self._store.link.call(operation, answers=3)
