@@ -67,7 +67,7 @@ class Report:
 def fitted(learner: Learner, support: Support, *, near: float = 0.0) -> tuple[Affine, Callable[[], HeldOut]]:
     """The map of a support set, and what gives what `held_out` says of it; from one fit where the learner can."""
     both = getattr(learner, "adapt_and_leave_one_out", None)
-    if both is None:
+    if both is None or np.bincount(fetch(support.labels)).max() < 2:  # of single examples none can be left out
         return learner.adapt(support), lambda: held_out(learner, support, near=near)
     affine, logits = both(support)
     return affine, lambda: _held(learner, support, near, lambda: logits)

@@ -84,6 +84,15 @@ def test_of_single_examples_nothing_can_be_held_out(method: str) -> None:
     assert (len(found.index), found.logits.shape, found.estimate) == (0, (0, 3), "none")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_of_single_examples_nothing_is_left_out_in_vain(method: str) -> None:
+    support, _, _ = clusters((1, 1, 1))
+    affine, leave_out = fitted(learner(method), support, near=0.1)
+    for one, other in zip(affine, learner(method).adapt(support), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert leave_out().estimate == "none"
+
+
 @pytest.mark.parametrize("method", FOLDED)
 def test_a_fold_is_what_the_learner_makes_of_the_others(method: str) -> None:
     support, _, _ = clusters((3, 1, 3), noise=0.4)
