@@ -10,8 +10,9 @@
 # two cores each: photos-free, photos-64 and photos, each of which goes on from the one before it, eleven minutes of
 # an H100 in all, and photos-free-long and photos-64-long, which go on from photos-free, nine of an H200.
 # $FEWSHOT_DATA holds omniglot/ and mini_imagenet/, each with zips of class folders and a splits.json, and, for what
-# the artifact says of itself, trashnet/, magnetic_tile/ and gtsrb/. SEED=1 trains `characters` from other random
-# weights, in a folder of its own: three seeds tell how much of a figure is chance.
+# the artifact says of itself, trashnet/, magnetic_tile/ and gtsrb/. SEED=1 trains `characters`,
+# `photos-free-cpu` or `photos-ren` from other random weights, in a folder of its own: three seeds tell how much of a
+# figure is chance.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${FEWSHOT_DATA:-../shared/data}
@@ -74,11 +75,12 @@ photos-free() { # the 64 training classes, no label read
 }
 
 photos-free-cpu() { # without labels as well, and without a GPU: a small network on small images, some three hours of one core
-  local data=$DATA/mini_imagenet out=$RUNS/photos-free-cpu
+  local data=$DATA/mini_imagenet out=$RUNS/photos-free-cpu${SEED:+-$SEED} seed=${SEED:-0}
   python -m training pretrain --data "$data" --out "$out" --shape resnet10 --size 84 --small 48 --small-share 0.9 \
     --objectives contrastive=1,rotation=0.4 --augment strong --epochs 50 --batch 512 --lr 0.3 --warmup 0.05 \
-    --check-epochs 5 --precision bfloat16
-  python -m training metatrain --data "$data" --out "$out" --tasks mixed --views 2 --per-class 150 --steps 1000
+    --check-epochs 5 --precision bfloat16 --seed "$seed"
+  python -m training metatrain --data "$data" --out "$out" --tasks mixed --views 2 --per-class 150 --steps 1000 \
+    --seed "$seed"
   finish photos-free-cpu "$data" "--way 5 --shot 1,5,10" --description "Photographs: mini-ImageNet without labels, on a CPU"
 }
 
@@ -103,11 +105,11 @@ photos-free-long() { # photos-free, and 95 more passes with a learning rate that
 }
 
 photos-ren() { # with the labels of 40 per cent of the images of the 64 training classes, no other image seen; an hour of two cores
-  local data=$DATA/mini_imagenet out=$RUNS/photos-ren
+  local data=$DATA/mini_imagenet out=$RUNS/photos-ren${SEED:+-$SEED} seed=${SEED:-0}
   python -m training pretrain --data "$data" --out "$out" --shape resnet10 --labelled 0.4 --size 84 --small 64 \
     --small-share 0.75 --mix --objectives supervised=0.5,projected=0.5 --epochs 80 --batch 128 --lr 0.2 --warmup 0.1 \
-    --check-epochs 10
-  python -m training metatrain --data "$data" --out "$out" --views 2 --per-class 200 --steps 1000
+    --check-epochs 10 --seed "$seed"
+  python -m training metatrain --data "$data" --out "$out" --views 2 --per-class 200 --steps 1000 --seed "$seed"
   finish photos-ren "$data" "--way 5 --shot 1,5,10" --description "Photographs: 40 per cent of 64 classes of mini-ImageNet"
 }
 
@@ -167,8 +169,8 @@ END
 
 for name in "${@:-characters photos-free photos-64 photos}"; do
   for part in $name; do
-    if [[ -n ${SEED:-} && $part != characters ]]; then
-      echo "SEED is for characters alone." >&2
+    if [[ -n ${SEED:-} && $part != characters && $part != photos-free-cpu && $part != photos-ren ]]; then
+      echo "SEED is for characters, photos-free-cpu and photos-ren." >&2
       exit 2
     fi
     "$part"

@@ -107,6 +107,7 @@ def noticed(folder: Path, plants: list[str]) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_each_forbidden_thing_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     found = noticed(tmp_path, list(PLANTS))
@@ -114,6 +115,7 @@ def test_each_forbidden_thing_is_noticed(tmp_path: Path) -> None:
     assert missed == {}
 
 
+@pytest.mark.slow
 def test_what_is_close_by_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "elsewhere").write_text("")
@@ -174,6 +176,7 @@ planted = namespace["planted"]
 """
 
 
+@pytest.mark.slow
 def test_an_event_fails_a_run_whose_tests_all_pass(tmp_path: Path) -> None:
     """A file of the service, as far as the interpreter can tell, does it in a thread of the tests' process."""
     root = audit.ROOT

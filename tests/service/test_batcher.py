@@ -256,6 +256,7 @@ def test_a_full_queue_refuses_at_the_door_and_serves_those_inside() -> None:
     run(work, extractor, max_waiting=4)
 
 
+@pytest.mark.slow
 def test_who_would_wait_too_long_is_refused_at_the_door() -> None:
     extractor = Slow()
 
@@ -289,6 +290,7 @@ def test_who_would_wait_too_long_is_refused_at_the_door() -> None:
     run(work, extractor, max_wait_s=0.2)
 
 
+@pytest.mark.slow
 def test_headers_that_lie_do_not_open_the_door() -> None:
     """What is refused at its header takes no time: counted as the work that it claims, all work would seem quick."""
     extractor = Slow()
@@ -434,6 +436,7 @@ def test_functions_that_would_wait_too_long_are_refused_unless_they_end_what_was
     run(work, extractor, max_wait_s=0.2)
 
 
+@pytest.mark.slow
 def test_a_function_waits_for_the_images_whose_turn_comes_before_it_and_no_others() -> None:
     extractor = Slow()
 

@@ -232,6 +232,7 @@ def terminal(arguments: list[str], **variables: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_tables_bars_and_sentences(address: str, folder: Path) -> None:
     (folder / "red" / "2.png").write_bytes(picture("blue", seed=70))
     shown = terminal(program("adapt", folder, "--task", "seen"), FEWSHOT_URL=address)
@@ -318,6 +319,7 @@ def test_serve_starts_the_service_with_its_flags(tmp_path: Path) -> None:
             process.kill()
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_handed_its_own_arguments() -> None:
     done = subprocess.run(program("bench", "--help"), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -331,6 +331,7 @@ def test_the_service_describes_itself(client: Client) -> None:
     assert client.health().status == "ok"
 
 
+@pytest.mark.slow
 def test_tasks_are_listed_over_all_pages(tmp_path: Path) -> None:
     with service(tmp_path) as (url, faults), Client(url) as client:
         assert list(client.tasks()) == []
@@ -407,6 +408,7 @@ def test_every_code_of_the_service_is_an_exception_of_its_own() -> None:
     assert all(getattr(package, kind.__name__) is kind for kind in own)
 
 
+@pytest.mark.slow
 def test_a_busy_service_is_asked_again_after_the_wait_it_asks_for(client: Client, faults: Faults) -> None:
     task = client.adapt(some("red", "blue"))
     faults.asked.clear()
@@ -448,6 +450,7 @@ def test_the_wait_grows_and_is_never_less_than_asked_for() -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "lose answer"])
+@pytest.mark.slow
 def test_a_change_whose_answer_was_lost_is_made_once(client: Client, faults: Faults, fault: str) -> None:
     task = client.adapt(some("red", "blue"), task=f"once-{fault.replace(' ', '-')}")
     client.limits()

@@ -96,6 +96,7 @@ def test_it_says_where_it_is_and_the_command_it_prints_works(tmp_path: Path) -> 
         assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_a_task_survives_a_kill_and_a_restart(tmp_path: Path) -> None:
     sample = ROOT / "service" / "sample"
     with started(tmp_path) as (process, address, _):
@@ -110,6 +111,7 @@ def test_a_task_survives_a_kill_and_a_restart(tmp_path: Path) -> None:
         assert (found["head"], found["version"], found["examples"]) == (task["head"], 1, task["examples"])
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_says_so_answers_on_for_the_drain_time_and_ends(tmp_path: Path) -> None:
     with started(tmp_path, DRAIN_S="1.5") as (process, address, _), httpx.Client(base_url=address) as known:
         assert "connection" not in known.get("/healthz").headers
@@ -123,6 +125,7 @@ def test_asked_to_stop_it_says_so_answers_on_for_the_drain_time_and_ends(tmp_pat
         assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_a_request_in_hand_is_answered_after_the_service_was_asked_to_stop(tmp_path: Path) -> None:
     body = (ROOT / "service" / "sample" / "alpha" / "1.png").read_bytes()
     with started(tmp_path) as (process, address, _):
@@ -142,6 +145,7 @@ def test_a_request_in_hand_is_answered_after_the_service_was_asked_to_stop(tmp_p
         assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_asked_twice_to_stop_it_stops_at_once(tmp_path: Path) -> None:
     with started(tmp_path, DRAIN_S="60") as (process, _, _said):
         process.send_signal(signal.SIGTERM)

@@ -431,6 +431,7 @@ def test_lanes_know_for_which_tenant_they_work(service: Guarded, monkeypatch: py
     assert seen == ["a", "a", "a", "c"]
 
 
+@pytest.mark.slow
 def test_keys_of_one_tenant_share_its_tasks_and_those_made_without_keys_are_of_the_tenant_default(
     service: Guarded, quick: None
 ) -> None:
@@ -530,6 +531,7 @@ def limited(service: Guarded, quota: int, tenant: str = "a") -> str:
     return token
 
 
+@pytest.mark.slow
 def test_every_route_that_takes_images_counts_them(service: Guarded, quick: None) -> None:
     token = limited(service, 10_000, tenant="counted")
     free = create(service.file, tenant="counted", scopes=["adapt", "classify"])[1]

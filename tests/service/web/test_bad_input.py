@@ -105,6 +105,7 @@ def test_a_body_over_the_limit_that_comes_in_chunks(http: httpx.Client) -> None:
     refused(response, 413, "too_large", "MAX_BODY_BYTES")
 
 
+@pytest.mark.slow
 def test_a_body_that_never_ends_is_cut_in_time(http: httpx.Client) -> None:
     host, port = http.base_url.host, http.base_url.port
     with socket.create_connection((host, port), timeout=10) as raw:

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.web import connections
 from service.web.connections import Door, room
+from tests.service.live import Server, running
 from tests.service.test_main import ROOT, command
 
 LARGE = 8_000_000
@@ -46,19 +47,9 @@ def served(**bounds: float) -> Iterator[tuple[int, Door]]:
     given = {"max_connections": 10, "header_timeout_s": 5, "answer_timeout_s": 5, **bounds}
     door = Door(**given)  # type: ignore[arg-type]
     config = uvicorn.Config(echo, log_config=None, lifespan="off", http=door.protocol(), ws="none")
-    server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
+    with running(Server(config), listener):
         yield listener.getsockname()[1], door
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 CLIENTS: list[socket.socket] = []
@@ -270,6 +261,7 @@ def test_who_is_between_two_requests_or_sends_a_body_is_not_let_go() -> None:
         assert busy.recv(1000).endswith(b"/:abc")
 
 
+@pytest.mark.slow
 def test_who_does_not_take_an_answer_is_let_go_and_who_is_slow_is_not() -> None:
     with served(answer_timeout_s=0.5) as (port, door):
         request = b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"

@@ -378,6 +378,7 @@ class SlowStore(MemoryStore):
         return Scope(self, tenant)
 
 
+@pytest.mark.slow
 def test_a_bound_on_tasks_is_no_trouble_for_who_comes_twice_or_last(tmp_path: Path) -> None:
     settings = Settings(max_tasks=2, max_wait_s=60)
     app = create_app(settings, artifact=tiny_artifact(tmp_path / "tiny"), extractor=MeanColour(), store=SlowStore())
@@ -404,6 +405,7 @@ def test_the_formats_that_are_told_are_read_and_no_others(limited: httpx.Client)
         assert (answer.status_code == 200) == (kind in told_formats), kind
 
 
+@pytest.mark.slow
 def test_a_body_may_take_its_time_and_no_longer(limited: httpx.Client) -> None:
     image = plain(20, 20)
     head = f"POST /v1/embed HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"

@@ -31,6 +31,7 @@ def said(client: httpx.Client) -> str:
     return str(answer.raise_for_status().json()["predictions"][0]["label"])
 
 
+@pytest.mark.slow
 def test_with_two_views_the_middle_of_an_image_counts_too(tmp_path: Path) -> None:
     artifact = tiny_artifact(tmp_path / "artifact")
     for views, label in ((1, "blue"), (2, "red"), (3, "red")):
