@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +27,7 @@ from service.batcher import Batcher, Embedded
 from service.flights import Flights, both
 from service.learning import Learning
 from service.metrics import Metrics
+from service.places import Places
 from service.quota import spending
 from service.stores import Expected, Pointer, Record, Scope, SealBroken
 from service.support import (
@@ -69,7 +69,7 @@ class Engine:
         self._learning = Learning(artifact, batcher, self.limits, default_method=default_method, device=adapt_device)
         self.default_method = self._learning.default_method
         self._flights = Flights()
-        self._coming: Counter[tuple[str, str]] = Counter()  # new tasks that are being made, by tenant and name
+        self._places = Places(self.limits.max_tasks)
         self._tasks = Tasks(self._learning, self._flights, self.metrics)
 
     async def adapt(
@@ -130,7 +130,7 @@ class Engine:
         # What is left out is told by its place, so another order is another request.
         order = hash((*((example.label, example.payload) for example in examples), *unlabelled))
         flight = (scope.tenant, name, head_id, str(order), str(expect), str(ttl_s), str(retain), on_bad_image)
-        async with self._room(scope, name):
+        async with self._places.kept(scope, name):
             there = await known(head_id)
             if there:
                 return there
@@ -319,35 +319,6 @@ class Engine:
             self._flights.leave_alone(scope.tenant, task)
         if not found:
             raise TaskNotFound(f"There is no task {task!r}.")
-
-    @asynccontextmanager
-    async def _room(self, scope: Scope, task: str) -> AsyncIterator[None]:
-        """Keeps a place for a new task while it is made. Raises TooLarge where the tenant has as many as it may.
-
-        Those that other replicas are making just now are not known here.
-        """
-        most, coming, place = self.limits.max_tasks, self._coming, (scope.tenant, task)
-        new = bool(most)
-        if new:
-            with suppress(SealBroken):  # damaged, and to be replaced
-                new = await scope.pointer(task) is None
-        if not new:
-            yield
-            return
-        coming[place] += 1  # before the store is asked: of two that come at once one counts the other
-        try:
-            if await self._full(scope, task) and await scope.pointer(task) is None and await self._full(scope, task):
-                raise TooLarge(f"A tenant may have {most} tasks (MAX_TASKS): delete one first.")
-            yield
-        finally:
-            coming[place] -= 1
-            if not coming[place]:
-                del coming[place]
-
-    async def _full(self, scope: Scope, task: str) -> bool:
-        """Whether there are as many tasks as may be, with those that are coming: one of them may be there by now."""
-        others = sum(tenant == scope.tenant and name != task for tenant, name in self._coming)
-        return others >= self.limits.max_tasks or await scope.full(self.limits.max_tasks - others)
 
     async def _embed(self, payloads: Sequence[Payload]) -> Embedded:
         """Features of images, which count for the caller's quota unless there was no room for them."""
