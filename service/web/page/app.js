@@ -14,6 +14,7 @@ const say = (text) => {
 };
 const table = new Try($("try"), say);
 let desk = null;
+let listed = false; // whether there are tasks to be listed, as far as is known
 let language = LANGUAGES[0];
 
 // A key, when the service asks for one.
@@ -46,6 +47,7 @@ function put(next) {
   next.addEventListener("problem", here((event) => tell(event.detail)));
   tell("");
   draw();
+  lookForTasks();
 }
 
 async function arrive() {
@@ -64,6 +66,50 @@ function fresh() {
   $("boxes").querySelector("input").focus();
 }
 
+// The tasks that are there. Where there are none, or none for this key, there is nothing to be seen of it.
+
+async function lookForTasks() {
+  listed = await api.tasks().then(({ items }) => items.length > 0, () => false);
+  draw();
+}
+
+async function listTasks(after = "") {
+  const [names, more] = $("tasks").querySelectorAll("ul, [type=button]");
+  more.disabled = true; // until it is known what comes next
+  try {
+    const { items, next_cursor: next } = await api.tasks(after);
+    const current = (name) => (desk.task && desk.name === name ? "page" : null);
+    const rows = items.map(({ task }) => el("li", {}, el("a", { href: `#${task}`, "aria-current": current(task) }, task)));
+    if (after) names.append(...rows);
+    else names.replaceChildren(...rows);
+    more.hidden = next === null;
+    more.disabled = false;
+    more.onclick = () => listTasks(next);
+    if (!$("tasks").open) $("tasks").showModal();
+    rows[0]?.firstChild.focus();
+  } catch (error) {
+    $("tasks").close();
+    tell(error.message);
+  }
+}
+
+// Photos that no task has learned are nowhere but here.
+const loose = () => !desk.task && desk.boxes.some((box) => box.shown.length);
+
+// A name that was typed may be that of a task, which is opened unless there is something here.
+async function openNamed() {
+  const [here, { name }] = [desk, desk];
+  try {
+    await api.get(name);
+  } catch (error) {
+    if (error.status !== 404 && here === desk) tell(error.message);
+    return;
+  }
+  if (here !== desk || desk.name !== name || desk.task || loose()) return; // it has gone on meanwhile
+  history.pushState(null, "", `#${name}`);
+  arrive();
+}
+
 function tell(text) {
   write($("problem").firstElementChild, text);
   $("problem").hidden = !text;
@@ -78,6 +124,7 @@ function draw() {
   name.readOnly = task !== null;
   document.title = task ? `${desk.name} - fewshot` : "fewshot";
   $("forget").hidden = !task;
+  $("list").hidden = !listed && !task;
   $("undo").hidden = !desk.undoable;
   $("undo").title = desk.undoable ? `Undo: ${desk.undoable}` : "";
   $("retain").parentElement.hidden = task !== null;
@@ -131,10 +178,17 @@ function drawReport(task) {
     write(advice, said(report?.advice) || "With two photos of a class or more, it can tell how well it does.");
   } else {
     const how = report.estimate === "leave-one-out" ? "one at a time" : "in turn";
-    const right = Math.round(report.accuracy * many);
-    write(lead, `Held back ${how}, ${right} of ${plural(many, "photo")} ${right === 1 ? "was" : "were"} recognised.`);
+    const right = many - report.confusions.reduce((sum, { count }) => sum + count, 0);
     const [low, high] = (report.interval ?? []).map((share) => Math.round(100 * share));
-    write(range, `${percent(report.accuracy)} (95 % interval: ${low} to ${high})`);
+    const [share, sure] = [percent(report.accuracy), `95 % interval: ${low} to ${high}`];
+    if (report.twins.length) {
+      // A count of photos would not fit a share in which some count as one.
+      write(lead, `Held back ${how}, ${share} were recognised; photos that look alike count as one.`);
+      write(range, sure);
+    } else {
+      write(lead, `Held back ${how}, ${right} of ${plural(many, "photo")} ${right === 1 ? "was" : "were"} recognised.`);
+      write(range, `${share} (${sure})`);
+    }
     write(advice, said(report.advice));
   }
   range.hidden = (report?.interval ?? null) === null;
@@ -236,9 +290,16 @@ $("task").addEventListener("change", () => {
   tell(right ? "" : "A task name has 1 to 64 letters, digits, '-' or '_'.");
   $("task").value = desk.name;
   desk.retry();
+  if (right && !desk.task && !loose()) openNamed();
 });
 $("task").addEventListener("keydown", (event) => event.key === "Enter" && event.target.blur());
 $("fresh").addEventListener("click", fresh);
+$("list").addEventListener("click", () => listTasks());
+$("tasks").addEventListener("click", (event) => {
+  if (!event.target.matches("a")) return;
+  if (loose() && !confirm("The photos here are in no task yet and would be gone. Leave them?")) event.preventDefault();
+  else $("tasks").close();
+});
 $("forget").addEventListener("click", async () => {
   if (!confirm(`Delete the task "${desk.name}", here and in the service?`)) return;
   await desk.forget();

@@ -38,7 +38,7 @@ from tests.service.live import served
 from tests.service.web.browser import WAIT_MS, Watched, chromium, drop, paste
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page, Request, Route
+    from playwright.sync_api import Browser, Dialog, Locator, Page, Request, Route
 
 SAMPLE = Path(page_module.__file__).parent.parent / "sample"
 SOURCES = {path.name: path.read_text("utf-8") for path in page_module.FOLDER.iterdir()}
@@ -48,6 +48,9 @@ QUICK_S = 2.0  # from a drop to its bars, on whatever runs the tests; on an idle
 
 def photos(letter: str, *numbers: int) -> list[Path]:
     return [SAMPLE / letter / f"{number}.png" for number in numbers]
+
+
+LETTERS = [(letter, (path.name, path.read_bytes())) for letter in ("alpha", "theta") for path in photos(letter, 1)]
 
 
 # What it is served with.
@@ -158,10 +161,7 @@ def service(browser: Browser) -> Iterator[httpx.Client]:
     """The service with the artifact for characters. It has answered before, as one that people use has."""
     app = create_app(Settings(artifact=PRETRAINED / "characters"), store=MemoryStore())
     with served(app) as client:
-        files = [
-            (letter, (path.name, path.read_bytes())) for letter in ("alpha", "theta") for path in photos(letter, 1)
-        ]
-        assert client.put("/v1/tasks/warm", files=files).status_code == 201
+        assert client.put("/v1/tasks/warm", files=LETTERS).status_code == 201
         yield client
 
 
@@ -373,6 +373,23 @@ def test_the_report_names_the_photo_that_looks_like_another_class(watched: Watch
 
 
 @pytest.mark.browser
+def test_no_count_is_told_where_photos_that_look_alike_count_as_one(watched: Watched, service: httpx.Client) -> None:
+    page = taught(watched)
+    again = io.BytesIO()
+    Image.open(photos("alpha", 6)[0]).convert("RGB").save(again, "JPEG", quality=95)
+    drop(box(page, 2), [*photos("alpha", 6), ("again.jpg", again.getvalue())])
+    settled(page, service, {"alpha": 5, "theta": 7})
+    report = task_of(page, service)["report"]
+    assert [len(group) for group in report["twins"]] == [2]
+    assert sum(item["count"] for item in report["confusions"]) == 2  # of twelve; as one of eleven in the accuracy
+    assert report["accuracy"] == round(10 / 11, 4)
+    page.get_by_text("91 % were recognised; photos that look alike count as one.").wait_for()
+    assert not re.search(r"\d+ of \d+", page.locator("#report .lead").inner_text())
+    low, high = (round(100 * share) for share in report["interval"])
+    assert page.locator(".range").inner_text() == f"95 % interval: {low} to {high}"
+
+
+@pytest.mark.browser
 def test_a_bad_file_is_named_beside_its_box_and_costs_no_other(watched: Watched, service: httpx.Client) -> None:
     page = taught(watched)
     good = photos("alpha", 6)[0].read_bytes()
@@ -526,11 +543,105 @@ def test_a_chosen_name_is_used_and_one_that_is_taken_is_not_overwritten(
 
 
 @pytest.mark.browser
+def test_the_tasks_that_are_there_are_listed_and_opened(browser: Browser) -> None:
+    app = create_app(Settings(artifact=PRETRAINED / "characters"), store=MemoryStore())
+    with served(app) as client:
+        for watched in _watched(browser, client):
+            with watched.page.expect_response("**/v1/tasks?*"):
+                page = watched.open()
+            tasks = page.get_by_role("button", name="Tasks", exact=True)
+            page.wait_for_timeout(50)
+            assert not tasks.is_visible()  # there are none
+            taught(watched)
+            own = page.url.split("#")[1]
+            tasks.wait_for()
+            names = ["Zoo", "a", "b-2", "c_3", "x" * 64]
+            for name in names:
+                assert client.put(f"/v1/tasks/{name}", files=LETTERS).status_code == 201
+            names = sorted([*names, own])
+
+            # Four at a time, by keyboard.
+            page.route("**/v1/tasks?*", lambda route: route.continue_(url=f"{route.request.url}&limit=4"))
+            tasks.press("Enter")
+            shown = page.get_by_role("dialog", name="Tasks").get_by_role("link")
+            shown.nth(3).wait_for()
+            assert shown.all_inner_texts() == names[:4]
+            assert page.evaluate("document.activeElement.textContent") == names[0]
+            page.get_by_role("button", name="More").press("Enter")
+            shown.nth(5).wait_for()
+            assert shown.all_inner_texts() == names
+            assert page.evaluate("document.activeElement.textContent") == names[4]
+            assert not page.get_by_role("button", name="More").is_visible()
+            assert page.locator("#tasks [aria-current]").all_inner_texts() == [own]
+            page.keyboard.press("Escape")
+            assert page.evaluate("document.activeElement.textContent") == "Tasks"
+
+            tasks.click()
+            shown.filter(has_text="b-2").click()
+            page.locator(".photo.learned").nth(1).wait_for()
+            assert page.url.endswith("#b-2")
+            assert page.get_by_label("Task", exact=True).input_value() == "b-2"
+            assert not page.get_by_role("dialog").is_visible()
+            assert page.locator(".photo").count() == 2
+
+            # The last one that is deleted leaves no list behind.
+            for name in set(names) - {"b-2"}:
+                client.delete(f"/v1/tasks/{name}")
+            page.once("dialog", lambda dialog: dialog.accept())
+            page.get_by_role("button", name="Delete").click()
+            tasks.wait_for(state="hidden")
+
+
+@pytest.mark.browser
+def test_photos_that_are_in_no_task_yet_are_not_left_without_a_question(
+    watched: Watched, service: httpx.Client
+) -> None:
+    page = watched.open()
+    drop(box(page, 1), photos("alpha", 1, 2))
+    box(page, 1).locator(".photo.waiting").nth(1).wait_for()
+    page.get_by_role("button", name="Tasks", exact=True).click()
+    asked = []
+
+    def refuse(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.dismiss()
+
+    page.once("dialog", refuse)
+    warm = page.get_by_role("link", name="warm", exact=True)
+    warm.click()
+    assert "in no task yet" in asked[0]
+    assert box(page, 1).locator(".photo").count() == 2
+    assert "#" not in page.url
+    page.once("dialog", lambda dialog: dialog.accept())
+    warm.click()
+    page.locator(".photo.learned").nth(1).wait_for()
+    assert page.url.endswith("#warm")
+
+
+@pytest.mark.browser
+def test_a_task_is_opened_by_typing_its_name(watched: Watched, service: httpx.Client) -> None:
+    watched.expected.append("404")
+    page = watched.open()
+    name_boxes(page, "ant", "bee")
+    field = page.get_by_label("Task", exact=True)
+    field.fill("not-there")
+    with page.expect_response("**/v1/tasks/not-there"):
+        field.press("Enter")
+    page.wait_for_timeout(50)
+    assert page.locator(".name").first.input_value() == "ant"  # nothing is taken from a new one
+    field.fill("warm")
+    field.press("Enter")
+    page.locator(".photo.learned").nth(1).wait_for()
+    assert page.url.endswith("#warm")
+    assert {page.locator(".name").nth(n).input_value() for n in range(2)} == {"alpha", "theta"}
+    assert shots(page, service) == {"alpha": 1, "theta": 1}
+
+
+@pytest.mark.browser
 def test_a_made_up_name_that_is_taken_gives_way_to_another(watched: Watched, service: httpx.Client) -> None:
     watched.expected.append("412")
     first = "amber-birch-1000"
-    files = [(letter, (path.name, path.read_bytes())) for letter in ("alpha", "theta") for path in photos(letter, 1)]
-    head = service.put(f"/v1/tasks/{first}", files=files).json()["head"]
+    head = service.put(f"/v1/tasks/{first}", files=LETTERS).json()["head"]
     watched.page.add_init_script(
         "let low = 3; const { random } = Math; Math.random = () => (low-- > 0 ? 0 : random());"
     )
@@ -629,6 +740,41 @@ def test_a_key_is_asked_for_sent_and_forgotten_with_the_tab(browser: Browser, tm
             other = watched.context.new_page()
             other.goto(page.url)
             other.get_by_role("dialog").wait_for()
+
+
+@pytest.mark.browser
+def test_tasks_are_listed_to_whom_the_key_lets_and_nobody_is_asked_for_one(browser: Browser, tmp_path: Path) -> None:
+    _, token = keys.create(tmp_path / "keys.json", tenant="home", scopes=("adapt", "classify"))
+    _, blind = keys.create(tmp_path / "keys.json", tenant="home", scopes=("admin",))
+    settings = Settings(artifact=PRETRAINED / "characters", keys_file=tmp_path / "keys.json")
+    with served(create_app(settings, store=MemoryStore())) as client:
+        known = {"Authorization": f"Bearer {token}"}
+        assert client.put("/v1/tasks/mine", files=LETTERS, headers=known).status_code == 201
+        for watched in _watched(browser, client):
+            watched.expected += ["401", "403"]
+            page = watched.page
+            tasks = page.get_by_role("button", name="Tasks", exact=True)
+            for key in (None, blind):
+                if key:
+                    page.evaluate("key => sessionStorage.setItem('fewshot-key', key)", key)
+                with page.expect_response("**/v1/tasks?*") as refused:
+                    watched.open()
+                    page.reload()
+                assert refused.value.status == (403 if key else 401)
+                page.wait_for_timeout(100)
+                assert not tasks.is_visible()
+                assert not page.get_by_role("dialog").is_visible()
+                assert not page.get_by_role("alert").is_visible()
+            page.evaluate("sessionStorage.clear()")
+            page.get_by_label("Task", exact=True).fill("mine")
+            page.get_by_label("Task", exact=True).press("Enter")
+            page.get_by_role("dialog").get_by_label("Key").fill(token)
+            page.get_by_role("button", name="Use it").click()
+            page.locator(".photo.learned").nth(1).wait_for()
+            page.get_by_role("button", name="New task").click()
+            tasks.click()
+            page.get_by_role("link", name="mine", exact=True).click()
+            page.locator(".photo.learned").nth(1).wait_for()
 
 
 @pytest.mark.browser
@@ -885,6 +1031,10 @@ def test_it_fits_whatever_it_is_shown_on(browser: Browser, service: httpx.Client
         page.locator(".photo.suspect").wait_for()
         assert ask(page, *photos("theta", 8)) == "theta"
         picture_of(page, f"{look}-taught", full=look != "phone")  # a picture of it all forgets that there is no mouse
+        page.get_by_role("button", name="Tasks", exact=True).click()
+        page.get_by_role("link", name="warm", exact=True).wait_for()
+        picture_of(page, f"{look}-tasks", full=False)
+        page.keyboard.press("Escape")
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= context[look]["viewport"]["width"], "it scrolls sideways"
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
