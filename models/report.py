@@ -26,6 +26,7 @@ FOLDS = 5
 MOST_SUSPECTS = 10
 ENOUGH, GOOD = 5, 10  # shots of a class
 MANY_TWINS = 0.3  # of all examples
+MANY_WRONG = 0.25  # of what was held out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,13 +138,16 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
     )
     things = float(weight[held.index].sum())
     right = things - float(weight[held.index[wrong]].sum())
+    interval = wilson(right, things)
+    # Perhaps no better than by chance: then it is not the label of one example that is wrong.
+    failed = interval[0] <= 1 / len(labels) and right < (1 - MANY_WRONG) * things
     return Report(
         round(right / things, 4),
-        wilson(right, things),
+        interval,
         held.estimate,
         confusions,
         suspects,
-        _advice(suspects, confusions, alike or few, counts),
+        _advice(suspects, confusions, alike or few, counts, failed),
         twins,
     )
 
@@ -177,7 +181,15 @@ def _alike(held: HeldOut, classes: np.ndarray, labels: Sequence[str]) -> str:
     )
 
 
-def _advice(suspects: Sequence[Suspect], confusions: Sequence[Confusion], few: str, counts: np.ndarray) -> str:
+def _advice(
+    suspects: Sequence[Suspect], confusions: Sequence[Confusion], few: str, counts: np.ndarray, failed: bool
+) -> str:
+    if failed and counts.min() > 2:
+        both_ways: Counter[tuple[str, ...]] = Counter()
+        for item in confusions:
+            both_ways[tuple(sorted((item.label, item.taken_for)))] += item.count
+        one, other = both_ways.most_common(1)[0][0]
+        return f"{one!r} and {other!r} cannot be told apart from these examples: add ones that show how they differ."
     if suspects and suspects[0].score >= 0.8 and counts.min() > 2:
         first = suspects[0]
         return f"Look at example {first.example} of {first.label!r}: it looks like {first.looks_like!r}."

@@ -33,15 +33,16 @@ class Telltale:
         return Affine(weight, bias)
 
 
-def told(truth: list[int], guess: list[int], sure: list[float]) -> Report:
+def told(truth: list[int], guess: list[int], sure: list[float], labels: tuple[str, ...] = LABELS) -> Report:
     """The report on examples all of which were held out: what they are, what they were taken for, and how surely."""
     pairs = zip(guess, sure, strict=True)
-    logits = np.array([[np.log(p if k == g else (1 - p) / 2) for k in range(3)] for g, p in pairs])
+    way = len(labels)
+    logits = np.array([[np.log(p if k == g else (1 - p) / (way - 1)) for k in range(way)] for g, p in pairs])
     classes = np.array(truth)
     return report(
         HeldOut(np.arange(len(truth)), logits, "leave-one-out"),
         classes=classes,
-        labels=LABELS,
+        labels=labels,
         ids=[f"ex_{k}" for k in range(len(truth))],
     )
 
@@ -363,6 +364,32 @@ def test_an_example_that_surely_looks_wrong_is_pointed_at_first() -> None:
 def test_classes_that_are_mixed_up_without_conviction_need_examples_of_their_difference() -> None:
     found = told([0] * 5 + [1] * 5 + [2] * 5, [0] * 5 + [1] * 3 + [2] * 7, [0.5] * 15)
     assert found.advice.startswith("Add examples of 'bee' and 'cat'")
+
+
+def test_where_the_whole_task_fails_no_single_example_is_blamed() -> None:
+    found = told([0] * 5 + [1] * 5, [0, 0, 1, 1, 1, 1, 1, 0, 0, 0], [0.95] * 10, LABELS[:2])
+    assert (found.accuracy, len(found.suspects)) == (0.4, 6)
+    assert found.advice == (
+        "'ant' and 'bee' cannot be told apart from these examples: add ones that show how they differ."
+    )
+
+
+def test_the_two_classes_that_are_taken_for_each_other_most_are_named() -> None:
+    """Both ways counted, 'ant' and 'bee' are four, though the most that go one way are three, of 'ant' to 'cat'."""
+    guess = [1, 1, 2, 2, 2, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 1, 1]
+    found = told([0] * 6 + [1] * 6 + [2] * 6, guess, [0.9] * 18)
+    assert found.advice.startswith("'ant' and 'bee' cannot be told apart")
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_of_few_examples_one_that_looks_wrong_is_still_pointed_at(wrong: int) -> None:
+    """Their interval reaches down to chance, too, but most of them are right."""
+    found = told([0] * 4 + [1] * 4, [1] * wrong + [0] * (4 - wrong) + [1] * 4, [0.95] * 8, LABELS[:2])
+    assert found.advice == "Look at example ex_0 of 'ant': it looks like 'bee'."
+
+
+def test_two_examples_of_a_class_are_few_before_they_are_a_failure() -> None:
+    assert told([0] * 2 + [1] * 2, [1, 0, 0, 0], [0.95] * 4, LABELS[:2]).advice.startswith("Add 3 more of 'ant'")
 
 
 def test_a_task_without_faults_is_ready_and_more_so_with_more_examples() -> None:
