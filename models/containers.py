@@ -26,6 +26,7 @@ class Container:
     orientation: int  # 1 to 8, as EXIF counts; 1 is upright
     frames: int
     data: bytes  # the same picture, without the parts that make no pixels
+    one_pass: bool = False  # a JPEG that is decoded row by row, at a fraction of its size if one likes
 
 
 def unwrap(payload: bytes) -> Container:
@@ -65,13 +66,14 @@ def area(payload: bytes) -> int:
 
 _MARKER = re.compile(rb"\xff([^\x00\xff])", re.DOTALL)
 _FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL = (0xC0, 0xC1)
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 _NO_PIXELS = {*range(0xE1, 0xF0), 0xFE} - {0xEE}  # applications' segments and comments; JFIF and Adobe name the colours
 
 
 def _jpeg(payload: bytes) -> Container:
     size = None
-    orientation = 0
+    orientation = rows = 0  # rows: how many components come row by row, where the frame is sequential
     kept = [payload[:2]]
     at = 2
     for _ in range(MAX_PARTS):
@@ -90,6 +92,7 @@ def _jpeg(payload: bytes) -> Container:
         if kind in _FRAME_HEADERS and size is None:
             height, width = struct.unpack_from(">HH", segment, 5)
             size = (width, height)
+            rows = segment[9] if kind in _SEQUENTIAL else 0
         if kind == 0xE1 and segment[4:10] == b"Exif\0\0":
             orientation = orientation or _orientation(segment[10:])
         if kind not in _NO_PIXELS:
@@ -98,7 +101,9 @@ def _jpeg(payload: bytes) -> Container:
         raise ValueError("too many segments")
     if size is None or payload.count(b"\xff\xda", at) > MAX_SCANS:
         raise ValueError("no frame, or too many scans")
-    return Container("JPEG", size, orientation or 1, 1, b"".join([*kept, payload[at:]]))
+    # With all components in its first scan it has no other: libjpeg goes by the same.
+    one_pass = rows == payload[at + 4] > 0
+    return Container("JPEG", size, orientation or 1, 1, b"".join([*kept, payload[at:]]), one_pass)
 
 
 def _png(payload: bytes) -> Container:

@@ -18,6 +18,7 @@ from models.errors import TooLarge, UndecodableExample
 FORMATS = ("JPEG", "PNG", "WEBP")
 MIN_EDGE = 8
 MAX_ASPECT = 20
+ONE_PASS = 4  # times as many pixels may a JPEG have that is never held in full: cameras' pictures have 24 or 48 million
 
 # A picture that ends early is refused, not filled with grey.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -65,8 +66,11 @@ class ImageDecoder:
         except Exception:  # as above
             raise UndecodableExample(_why_not_an_image(payload)) from None
         width, height = container.size
-        if width * height > self.max_pixels:
-            raise TooLarge(f"The image has {width} x {height} pixels; the limit is {self.max_pixels} (MAX_PIXELS).")
+        most = self.max_pixels * (ONE_PASS if container.one_pass else 1)
+        if width * height > most:
+            raise TooLarge(
+                f"The image has {width} x {height} pixels; the limit is {most} {_MAX_PIXELS[container.one_pass]}."
+            )
         if min(width, height) < MIN_EDGE:
             raise UndecodableExample(f"The image is {width} x {height}; each side needs at least {MIN_EDGE} pixels.")
         if max(width, height) > MAX_ASPECT * min(width, height):
@@ -111,6 +115,7 @@ class ImageDecoder:
         return np.asarray(image, dtype=np.uint8).reshape(self.shape)
 
 
+_MAX_PIXELS = ("(MAX_PIXELS)", f"({ONE_PASS} x MAX_PIXELS, of a JPEG)")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

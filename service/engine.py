@@ -94,24 +94,11 @@ class Engine:
         self._learning.learner(method)
         examples = checked(examples, unlabelled, self.limits)
         head_id = head_id_of(self.artifact.digest, method, examples, unlabelled)
-        name = task_name(task) if task is not None else "t_" + head_id[3:27]
+        name = task_name(task) if task is not None else _name_of(head_id)
+        open_to_all = expect is None and ttl_s is None  # else a condition was named, or an end: let the store decide
 
         async def known(head_id: str, *, admitted: bool = False) -> Adapted | None:
-            """The task, when it already is at this head, and to stay as it was asked to."""
-            if expect is not None or ttl_s is not None:
-                return None  # a condition was named, or an end: let the store decide
-            try:
-                pointer = await scope.pointer(name)
-                if pointer is None or pointer.head != head_id or pointer.stale:
-                    return None
-                found = await scope.record(name)
-            except SealBroken:
-                return None  # damaged: learn it again, which repairs it
-            if found is None or found[0].head != head_id or found[1].expires is not None:
-                return None
-            if retain != bool(found[1].images):
-                return None
-            return await self._tasks.told(name, found[0], found[1], known=True, admitted=admitted)
+            return await self._known(scope, name, head_id, retain=retain, admitted=admitted) if open_to_all else None
 
         async def work() -> Adapted:
             embedded = await self.batcher.embed([*(example.payload for example in examples), *unlabelled])
@@ -136,6 +123,53 @@ class Engine:
                 return there
             with spending(len(examples) + len(unlabelled), Overloaded):
                 return await self._flights.once(flight, work)
+
+    async def copy(
+        self,
+        scope: Scope,
+        task: str | None,
+        other: str,
+        *,
+        method: str = "",
+        ttl_s: float | None = None,
+        expect: Expected = None,
+    ) -> Adapted:
+        """Makes a task, in one version, what another one is now, its images included where those are kept.
+
+        So what was tried under one name takes the place of another at once. Raises TaskNotFound where there is no such
+        other, and what `adapt` raises.
+        """
+        if method:
+            self._learning.learner(method)
+        _, found = await self._tasks.found(scope, other)
+        record, now = await self._learning.ours(other, found), time.time()
+        ends = None if ttl_s is None else now + ttl_s
+        record = replace(record, method=method or record.method, created=now, expires=ends)
+        head_id = record_id(record)
+        name = task_name(task) if task is not None else _name_of(head_id)
+        async with self._places.kept(scope, name):
+            if expect is None and ttl_s is None:
+                there = await self._known(scope, name, head_id, retain=bool(record.images))
+                if there:
+                    return there
+            return await self._tasks.store(scope, name, record, head_id, expect)
+
+    async def _known(
+        self, scope: Scope, name: str, head_id: str, *, retain: bool, admitted: bool = False
+    ) -> Adapted | None:
+        """The task, when it already is at this head, and to stay as it was asked to."""
+        try:
+            pointer = await scope.pointer(name)
+            if pointer is None or pointer.head != head_id or pointer.stale:
+                return None
+            found = await scope.record(name)
+        except SealBroken:
+            return None  # damaged: learn it again, which repairs it
+        if found is None or found[0].head != head_id or found[1].expires is not None:
+            return None
+        if retain != bool(found[1].images):
+            return None
+        return await self._tasks.told(name, found[0], found[1], known=True, admitted=admitted)
 
     async def add(
         self,
@@ -273,14 +307,13 @@ class Engine:
         return Predictions(None, None, head, record_id(record), rows, timings), rejected
 
     async def embed(self, payloads: Sequence[Payload], *, on_bad_image: OnBadImage = "skip") -> Embedded:
-        """Features of images, for other systems; when none is good, the first error is raised."""
+        """Features of images, for other systems, or the error of each bad one; of a lone one it is raised."""
         self._check_queries(payloads)
         embedded = await self._embed(payloads)
         errors = [item for item in embedded.items if isinstance(item, FewshotError)]
         good = len(embedded.items) - len(errors)
         self.metrics.observe("embed", embedded.stages(), good=good, bad=len(errors))
-        if errors and (not good or on_bad_image == "fail" or isinstance(errors[0], ExtractorFailed)):
-            raise errors[0]
+        _check(embedded, on_bad_image)
         return embedded
 
     async def describe(self, scope: Scope, task: str, *, version: int | None = None) -> Adapted:
@@ -310,10 +343,10 @@ class Engine:
     async def tasks(self, scope: Scope, *, limit: int, after: str) -> list[tuple[str, Pointer]]:
         return await scope.tasks(limit=limit, after=after)
 
-    async def forget(self, scope: Scope, task: str) -> None:
+    async def forget(self, scope: Scope, task: str, *, expect: Expected = None) -> None:
         """When this returns, the task is gone for good. Raises TaskNotFound."""
         try:
-            found = await scope.delete(task_name(task))
+            found = await scope.delete(task_name(task), expect=expect)
         finally:  # also where nobody knows whether it was deleted
             # What an earlier caller still waits to be told was undone with it: who asks again is not told the same.
             self._flights.leave_alone(scope.tenant, task)
@@ -345,17 +378,28 @@ class Engine:
     def _rows(
         self, head: Head, embedded: Embedded, on_bad_image: OnBadImage, explain: Record | None
     ) -> tuple[list[Answer | FewshotError], dict[str, float]]:
-        """The answer for each image, or its error; when none is good, the first error is raised."""
+        """The answer for each image, or its error; of a lone image it is raised."""
         start = time.perf_counter()
         good = [item for item in embedded.items if isinstance(item, np.ndarray)]
-        errors = [item for item in embedded.items if isinstance(item, FewshotError)]
-        self.metrics.observe("classify", embedded.stages(), good=len(good), bad=len(errors))
-        if errors and (not good or on_bad_image == "fail" or isinstance(errors[0], ExtractorFailed)):
-            raise errors[0]
+        bad = len(embedded.items) - len(good)
+        self.metrics.observe("classify", embedded.stages(), good=len(good), bad=bad)
+        _check(embedded, on_bad_image)
         rejection = self.artifact.manifest.rejections.get(head.method)
-        answers = iter(answered(np.array(good), head, rejection, explain))
+        answers = iter(answered(np.array(good), head, rejection, explain) if good else ())
         rows = [item if isinstance(item, FewshotError) else next(answers) for item in embedded.items]
         return rows, {**embedded.stages(), "head": (time.perf_counter() - start) * 1e3}
+
+
+def _check(embedded: Embedded, on_bad_image: OnBadImage) -> None:
+    """Raises the first error where it is not to be told beside the answers for other images, or is not an image's."""
+    errors = [item for item in embedded.items if isinstance(item, FewshotError)]
+    if errors and (len(embedded.items) == 1 or on_bad_image == "fail" or isinstance(errors[0], ExtractorFailed)):
+        raise errors[0]
+
+
+def _name_of(head_id: str) -> str:
+    """The name of a task that was given none."""
+    return "t_" + head_id[3:27]
 
 
 def _part(embedded: Embedded, start: int, stop: int) -> Embedded:

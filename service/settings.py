@@ -80,13 +80,17 @@ class Settings(BaseModel):
     )
     header_timeout_s: float = Field(10, gt=0, description="longest time for the head of a request to arrive")
     answer_timeout_s: float = Field(30, gt=0, description="longest time in which a client takes nothing of its answer")
-    max_body_bytes: int = Field(16_000_000, ge=1000, description="largest body of a request")
+    max_body_bytes: int = Field(32_000_000, ge=1000, description="largest body of a request")
     max_bodies_bytes: int = Field(
         256_000_000, ge=1000, description="most bytes of all bodies in memory at once; beyond that they are refused"
     )
     body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
     max_example_bytes: int = Field(8_000_000, ge=1000, description="largest encoded image")
-    max_pixels: int = Field(16_800_000, ge=1000, description="most pixels of an image, read from its header")
+    max_pixels: int = Field(
+        16_800_000,
+        ge=1000,
+        description="most pixels of an image, by its header; a usual JPEG may have four times as many",
+    )
     max_text_bytes: int = Field(16_384, ge=16, description="largest text, where the artifact reads texts")
     max_examples: int = Field(512, ge=2, le=10_000, description="most images of one support set")
     max_queries: int = Field(64, ge=1, le=10_000, description="most images of one classify request")

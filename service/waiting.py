@@ -21,11 +21,12 @@ import numpy as np
 
 from models.containers import area
 from models.errors import FewshotError, Overloaded
+from models.images import ONE_PASS
 
 LARGE = 100_000  # bytes of a file that small ones are not to wait for
 ONE_MORE = 500_000  # bytes beyond that, which take as long to decode as a small image takes in all
 PIXELS = 300_000  # that take as long to decode as a small image takes in all
-MOST_PIXELS = 16_800_000  # that are counted, whatever a header claims
+MOST_PIXELS = 16_800_000  # that are counted, whatever a header claims; of a JPEG four times as many
 PIXELS_SCALED = 2_000_000  # of a JPEG, which is made smaller while it is decoded
 MOST_REMEMBERED = 1000  # tenants that do not wait and had more than others
 MEMORY = 32  # calls of lanes, over which their speed is averaged
@@ -36,7 +37,9 @@ def cost(payload: Payload) -> float:
     """How many small images' work one is, going by its bytes and by the pixels that its header tells."""
     if not isinstance(payload, bytes):
         return 1.0
-    by_pixels = min(area(payload), MOST_PIXELS) / (PIXELS_SCALED if payload.startswith(b"\xff\xd8") else PIXELS)
+    jpeg = payload.startswith(b"\xff\xd8")
+    most, unit = (ONE_PASS * MOST_PIXELS, PIXELS_SCALED) if jpeg else (MOST_PIXELS, PIXELS)
+    by_pixels = min(area(payload), most) / unit
     return max(1.0, by_pixels) + max(0, len(payload) - LARGE) / ONE_MORE
 
 

@@ -99,8 +99,11 @@ class Scope(Protocol):
         """
         ...
 
-    async def delete(self, task: str) -> bool:
-        """Forgets a task, all its versions and what is remembered beside it, durably; False when there is none."""
+    async def delete(self, task: str, *, expect: Expected = None) -> bool:
+        """Forgets a task, all its versions and what is remembered beside it, durably; False when there is none.
+
+        `expect` is where the task must be, as for a commit. Raises VersionConflict.
+        """
         ...
 
     async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:

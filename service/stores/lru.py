@@ -156,8 +156,8 @@ class RecentScope:
             self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
         return pointer
 
-    async def delete(self, task: str) -> bool:
-        return await self._recent.whole(self._write(task, self._beneath.delete(task), lambda _: None))
+    async def delete(self, task: str, *, expect: Expected = None) -> bool:
+        return await self._recent.whole(self._write(task, self._beneath.delete(task, expect=expect), lambda _: None))
 
     async def full(self, most: int) -> bool:
         return await self._beneath.full(most)

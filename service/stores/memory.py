@@ -136,10 +136,13 @@ class MemoryScope:
             self._put_head(head_id, head, expires=record.expires)
         return pointer
 
-    async def delete(self, task: str) -> bool:
+    async def delete(self, task: str, *, expect: Expected = None) -> bool:
         at, records = self._get("pointer", task), self._beside(task, "record")
         current = max((int(name[1]) for name in records), default=0)
-        for known in self._sealed.history(task, current, pointer=at, history=self._get("history", task)).versions:
+        history = self._sealed.history(task, current, pointer=at, history=self._get("history", task))
+        if at is not None:
+            next_version(current, history, expect)
+        for known in history.versions:
             self._drop("head", known.head)
         for kind in ("record", "remembered"):
             for name in self._beside(task, kind):

@@ -262,9 +262,11 @@ class RedisScope:
         watched = self._key("p", task)
         return await self._store.link.call(lambda client: self._change(client, watched, change), answers=5)
 
-    async def delete(self, task: str) -> bool:
+    async def delete(self, task: str, *, expect: Expected = None) -> bool:
         async def look(client: Redis) -> tuple[bool, list[str]]:
             found = await self._found(client, task)
+            if found.version:
+                next_version(found.version, found.history, expect)
             index = self._key("m", task)
             # Should another task share a head, it is made again. What comes to be remembered from here on is no longer
             # in an index, so it is gone as well.

@@ -324,11 +324,14 @@ class SqliteScope:
 
         return await self._store.change(work, moves=(self.tenant, task))
 
-    async def delete(self, task: str) -> bool:
+    async def delete(self, task: str, *, expect: Expected = None) -> bool:
         def work(db: sqlite3.Connection) -> bool:
             row = db.execute(PLACE, self._now(task)).fetchone()
             current, at, known = row or (0, None, None)
-            for version in self._sealed.history(task, current, pointer=at, history=known).versions:
+            history = self._sealed.history(task, current, pointer=at, history=known)
+            if row is not None:
+                next_version(current, history, expect)
+            for version in history.versions:
                 # Should another task share this head, it is made again.
                 db.execute(DROP_HEAD, (self.tenant, version.head))
             self._sealed.forget(task)

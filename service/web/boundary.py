@@ -15,6 +15,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +28,7 @@ from service.web import problems
 log = logging.getLogger("fewshot.access")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
 LEFT = 499  # in log and metrics, as of nginx: who asked has hung up, or was let go within a body that broke HTTP
+LINGER_S = 5.0  # for who still sends a body that was refused
 PROCESS = os.urandom(10).hex()
 NUMBERS = itertools.count(1)
 ALWAYS = [
@@ -57,7 +59,7 @@ class Boundary:
         state["request_id"] = request_id
         seen = 0
         deadline = start + self.body_timeout_s
-        complete = False
+        complete = cut = False
         status = 0
 
         async def bounded() -> Message:
@@ -90,7 +92,7 @@ class Boundary:
             return message
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, cut
             if message["type"] == "http.response.start":
                 status = message["status"]
                 named = {name for name, _ in message["headers"]}
@@ -99,9 +101,14 @@ class Boundary:
                 total = (time.perf_counter() - start) * 1e3
                 timing = f"{state['timing']}, total;dur={total:.1f}" if "timing" in state else f"total;dur={total:.1f}"
                 headers.append((b"server-timing", timing.encode()))
-                if not complete and (seen or declared):
-                    headers.append((b"connection", b"close"))  # the rest of the body is not read
+                cut = not complete and bool(seen or declared)
+                if cut:
+                    headers.append((b"connection", b"close"))  # the rest of the body is no use
                 message = {**message, "headers": headers}
+            elif cut and not message.get("more_body"):
+                await send({**message, "more_body": True})  # all of it: who sent no more than a head reads it now
+                await _rest_of_body(receive)
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
@@ -135,6 +142,14 @@ class Boundary:
             log.info("request", extra={"fields": fields})
 
 
+async def _rest_of_body(receive: Receive) -> None:
+    """Takes and drops it for a while: a close with bytes unread would cut off the answer (RFC 9112, 9.6)."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
+
+
 def _hangs_up(receive: Receive) -> Callable[[], bool]:
     """Whether the caller has hung up, where the server tells: uvicorn notes it at the request."""
     request: Any = getattr(receive, "__self__", None)
@@ -162,4 +177,7 @@ def _read(scope: Scope) -> tuple[str, int]:
 
 
 def _too_large(limit: int) -> TooLarge:
-    return TooLarge(f"The body has more bytes than the limit of {limit} (MAX_BODY_BYTES).")
+    return TooLarge(
+        f"The body has more bytes than the limit of {limit} (MAX_BODY_BYTES): send fewer images at once, or smaller "
+        "ones; to a task that is there more can be added."
+    )

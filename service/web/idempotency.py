@@ -25,6 +25,7 @@ ANSWER_S = 24 * 3600
 CLAIM_S = 60  # whoever dies at work stands in the way for so long
 LONGEST = 255
 REPLAYED = ("content-type", "etag", "preference-applied")
+WHERE = ("if-match", "if-none-match")  # what a request asks for beside its address and body
 BOUNDARY = re.compile(r"""multipart/form-data;.*\bboundary="?([^";]+)""", re.IGNORECASE)
 
 
@@ -71,7 +72,7 @@ async def once(request: Request, task: str, work: Callable[[], Awaitable[Respons
 
 def _fingerprint(request: Request, body: bytes) -> str:
     """Of all that is asked for. A form that is sent again may come with another boundary, which says nothing."""
-    asked = json.dumps([request.method, request.url.path, request.url.query, request.headers.get("if-match")])
+    asked = json.dumps([request.method, request.url.path, request.url.query, *map(request.headers.get, WHERE)])
     boundary = BOUNDARY.match(request.headers.get("content-type", ""))
     if boundary:
         body = body.replace(b"--" + boundary[1].encode("latin-1"), b"--")

@@ -32,6 +32,9 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {**PROBLEMS[422], "description": "no task of that name"}}
 STALE: dict[int | str, dict[str, Any]] = {409: {**PROBLEMS[422], "description": "learned with another artifact"}}
+AT_WORK: dict[int | str, dict[str, Any]] = {
+    409: {**PROBLEMS[422], "description": "learned with another artifact; or the first request with the key is at work"}
+}
 NOT_RETAINED: dict[int | str, dict[str, Any]] = {409: {**PROBLEMS[422], "description": "the images were not kept"}}
 DENIED: dict[int, dict[str, Any]] = {
     401: {**PROBLEMS[422], "description": "no key, or none that is good here"},
@@ -45,7 +48,8 @@ def _binary(description: str) -> dict[str, Any]:
     return {"schema": {"type": "string", "format": "binary"}, "description": description}
 
 
-_FILES = {"schema": {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}}
+_FILE = {"type": "string", "format": "binary"}
+_FILES = {"schema": {"type": "object", "additionalProperties": {"anyOf": [_FILE, {"type": "array", "items": _FILE}]}}}
 
 
 def _either(images: type[BaseModel], texts: type[BaseModel]) -> dict[str, Any]:
@@ -55,6 +59,54 @@ def _either(images: type[BaseModel], texts: type[BaseModel]) -> dict[str, Any]:
 
 def _body(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": dict(content)}}
+
+
+def optional(body: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {**body["requestBody"], "required": False}}
+
+
+# Headers that we read ourselves, by operation, and those that answers have.
+HEADERS = {
+    "If-Match": "the ETag that the task must be at; 412 where it is not",
+    "If-None-Match": "`*`: only where there is no such task; 412 where there is one",
+    "Idempotency-Key": "1 to 255 printable characters: a request that is sent again within a day is not done again",
+    "Prefer": "`return=minimal`: answered once the change is kept, and learned behind that",
+}
+UNLESS = {"If-None-Match": "an ETag: 304 where the task is still at it"}
+TERMS = ("If-Match", "Idempotency-Key", "Prefer")
+TAKES: Mapping[str, tuple[str, ...]] = {
+    "adapt_named": ("If-Match", "If-None-Match", "Idempotency-Key"),
+    "get_task": ("If-None-Match",),
+    "delete_task": ("If-Match",),
+    **dict.fromkeys(("add_examples", "remove_example", "remove_class", "change_task", "rollback"), TERMS),
+}
+ETAG = "version and head of the task"
+REPLAYED = "`true`: this was answered before, to the same Idempotency-Key"
+RETRY_AFTER = "seconds to wait before it is asked again"
+
+
+def _header(description: str, kind: str = "string") -> dict[str, Any]:
+    return {"description": description, "schema": {"type": kind}}
+
+
+def _with_headers(operation: dict[str, Any]) -> None:
+    """Adds what `TAKES` says of an operation, and the headers of its answers."""
+    names = TAKES.get(operation["operationId"], ())
+    told = UNLESS if operation["operationId"] == "get_task" else HEADERS
+    operation.setdefault("parameters", []).extend(
+        {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": told[name]}
+        for name in names
+    )
+    for status, answer in operation["responses"].items():
+        headers: dict[str, Any] = {}
+        if status in ("200", "201") and (names or operation["operationId"] == "adapt"):
+            headers["ETag"] = _header(ETAG)
+            if "Idempotency-Key" in names:
+                headers["Idempotent-Replayed"] = _header(REPLAYED)
+        if status in ("429", "503"):
+            headers["Retry-After"] = _header(RETRY_AFTER, "integer")
+        if headers:
+            operation["responses"][status] = {**answer, "headers": headers}
 
 
 SUPPORT_BODY = _body(
@@ -124,4 +176,5 @@ def _guarded(document: dict[str, Any]) -> dict[str, Any]:
             if need != PUBLIC:
                 operation["security"] = [{"key": [need]}]
                 operation["responses"].update({str(status): answer for status, answer in DENIED.items()})
+            _with_headers(operation)
     return document

@@ -15,7 +15,7 @@ from service.web import answers, schemas
 from service.web.access import scope_of
 from service.web.bodies import Bounds, one_of, read_support
 from service.web.idempotency import once
-from service.web.openapi import CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STALE, SUPPORT_BODY
+from service.web.openapi import AT_WORK, CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STALE, SUPPORT_BODY, optional
 from service.web.retained import archive, media_type_of, retained
 
 CHANGED: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 500, 503)}
@@ -31,6 +31,7 @@ class AdaptOptions(schemas.Closed):
 
 
 class NewOptions(AdaptOptions):
+    from_task: str = Field("", max_length=64, description="a task that this one is to equal; then there is no body")
     retain: Literal["features", "images"] = Field(
         "features", description="images: kept too, so that the task outlives a change of artifact"
     )
@@ -60,52 +61,57 @@ class ListOptions(schemas.Closed):
 def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     router = APIRouter(tags=["tasks"])
 
+    async def made(request: Request, task: str | None, options: NewOptions) -> Response:
+        scope, expect = scope_of(request), None if task is None else _expected(request)
+        if options.from_task:
+            if await request.body() or options.model_fields_set & {"retain", "on_bad_image"}:
+                raise InvalidRequest("With `from_task` come no examples, and only `method` and `ttl` beside it.")
+            adapted = await engine.copy(
+                scope, task, options.from_task, method=options.method, ttl_s=options.ttl, expect=expect
+            )
+        else:
+            given = await read_support(request, bounds)
+            adapted = await engine.adapt(
+                scope,
+                task,
+                given.examples,
+                unlabelled=given.unlabelled,
+                method=one_of(options.method, given.method),
+                ttl_s=options.ttl,
+                retain=options.retain == "images",
+                expect=expect,
+                on_bad_image=options.on_bad_image,
+            )
+        return answers.task(request.scope["state"], adapted, status=201 if adapted.created else 200)
+
     @router.post(
         "/v1/tasks",
         operation_id="adapt",
         summary="Learn a task from labelled images",
         status_code=201,
         response_model=schemas.Task,
-        openapi_extra=SUPPORT_BODY,
-        responses={200: {"model": schemas.Task, "description": "known already"}, **PROBLEMS},
+        openapi_extra=optional(SUPPORT_BODY),
+        responses={200: {"model": schemas.Task, "description": "known already"}, **PROBLEMS, **NOT_FOUND, **STALE},
     )
     async def adapt(request: Request, options: Annotated[NewOptions, Query()]) -> Response:
-        given = await read_support(request, bounds)
-        adapted = await engine.adapt(
-            scope_of(request),
-            None,
-            given.examples,
-            unlabelled=given.unlabelled,
-            method=one_of(options.method, given.method),
-            ttl_s=options.ttl,
-            retain=options.retain == "images",
-            on_bad_image=options.on_bad_image,
-        )
-        return answers.task(request.scope["state"], adapted, status=201 if adapted.created else 200)
+        return await made(request, None, options)
 
     @router.put(
         "/v1/tasks/{task}",
         operation_id="adapt_named",
         summary="Create or replace a task under a name",
         response_model=schemas.Task,
-        openapi_extra=SUPPORT_BODY,
-        responses={201: {"model": schemas.Task, "description": "created"}, **PROBLEMS, **CONFLICT},
+        openapi_extra=optional(SUPPORT_BODY),
+        responses={
+            201: {"model": schemas.Task, "description": "created"},
+            **PROBLEMS,
+            **NOT_FOUND,
+            **AT_WORK,
+            **CONFLICT,
+        },
     )
     async def adapt_named(request: Request, task: str, options: Annotated[NewOptions, Query()]) -> Response:
-        expect = _expected(request)
-        given = await read_support(request, bounds)
-        adapted = await engine.adapt(
-            scope_of(request),
-            task,
-            given.examples,
-            unlabelled=given.unlabelled,
-            method=one_of(options.method, given.method),
-            ttl_s=options.ttl,
-            retain=options.retain == "images",
-            expect=expect,
-            on_bad_image=options.on_bad_image,
-        )
-        return answers.task(request.scope["state"], adapted, status=201 if adapted.created else 200)
+        return await once(request, task, lambda: made(request, task, options))
 
     @router.get(
         "/v1/tasks",
@@ -138,10 +144,10 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         operation_id="delete_task",
         summary="Forget a task",
         status_code=204,
-        responses={503: PROBLEMS[503], 422: PROBLEMS[422], **NOT_FOUND},
+        responses={503: PROBLEMS[503], 422: PROBLEMS[422], **NOT_FOUND, **CONFLICT},
     )
     async def delete_task(request: Request, task: str, _: Annotated[schemas.NoOptions, Query()]) -> Response:
-        await engine.forget(scope_of(request), task)
+        await engine.forget(scope_of(request), task, expect=_expected(request))
         return Response(status_code=204)
 
     @router.post(
@@ -151,7 +157,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
         openapi_extra=SUPPORT_BODY,
-        responses={**PROBLEMS, **NOT_FOUND, **STALE, **CONFLICT},
+        responses={**PROBLEMS, **NOT_FOUND, **AT_WORK, **CONFLICT},
     )
     async def add_examples(request: Request, task: str, options: Annotated[AddOptions, Query()]) -> Response:
         async def work() -> Response:
@@ -176,13 +182,16 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         summary="Take an example back",
         description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
-        responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
+        responses={**CHANGED, **NOT_FOUND, **AT_WORK, **CONFLICT},
     )
     async def remove_example(
         request: Request, task: str, example: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
-        adapted = await engine.remove_example(scope_of(request), task, example, **_terms(request))
-        return answers.task(request.scope["state"], adapted, status=200)
+        async def work() -> Response:
+            adapted = await engine.remove_example(scope_of(request), task, example, **_terms(request))
+            return answers.task(request.scope["state"], adapted, status=200)
+
+        return await once(request, task, work)
 
     @router.delete(
         "/v1/tasks/{task}/classes/{label:path}",
@@ -190,13 +199,16 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         summary="Take a class back",
         description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
-        responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
+        responses={**CHANGED, **NOT_FOUND, **AT_WORK, **CONFLICT},
     )
     async def remove_class(
         request: Request, task: str, label: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
-        adapted = await engine.remove_class(scope_of(request), task, label, **_terms(request))
-        return answers.task(request.scope["state"], adapted, status=200)
+        async def work() -> Response:
+            adapted = await engine.remove_class(scope_of(request), task, label, **_terms(request))
+            return answers.task(request.scope["state"], adapted, status=200)
+
+        return await once(request, task, work)
 
     @router.get(
         "/v1/tasks/{task}/versions",
@@ -215,11 +227,14 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         summary="Learn the same examples with another method",
         description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
-        responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
+        responses={**CHANGED, **NOT_FOUND, **AT_WORK, **CONFLICT},
     )
     async def change_task(request: Request, task: str, options: Annotated[ChangeOptions, Query()]) -> Response:
-        adapted = await engine.learn_with(scope_of(request), task, options.method, **_terms(request))
-        return answers.task(request.scope["state"], adapted, status=200)
+        async def work() -> Response:
+            adapted = await engine.learn_with(scope_of(request), task, options.method, **_terms(request))
+            return answers.task(request.scope["state"], adapted, status=200)
+
+        return await once(request, task, work)
 
     @router.post(
         "/v1/tasks/{task}/rollback",
@@ -227,7 +242,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         summary="Make an earlier version the newest",
         description=BRIEFLY,
         response_model=schemas.Task | schemas.Moved,
-        responses={**CHANGED, **NOT_FOUND, **STALE, **CONFLICT},
+        responses={**CHANGED, **NOT_FOUND, **AT_WORK, **CONFLICT},
     )
     async def rollback(request: Request, task: str, options: Annotated[RollbackOptions, Query()]) -> Response:
         async def work() -> Response:

@@ -287,6 +287,17 @@ def test_a_limit_on_pixels_is_kept_to_the_pixel_and_named() -> None:
     assert "4999 (MAX_PIXELS)" in error.detail
 
 
+def test_a_jpeg_that_is_decoded_row_by_row_may_have_four_times_as_many() -> None:
+    decoder = ImageDecoder(8, 8, 3, max_pixels=5_000)
+    assert decoder(encode(scene(200, 100), "JPEG")).shape == (8, 8, 3)
+    for file, most in (
+        (encode(scene(201, 100), "JPEG"), "20000 (4 x MAX_PIXELS, of a JPEG)"),
+        (encode(scene(101, 50), "JPEG", progressive=True), "5000 (MAX_PIXELS)"),
+        (encode(scene(101, 50), "PNG"), "5000 (MAX_PIXELS)"),
+    ):
+        assert most in refusal(file, decoder).detail
+
+
 def test_a_limit_on_bytes_is_kept_to_the_byte_and_named() -> None:
     file = encode(scene(), "PNG")
     assert ImageDecoder(8, 8, 3, max_bytes=len(file))(file).shape == (8, 8, 3)

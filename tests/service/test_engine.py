@@ -36,7 +36,7 @@ from service.answering import Answer
 from service.batcher import Batcher
 from service.engine import Engine
 from service.quota import Allowance
-from service.stores import Pointer, Record, Scope
+from service.stores import Expected, Pointer, Record, Scope
 from service.stores.lru import Recent
 from service.stores.memory import MemoryStore
 from service.support import Example, Limits, example_id, record_id, task_name
@@ -451,8 +451,8 @@ def test_a_task_learned_again_after_it_was_changed_is_what_is_told_although_the_
                 await go.wait()
                 return pointer
 
-            async def delete(self, task: str) -> bool:
-                await scope.delete(task)
+            async def delete(self, task: str, *, expect: Expected = None) -> bool:
+                await scope.delete(task, expect=expect)
                 raise StoreUnavailable("Nobody knows.")
 
         stalled: Scope = Stalled()  # type: ignore[assignment]
@@ -1448,8 +1448,10 @@ def test_images_become_features_and_bad_ones_errors(tmp_path: Path) -> None:
             assert isinstance(feature, np.ndarray)
             assert np.linalg.norm(feature) == pytest.approx(1, abs=1e-3)
         assert isinstance(found.items[1], UndecodableExample)
+        found = await engine.embed([b"junk", b"other junk"])
+        assert [type(item) for item in found.items] == [UndecodableExample] * 2
         with pytest.raises(UndecodableExample):
-            await engine.embed([b"junk", b"junk"])
+            await engine.embed([b"junk"])
         with pytest.raises(UndecodableExample):
             await engine.embed([RED, b"junk"], on_bad_image="fail")
         with pytest.raises(TooLarge, match="MAX_QUERIES"):

@@ -86,6 +86,20 @@ async def test_twenty_increments_at_once_lose_none(store: Store) -> None:
     assert conflicts > 0  # they did meet
 
 
+async def test_a_task_is_deleted_only_where_it_is_expected(store: Store) -> None:
+    scope = store.scope("t")
+    assert await scope.delete("cats", expect=Pointer(1, "hd_1")) is False
+    await commit(scope, "cats", 1)
+    await commit(scope, "cats", 2)
+    for wrong in (0, 1, 3, Pointer(2, "hd_1"), Pointer(1, "hd_2")):
+        with pytest.raises(VersionConflict):
+            await scope.delete("cats", expect=wrong)
+    assert await scope.pointer("cats") == Pointer(2, "hd_2")
+    assert same((await scope.record("cats", version=1) or (None, None))[1], make_record(1))
+    assert await scope.delete("cats", expect=Pointer(2, "hd_2")) is True
+    assert await scope.pointer("cats") is None
+
+
 async def test_commits_at_once_without_an_expectation_all_count(store: Store) -> None:
     scope = store.scope("t")
     versions = await asyncio.gather(*(commit(scope, "cats", seed) for seed in range(4)))

@@ -10,7 +10,7 @@ import pytest
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import Pointer
+from service.stores import Expected, Pointer
 from service.stores.lru import Recent
 from service.stores.memory import MemoryScope, MemoryStore
 from tests.service.stores.values import commit, make_head, make_record, same
@@ -70,9 +70,9 @@ class FaultyScope(MemoryScope):
         await self._faulty.answered("commit")
         return answer
 
-    async def delete(self, task: str) -> bool:
+    async def delete(self, task: str, *, expect: Expected = None) -> bool:
         await self._faulty.reached("delete")
-        answer = await super().delete(task)
+        answer = await super().delete(task, expect=expect)
         await self._faulty.answered("delete")
         return answer
 

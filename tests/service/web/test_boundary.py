@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
@@ -166,5 +169,21 @@ def test_once_an_answer_has_begun_what_is_missing_of_the_body_matters_no_more(
     scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"content-length", b"9")], "query_string": b""}
     asyncio.run(boundary(scope, receive, send))
     assert heard == ["http.disconnect"] * 2
-    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert [message["type"] for message in sent] == ["http.response.start", *["http.response.body"] * 2]
+    assert (sent[1]["body"], sent[2].get("body", b"")) == (b"whole", b"")  # nobody waits for the second
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_who_sends_the_whole_of_too_large_a_body_before_it_listens_is_told_why(http: httpx.Client) -> None:
+    """As the client in Python's own library does; a close with bytes unread would cut the answer off."""
+    limit = http.get("/v1/limits").json()["max_body_bytes"]
+    url, headers = f"{http.base_url}/v1/tasks/any/classify", {"Content-Type": "image/png"}
+    asked = urllib.request.Request(url, data=bytes(limit + 20_000_000), headers=headers)
+    for declared in (True, False):
+        if not declared:
+            asked.data = iter([bytes(1_000_000)] * 20)
+            asked.remove_header("Content-length")
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(asked, timeout=20)
+        with error.value:
+            assert (error.value.code, json.load(error.value)["code"]) == (413, "too_large")

@@ -95,6 +95,61 @@ def answers(response: httpx.Response) -> list[schemas.Prediction]:
     return schemas.Predictions.model_validate_json(response.text).predictions
 
 
+# Copying
+
+
+def test_what_was_tried_under_one_name_takes_the_place_of_another_in_one_version(http: httpx.Client) -> None:
+    before = taught(http, "live")
+    tried = taught(http, "tried", "red", "lime", query="?retain=images&ttl=600")
+    tried = task_of(http.post("/v1/tasks/tried/examples", files=colours("indigo")))
+    now = task_of(http.put("/v1/tasks/live?from_task=tried", headers={"If-Match": f'"v1-{before.head}"'}))
+    assert (now.version, now.head, now.classes) == (2, tried.head, tried.classes)
+    assert now.expires_at is None
+    assert http.get("/v1/tasks/live/support").status_code == 200
+    assert http.delete("/v1/tasks/tried").status_code == 204
+    image = {"content": INDIGO, "headers": PNG}
+    assert answers(http.post("/v1/tasks/live/classify", **image))[0].label == "indigo"
+    assert task_of(http.post("/v1/tasks/live/rollback?version=1")).head == before.head
+
+
+def test_a_copy_may_have_another_learner_and_an_end_and_a_name_by_its_content(http: httpx.Client) -> None:
+    first = taught(http, "first")
+    other = task_of(http.put("/v1/tasks/other?from_task=first&method=ridge&ttl=600"), 201)
+    assert (other.method, other.examples) == ("ridge", first.examples)
+    assert other.expires_at is not None
+    named = task_of(http.post("/v1/tasks?from_task=first"), 201)
+    assert named.task == "t_" + first.head[3:27]
+    assert task_of(http.post("/v1/tasks?from_task=first")).version == 1
+    assert task_of(http.post("/v1/tasks", files=colours("red", "blue"))).version == 1  # as if it had been sent
+    assert task_of(http.put("/v1/tasks/first?from_task=first")).version == 1  # nothing changed
+
+
+def test_what_cannot_be_copied_is_refused_and_changes_nothing(http: httpx.Client) -> None:
+    taught(http, "first")
+    live = taught(http, "live", "lime", "indigo")
+    refused(http.put("/v1/tasks/live?from_task=nowhere"), 404, "task_not_found", "nowhere")
+    refused(http.put("/v1/tasks/live?from_task=a/b"), 422, "invalid_request", "64 letters")
+    refused(http.put("/v1/tasks/live?from_task=first", files=colours("red")), 422, "invalid_request", "no examples")
+    refused(http.put("/v1/tasks/live?from_task=first&retain=images"), 422, "invalid_request", "from_task")
+    refused(http.put("/v1/tasks/live?from_task=first&method=none"), 422, "unknown_method")
+    stale = {"If-Match": f'"v7-{live.head}"'}
+    refused(http.put("/v1/tasks/live?from_task=first", headers=stale), 412, "version_conflict")
+    assert task_of(http.get("/v1/tasks/live")).head == live.head
+
+
+# Deleting
+
+
+def test_a_task_is_deleted_only_where_who_deletes_it_saw_it(http: httpx.Client) -> None:
+    seen = taught(http, "moved")
+    task_of(http.post("/v1/tasks/moved/examples", files=colours("lime")))
+    old = {"If-Match": f'"v1-{seen.head}"'}
+    refused(http.delete("/v1/tasks/moved", headers=old), 412, "version_conflict")
+    now = http.get("/v1/tasks/moved").headers["etag"]
+    assert http.delete("/v1/tasks/moved", headers={"If-Match": now}).status_code == 204
+    refused(http.delete("/v1/tasks/moved", headers={"If-Match": now}), 404, "task_not_found")
+
+
 # Adding
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 from service import keys
 from service.settings import Settings
 from service.stores.memory import MemoryStore
+from service.support import example_id
 from service.web import idempotency
 from service.web.app import create_app
 from tests.fakes import Gated, picture, tiny_artifact
@@ -26,6 +28,7 @@ from tests.service.web.conftest import LIMITS
 URL = "/v1/tasks/t/examples"
 LIME = json.dumps({"support": support_json("lime")}).encode()
 ORANGE = json.dumps({"support": support_json("orange")}).encode()
+FIRST = example_id("red", base64.b64decode(support_json("red")[0]["image"]))
 WHITE = json.dumps({"support": support_json("white")}).encode()
 
 
@@ -86,8 +89,12 @@ def version(http: httpx.Client, task: str = "t") -> int:
     [
         lambda http: post(http, "k"),
         lambda http: http.post("/v1/tasks/t/rollback?version=1", headers={"Idempotency-Key": "k"}),
+        lambda http: http.put("/v1/tasks/t", files=colours("navy", "lime"), headers={"Idempotency-Key": "k"}),
+        lambda http: http.patch("/v1/tasks/t?method=ridge", headers={"Idempotency-Key": "k"}),
+        lambda http: http.delete("/v1/tasks/t/classes/red", headers={"Idempotency-Key": "k"}),
+        lambda http: http.delete(f"/v1/tasks/t/examples/{FIRST}", headers={"Idempotency-Key": "k"}),
     ],
-    ids=["add", "rollback"],
+    ids=["add", "rollback", "replace", "learn with", "remove class", "remove example"],
 )
 def test_the_same_key_and_request_get_the_first_answer_again(
     http: httpx.Client, extractor: Gated, change: Callable[[httpx.Client], httpx.Response]
@@ -130,6 +137,8 @@ def test_another_request_under_the_same_key_is_refused_and_changes_nothing(http:
         post(http, "k", b""),
         post(http, "k", url=URL + "?on_bad_image=fail"),
         post(http, "k", If_Match=first.headers["etag"]),
+        post(http, "k", If_None_Match="*"),
+        http.put("/v1/tasks/t", files=colours("red", "blue"), headers={"Idempotency-Key": "k"}),
         http.post("/v1/tasks/t/rollback?version=1", headers={"Idempotency-Key": "k"}),
     ):
         refused(other, 422, "idempotency_mismatch", "take a new one")

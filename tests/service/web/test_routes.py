@@ -121,6 +121,22 @@ def test_one_bad_image_of_a_batch_has_its_own_error(http: httpx.Client) -> None:
     assert problem["index"] == 1
 
 
+def test_of_several_bad_images_each_has_its_own_error_and_a_lone_one_is_refused(http: httpx.Client) -> None:
+    taught(http, "batch")
+    files = [("a", b"%PDF-1.7"), ("b", b""), ("c", RED[:100])]
+    for url in ("/v1/tasks/batch/classify", "/v1/tasks/batch/classify?explain=true"):
+        answer = http.post(url, files=files)
+        assert answer.status_code == 200
+        found = schemas.Predictions.model_validate_json(answer.text).predictions
+        assert len({row.error.detail for row in found if row.error}) == 3
+    embedded = http.post("/v1/embed", files=files).json()
+    assert embedded["features"] == [None] * 3
+    assert [error["index"] for error in embedded["errors"]] == [0, 1, 2]
+    for url in ("/v1/tasks/batch/classify", "/v1/embed"):
+        refused(http.post(url, files=files[:1]), 422, "undecodable_example", "PDF")
+        refused(http.post(url + "?on_bad_image=fail", files=files), 422, "undecodable_example", "PDF")
+
+
 def test_one_call_learns_and_answers(http: httpx.Client, nothing_stored: None) -> None:
     answer = http.post("/v1/classify", files=[*colours("red", "blue"), ("query", RED)])
     found = schemas.Predictions.model_validate_json(answer.text)
