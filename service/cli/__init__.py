@@ -13,6 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+VERSION = "0.1.0"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status. The command is installed with the client, which needs less than the command does."""

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
-from service.cli import operate, tasks, teach
+from service.cli import VERSION, operate, tasks, teach
 from service.cli.show import Failure
 from service.client import FewshotError, Unauthorized
 
 app = typer.Typer(
     name="fewshot",
-    help="Learns image-classification tasks from a handful of labelled photos.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fewshot {VERSION}")
+        raise typer.Exit()
+
+
+@app.callback()
+def every(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Learns image-classification tasks from a handful of labelled photos."""
+
+
 teach.register(app)
 tasks.register(app)
 operate.register(app)

@@ -19,4 +19,4 @@ HERE = DEFAULT_URL
 
 
 def client(url: str, key: str) -> Client:
-    return Client(url, key or None)
+    return Client(url, key)  # "" is no key

@@ -96,7 +96,7 @@ def left_out(rejected: Sequence[Rejected]) -> None:
         say(f"Left out {item.name or f'image {item.index}'}: {item.detail}")
 
 
-def task(found: TaskState, *, json: bool, versions: Sequence[Any] | None = None) -> None:
+def task(found: TaskState, *, json: bool, versions: Sequence[Any] | None = None, with_examples: bool = False) -> None:
     """A task with its report."""
     left_out(found.rejected)
     if json:
@@ -108,14 +108,19 @@ def task(found: TaskState, *, json: bool, versions: Sequence[Any] | None = None)
         ("version", found.version),
         ("method", found.method),
         ("head", found.head),
-        *(("class", item.label, item.shots) for item in found.classes),
     ]
+    for item in found.classes:
+        facts.append(("class", item.label, item.shots))
+        if with_examples:
+            facts += [("example", item.label, e.id) for e in found.examples if e.label == item.label]
     if found.unlabelled:
         facts.append(("unlabelled", found.unlabelled))
     if report.accuracy is not None:
         facts.append(("accuracy", report.accuracy, *(report.interval or ())))
     facts += [("confusion", item.label, item.taken_for, item.count) for item in report.confusions]
-    facts += [("suspect", item.name or item.example, item.label, item.looks_like) for item in report.suspects]
+    facts += [
+        ("suspect", item.name or item.example, item.label, item.looks_like, item.example) for item in report.suspects
+    ]
     if report.advice:
         facts.append(("advice", report.advice))
     if found.expires_at is not None:
@@ -139,8 +144,11 @@ def _sentence(kind: str, fact: Sequence[Any]) -> Text:
             return Text("{} % of its own examples, each held out in turn (95 %: {} to {})".format(*percent))
         case "confusion", (label, taken_for, count):
             return Text(f"{label!r} was taken for {taken_for!r} {'once' if count == 1 else f'{count} times'}")
-        case "suspect", (name, label, looks_like):
-            return Text(f"{name} is called {label!r} and looks like {looks_like!r}", style="yellow")
+        case "example", (_, example):
+            return Text(example, style="dim")
+        case "suspect", (name, label, looks_like, example):
+            said = Text(f"{name} is called {label!r} and looks like {looks_like!r}", style="yellow")
+            return said if name == example else said + Text(f" ({example})", style="dim")
         case "advice", (text,):
             return Text(text, style="bold")
         case "kept", (version, head):

@@ -36,10 +36,10 @@ def one(
     key: Key = "",
     json: Json = False,
 ) -> None:
-    """Describe a task, with its report and its versions."""
+    """Describe a task, with its examples, its report and its versions."""
     with client(url, key) as service:
         found = service.task(task, version=version)
-        show.task(found, json=json, versions=found.versions())
+        show.task(found, json=json, versions=found.versions(), with_examples=True)
 
 
 @group.command()

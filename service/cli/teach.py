@@ -9,7 +9,8 @@ import typer
 
 from service.cli import show
 from service.cli.options import HERE, BadImage, Json, Key, Task, Url, client
-from service.client import pictures
+from service.client import ExampleNotFound, TaskState, pictures
+from service.client import Task as Taught
 from service.client.plans import Precision, Reject
 
 Folder = Annotated[Path, typer.Argument(help="A folder, or a zip, with one sub-folder of pictures for each label.")]
@@ -25,13 +26,13 @@ def adapt(
     url: Url = HERE,
     key: Key = "",
     json: Json = False,
-) -> None:
-    """Learn a task from a folder of pictures."""
+) -> int:
+    """Learn a task from a folder of pictures. Exit status 1 when some could not be read."""
     with client(url, key) as service, show.progress("Sending pictures") as progress:
         found = service.adapt(
             folder, task=task, method=method, retain=retain, ttl=ttl, on_bad_image=on_bad_image, progress=progress
         )
-    show.task(found, json=json)
+    return _told(found, json=json)
 
 
 def add(
@@ -41,16 +42,24 @@ def add(
     url: Url = HERE,
     key: Key = "",
     json: Json = False,
-) -> None:
-    """Add examples to a task, of known classes or new ones."""
+) -> int:
+    """Add examples to a task, of known classes or new ones. Exit status 1 when some pictures could not be read."""
     with client(url, key) as service, show.progress("Sending pictures") as progress:
         found = service.task(task).add(folder, on_bad_image=on_bad_image, progress=progress)
+    return _told(found, json=json)
+
+
+def _told(found: TaskState, *, json: bool) -> int:
+    """The exit status: a picture that is there twice was read all the same."""
     show.task(found, json=json)
+    return int(any(item.code != "duplicate_example" for item in found.rejected))
 
 
 def remove(
     task: Task,
-    example: Annotated[str | None, typer.Option(help="Id of the example to take back.")] = None,
+    example: Annotated[
+        str | None, typer.Option(help="The example to take back: its id, which `tasks show` lists, or its file.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Label of the class to take back.")] = None,
     url: Url = HERE,
     key: Key = "",
@@ -61,8 +70,27 @@ def remove(
         if (example is None) == (label is None):
             raise typer.BadParameter("Say either --example or --label.")
         found = service.task(task)
-        found = found.remove(example) if example is not None else found.remove_class(label or "")
+        found = found.remove_class(label) if label is not None else _without(found, example or "")
     show.task(found, json=json)
+
+
+def _without(found: Taught, example: str) -> Taught:
+    """Takes back an example that is named by its id or its file. Raises Failure."""
+    file = Path(example)
+    known = {item.id: item.label for item in found.examples}
+    if example in known or not (file.is_file() or file.suffix or "/" in example):
+        return found.remove(example)
+    if not file.is_file():  # perhaps named as `adapt` does, by what lies below its folder
+        raise show.Failure(f"There is no file {example}; `fewshot tasks show {found.name}` lists the ids of examples.")
+    data = file.read_bytes()
+    ids = sorted({pictures.example_id(item.label, data) for item in found.classes} & set(known))
+    if len(ids) > 1:
+        which = ", ".join(f"{id} of {known[id]!r}" for id in ids)
+        raise show.Failure(f"{example} is an example of several classes; say which by its id: {which}.")
+    try:
+        return found.remove(ids[0] if ids else pictures.example_id(None, data))  # unlabelled ones are not listed
+    except ExampleNotFound:
+        raise show.Failure(f"{example} is no example of the task {found.name!r}.") from None
 
 
 def _rate(text: str) -> Reject:

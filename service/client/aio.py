@@ -10,12 +10,12 @@ import os
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 import httpx
 
 from service.client import http, values
-from service.client.pictures import Image, Images, Support, is_one
+from service.client.pictures import Content, Image, Images, Support
 from service.client.plans import OnBadImage, Plans, Precision, Progress, Reject
 from service.client.wire import Answer, Call, Done, Lost, Outcome, Patience, Pause, Plan, advance
 
@@ -27,7 +27,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        base_url: str = http.DEFAULT_URL,
+        base_url: str | None = None,
         key: str | None = None,
         *,
         timeout: float = 60.0,
@@ -151,8 +151,19 @@ class AsyncTask(values.TaskState):
         return task
 
     @overload
-    async def classify(  # type: ignore[overload-overlap]  # text is an image's path here, not a sequence of paths
-        self, images: Image, *, reject: Reject | None = None, explain: bool | None = None
+    async def classify(  # type: ignore[overload-overlap]  # text is a path here, not a sequence of paths
+        self,
+        images: str | os.PathLike[str],
+        *,
+        reject: Reject | None = None,
+        explain: bool | None = None,
+        on_bad_image: OnBadImage = "skip",
+        progress: Progress | None = None,
+    ) -> values.Prediction | Any: ...  # of a file; of a folder or a pattern a list of them, which no type can tell
+
+    @overload
+    async def classify(
+        self, images: Content, *, reject: Reject | None = None, explain: bool | None = None
     ) -> values.Prediction: ...
 
     @overload
@@ -175,14 +186,10 @@ class AsyncTask(values.TaskState):
         on_bad_image: OnBadImage = "skip",
         progress: Progress | None = None,
     ) -> values.Prediction | list[values.Prediction]:
-        plans, run = self._client._plans, self._client._run
-        if is_one(images):
-            return await run(plans.classify_one(self.name, images, reject=reject, explain=explain))
-        return await run(
-            plans.classify_many(
-                self.name, images, reject=reject, explain=explain, on_bad_image=on_bad_image, progress=progress
-            )
+        plan = self._client._plans.classify(
+            self.name, images, reject=reject, explain=explain, on_bad_image=on_bad_image, progress=progress
         )
+        return await self._client._run(plan)
 
     async def add(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +17,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
 
 
-def address(url: str) -> str:
-    """The address of a service, with its scheme. Raises ValueError."""
+def address(url: str | None) -> str:
+    """The address of a service, with its scheme; without one, that of the environment. Raises ValueError."""
+    if url is None:
+        url = os.environ.get("FEWSHOT_URL") or DEFAULT_URL
     url = url if "://" in url else f"http://{url}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -26,8 +29,10 @@ def address(url: str) -> str:
 
 
 def settings(url: str, key: str | None, timeout: float) -> dict[str, Any]:
-    """Arguments of httpx.Client and httpx.AsyncClient."""
+    """Arguments of httpx.Client and httpx.AsyncClient. Without a key, that of the environment; "" is none."""
     headers = {"User-Agent": "fewshot-client", "Accept": "application/json"}
+    if key is None:
+        key = os.environ.get("FEWSHOT_KEY")
     if key:
         if not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError("The key holds characters that no key has; was it copied whole, and only it?")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from urllib.parse import unquote
 
 
 @runtime_checkable
@@ -30,7 +31,8 @@ class Saveable(Protocol):
     def save(self, fp: Any, format: str) -> None: ...
 
 
-Image: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Readable | Saveable
+Content: TypeAlias = bytes | bytearray | memoryview | Readable | Saveable
+Image: TypeAlias = str | os.PathLike[str] | Content
 Images: TypeAlias = Image | Iterable[Image]
 Support: TypeAlias = str | os.PathLike[str] | Mapping[str, Images]
 
@@ -62,9 +64,9 @@ class File:
     load: Callable[[], bytes]
 
 
-def example_id(file: File, data: bytes) -> str:
-    """What the service will call this example; tells which file it speaks of."""
-    return "ex_" + hashlib.sha256((file.label or "").encode() + b"\0" + data).hexdigest()[:32]
+def example_id(label: str | None, data: bytes) -> str:
+    """What the service calls this example; tells which file it speaks of."""
+    return "ex_" + hashlib.sha256((label or "").encode() + b"\0" + data).hexdigest()[:32]
 
 
 def support(given: Support, unlabelled: Images = ()) -> list[File]:
@@ -106,11 +108,15 @@ def one(given: Image, number: int = 0) -> File:
 
 
 def is_one(given: Images) -> TypeGuard[Image]:
-    """Whether this is an image rather than several; text and paths are one."""
-    return isinstance(given, str | os.PathLike | bytes | bytearray | memoryview | Readable | Saveable)
+    """Whether this is an image rather than several, as a folder and a pattern are."""
+    if isinstance(given, str | os.PathLike):
+        return _is_file(os.fspath(given))
+    return isinstance(given, bytes | bytearray | memoryview | Readable | Saveable)
 
 
 def _class(label: str, given: Images) -> Iterator[File]:
+    if not isinstance(label, str):
+        raise TypeError(f"A label is text, not {type(label).__name__}.")
     files = many(given)
     if not files:
         raise ValueError(f"The class {label!r} has no images.")
@@ -132,13 +138,19 @@ def _path(path: Path) -> File:
     return File(str(path), None, path.stat().st_size, path.read_bytes)
 
 
+def _is_file(text: str) -> bool:
+    """Whether a path means one file, there or not; one whose name looks like a pattern is there."""
+    path = Path(text)
+    return not path.is_dir() and (path.exists() or not glob.has_magic(text))
+
+
 def _found(text: str) -> list[Path]:
     """The files that a path or a pattern means, by name. Raises FileNotFoundError."""
     path = Path(text)
+    if _is_file(text):
+        return [path]
     if path.is_dir():
         found = [file for file in _walk(path) if _is_picture(file)]
-    elif path.exists() or not glob.has_magic(text):
-        return [path]
     else:
         found = sorted(Path(name) for name in glob.glob(text, recursive=True) if Path(name).is_file())
     if not found:
@@ -173,9 +185,18 @@ def _tree(root: Path) -> list[File]:
     shared = _shared([path.parent.parts for path, _, _ in files])
     out = []
     for path, size, load in files:
-        label = "/".join(path.parent.parts[shared:])
-        out.append(File(str(path), None if label == UNLABELLED else normal(label.removeprefix(PREFIX)), size, load))
+        folder = "/".join(path.parent.parts[shared:])
+        label = None if folder == UNLABELLED else normal(_decoded(folder.removeprefix(PREFIX)))
+        out.append(File(str(path), label, size, load))
     return out
+
+
+def _decoded(folder: str) -> str:
+    """The label that a folder stands for, as the service reads it: percent-encoded is what no folder can be called."""
+    try:
+        return unquote(folder, errors="strict")
+    except UnicodeDecodeError:
+        return folder
 
 
 def _shared(folders: list[tuple[str, ...]]) -> int:

@@ -10,6 +10,8 @@ import base64
 import dataclasses
 import json
 import os
+import re
+import secrets
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,8 @@ Loaded: TypeAlias = list[tuple[File, bytes]]
 HEADROOM = 1000  # bytes of a body that are left free
 ENCODED = 4 / 3  # base64
 MOST_NAMES = 10_000  # that a client remembers
+UPLOAD_S = 3600  # what is broken off half-way is kept for so long
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a task, and of an example
 
 
 class Plans:
@@ -53,22 +57,42 @@ class Plans:
         progress: Progress | None,
     ) -> Plan[values.TaskState]:
         files = pictures.support(support, unlabelled)
-        options = _query(method=method, ttl=ttl, retain=retain, on_bad_image=on_bad_image)
-        first = ("POST", "/v1/tasks", options) if task is None else ("PUT", _path(task), options)
+        made = Call("POST", "/v1/tasks") if task is None else Call("PUT", _path(task))
         limits = yield from self.limits()
         if len(files) > limits.max_examples:
             raise errors.TooLarge(
                 f"These are {len(files)} images; a task may have {limits.max_examples} on this service.",
                 code="too_large",
             )
-        return (yield from self._learn(files, limits, first, on_bad_image, progress))
+        waiting = Waiting(files, limits, on_bad_image)
+        options = _query(method=method, ttl=ttl, retain=retain, on_bad_image=on_bad_image)
+        if waiting.fits_one_request:
+            made = dataclasses.replace(made, query=options)
+            return (yield from self._learn(waiting, made, on_bad_image, progress))
+        # The task is made of another one, which is there while it grows: so it never answers from a part, and has one
+        # version more and not many.
+        upload = f"upload-{secrets.token_hex(8)}"
+        growing = Call("PUT", _path(upload), {**options, "ttl": str(UPLOAD_S)})
+        note = "Nothing was learned." if task is None else f"The task {task!r} was not changed."
+        try:
+            whole = yield from self._learn(waiting, growing, on_bad_image, progress, note=note)
+            made = dataclasses.replace(made, query=_query(from_task=upload, method=method, ttl=ttl))
+            state = yield from self._ask(_once(made), self._task)
+        except errors.Unreachable:
+            raise
+        except (errors.FewshotError, OSError):
+            yield Call("DELETE", growing.path)
+            raise
+        yield Call("DELETE", growing.path)  # once: it ends by itself as well
+        return dataclasses.replace(state, rejected=whole.rejected)
 
     def add(
         self, task: str, support: Support, *, unlabelled: Images, on_bad_image: OnBadImage, progress: Progress | None
     ) -> Plan[values.TaskState]:
         files = pictures.support(support, unlabelled)
+        call = _adding(task, on_bad_image)
         limits = yield from self.limits()
-        return (yield from self._learn(files, limits, _adding(task, on_bad_image), on_bad_image, progress))
+        return (yield from self._learn(Waiting(files, limits, on_bad_image), call, on_bad_image, progress))
 
     def task(self, task: str, *, version: int | None = None) -> Plan[values.TaskState]:
         return (yield from self._ask(Call("GET", _path(task), _query(version=version)), self._task))
@@ -81,20 +105,14 @@ class Plans:
         return (yield from self._ask(Call("GET", _path(task, "versions")), values.versions))
 
     def remove(self, task: str, kind: Literal["examples", "classes"], name: str) -> Plan[values.TaskState]:
-        try:
-            return (yield from self._ask(Call("DELETE", _path(task, kind, name)), self._task))
-        except (errors.ExampleNotFound, errors.ClassNotFound) as error:
-            if error.attempts == 1:
-                raise
-            # The first attempt was heard and its answer lost.
-            return (yield from self.task(task))
+        return (yield from self._ask(_once(Call("DELETE", _path(task, kind, name))), self._task))
 
     def learn_with(self, task: str, method: str) -> Plan[values.TaskState]:
-        return (yield from self._ask(Call("PATCH", _path(task), _query(method=method)), self._task))
+        return (yield from self._ask(_once(Call("PATCH", _path(task), _query(method=method))), self._task))
 
     def rollback(self, task: str, version: int) -> Plan[values.TaskState]:
-        call = Call("POST", _path(task, "rollback"), _query(version=version), headers=wire.once())
-        return (yield from self._ask(call, self._task))
+        call = Call("POST", _path(task, "rollback"), _query(version=version))
+        return (yield from self._ask(_once(call), self._task))
 
     def forget(self, task: str) -> Plan[None]:
         try:
@@ -118,13 +136,21 @@ class Plans:
 
     # Questions
 
-    def classify_one(self, task: str, image: pictures.Image, **options: Any) -> Plan[values.Prediction]:
+    def classify(
+        self, task: str, images: Images, *, on_bad_image: OnBadImage, progress: Progress | None, **options: Any
+    ) -> Plan[values.Prediction | list[values.Prediction]]:
+        """One answer for one image, or one for each of several."""
+        if pictures.is_one(images):
+            return (yield from self._classify_one(task, images, **options))
+        return (yield from self._classify_many(task, images, on_bad_image=on_bad_image, progress=progress, **options))
+
+    def _classify_one(self, task: str, image: pictures.Image, **options: Any) -> Plan[values.Prediction]:
         data = pictures.one(image).load()
         headers = {"Content-Type": "application/octet-stream"}
         call = Call("POST", _path(task, "classify"), _query(**options), data, headers)
         return (yield from self._ask(call, lambda body: self._prediction(body["predictions"][0])))
 
-    def classify_many(
+    def _classify_many(
         self, task: str, images: Images, *, on_bad_image: OnBadImage, progress: Progress | None, **options: Any
     ) -> Plan[list[values.Prediction]]:
         def read(body: Any) -> list[values.Prediction]:
@@ -132,9 +158,7 @@ class Plans:
 
         query = _query(**options, on_bad_image=on_bad_image)
         path, files = _path(task, "classify"), pictures.many(images)
-        rows, refused = yield from self._each(path, query, files, read, on_bad_image, progress)
-        if refused is not None:
-            raise refused
+        rows = yield from self._each(path, query, files, read, on_bad_image, progress)
         return [
             values.Prediction(index, error=row)
             if isinstance(row, values.ImageError)
@@ -165,12 +189,15 @@ class Plans:
             about.update(artifact=body["artifact"], dim=body["dim"])
             return values.features(body)
 
+        if pictures.is_one(images):
+            on_bad_image = "fail"  # alone, it is refused
         files = pictures.many(images)
         if not files:
             raise ValueError("There is no image.")
-        rows, refused = yield from self._each("/v1/embed", {"on_bad_image": on_bad_image}, files, read, on_bad_image)
-        if refused is not None:
-            raise refused
+        rows = yield from self._each("/v1/embed", {"on_bad_image": on_bad_image}, files, read, on_bad_image)
+        if not about:
+            artifact = yield from self.artifact()
+            about.update(artifact=artifact.digest, dim=artifact.dim)
         bad = [(index, row) for index, row in enumerate(rows) if isinstance(row, values.ImageError)]
         return values.Embedding(
             **about,
@@ -204,7 +231,7 @@ class Plans:
 
     def _remember(self, files: Loaded) -> None:
         for file, data in files:
-            self._names[pictures.example_id(file, data)] = file.name
+            self._names[pictures.example_id(file.label, data)] = file.name
         for id in list(self._names)[: max(0, len(self._names) - MOST_NAMES)]:
             self._names.pop(id, None)
 
@@ -234,23 +261,26 @@ class Plans:
 
     def _learn(
         self,
-        files: Sequence[File],
-        limits: values.Limits,
-        first: tuple[str, str, Mapping[str, str]],
+        waiting: Waiting,
+        first: Call,
         on_bad_image: OnBadImage,
         progress: Progress | None,
+        *,
+        note: str | None = None,
     ) -> Plan[values.TaskState]:
-        """Sends examples in as few requests as the limit on bodies allows; those after the first one add to it."""
-        waiting = Waiting(files, limits, on_bad_image)
+        """Sends examples in as few requests as the limit on bodies allows; those after the first one add to it.
+
+        `note`, where something goes wrong, says what is left; otherwise how far it got does.
+        """
         state: values.TaskState | None = None
         try:
             while batch := waiting.take():
-                method, path, query = first if state is None else _adding(state.name, on_bad_image)
+                call = first if state is None else _adding(state.name, on_bad_image)
                 self._remember(batch)
                 content, headers = _body(batch)
-                headers |= wire.once() if method == "POST" else {}
+                call = _once(dataclasses.replace(call, content=content, headers=headers))
                 try:
-                    state = yield from self._ask(Call(method, path, query, content, headers), self._task)
+                    state = yield from self._ask(call, self._task)
                 except errors.InvalidSupport as error:
                     if state is None and not waiting:
                         raise  # it was all that there is
@@ -260,10 +290,12 @@ class Plans:
                 for item in state.rejected:
                     waiting.leave_out(batch[item.index][0], item.code, item.detail)
                 if progress is not None:
-                    progress(len(files) - len(waiting), len(files))
+                    progress(waiting.total - len(waiting), waiting.total)
         except errors.FewshotError as error:
-            if state is not None:
-                error.add_note(f"The task {state.name!r} has learned a part; it is at version {state.version}.")
+            if note is None and state is not None:
+                note = f"The task {state.name!r} has learned a part; it is at version {state.version}."
+            if note is not None:
+                error.add_note(note)
             raise
         if state is None:
             raise errors.InvalidSupport("There is no image to learn from.", code="invalid_support")
@@ -278,7 +310,7 @@ class Plans:
         no more images of such a class are to come.
         """
         files = [pictures.one(data) for _, data in batch]
-        rows, _ = yield from self._each("/v1/embed", {}, files, values.features, "skip")
+        rows = yield from self._each("/v1/embed", {}, files, values.features, "skip")
         why = {index: row for index, row in enumerate(rows) if isinstance(row, values.ImageError)}
         if not why:
             raise refusal
@@ -299,35 +331,30 @@ class Plans:
         read: Callable[[Any], Sequence[T | values.ImageError]],
         on_bad_image: OnBadImage,
         progress: Progress | None = None,
-    ) -> Plan[tuple[list[T | values.ImageError], errors.FewshotError | None]]:
-        """What `read` finds for each image, or its error; and the refusal of the service when none of them is good."""
+    ) -> Plan[list[T | values.ImageError]]:
+        """What `read` finds for each image, or its error."""
         limits = yield from self.limits()
         rows: list[T | values.ImageError] = []
-        refused: errors.FewshotError | None = None
-        good = False
         left = deque(files)
         while left:
             batch = _fitting(left, most=limits.max_queries, room=limits.max_body_bytes - HEADROOM)
             content, headers = wire.form(("image", data) for _, data in batch)
             try:
                 rows += yield from self._ask(Call("POST", path, query, content, headers), read)
-                good = True
-            except errors.FewshotError as error:
-                alone = len(batch) == 1 and isinstance(error, errors.TooLarge)
-                if (error.index is None and not alone) or on_bad_image == "fail":
+            except (errors.UndecodableExample, errors.TooLarge) as error:
+                if len(batch) > 1 or on_bad_image == "fail":
                     raise
-                # None of the batch is good; the service told of the first one only.
-                refused = refused or error
-                rows += [values.ImageError(error.code, error.detail)] * len(batch)
+                rows.append(values.ImageError(error.code, error.detail))  # what is wrong with the one is so refused
             if progress is not None:
                 progress(len(rows), len(files))
-        return rows, None if good else refused
+        return rows
 
 
 class Waiting:
     """Examples that are still to be sent, taken from all classes in turn, so that every request has some of each."""
 
     def __init__(self, files: Sequence[File], limits: values.Limits, on_bad_image: OnBadImage):
+        self.total = len(files)
         self._queues: dict[str | None, deque[tuple[File, bytes | None]]] = {}
         self._most = limits.max_examples
         awkward = any(wire.AWKWARD & set(file.label or "") for file in files)
@@ -351,6 +378,11 @@ class Waiting:
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
+
+    @property
+    def fits_one_request(self) -> bool:
+        costs = [_cost(file.label, file.size) for queue in self._queues.values() for file, _ in queue]
+        return len(costs) <= self._most and sum(costs) <= self._room
 
     def take(self) -> Loaded:
         batch: Loaded = []
@@ -395,12 +427,27 @@ def _fitting(left: deque[File], *, most: int, room: int) -> Loaded:
     return batch
 
 
-def _adding(task: str, on_bad_image: OnBadImage) -> tuple[str, str, Mapping[str, str]]:
-    return "POST", _path(task, "examples"), _query(on_bad_image=on_bad_image)
+def _adding(task: str, on_bad_image: OnBadImage) -> Call:
+    return Call("POST", _path(task, "examples"), _query(on_bad_image=on_bad_image))
+
+
+def _once(call: Call) -> Call:
+    """A change that is made once, however often it is sent."""
+    return dataclasses.replace(call, headers={**call.headers, **wire.once()})
 
 
 def _path(task: str, *parts: str) -> str:
-    return "/v1/tasks/" + "/".join(quote(part, safe="") for part in (task, *parts))
+    """Raises InvalidRequest or ExampleNotFound for a name that no task or example has: it might be another address."""
+    if not NAME.fullmatch(task):
+        raise errors.InvalidRequest("A task name has 1 to 64 letters, digits, '-' or '_'.", code="invalid_request")
+    if parts[:1] == ("examples",) and len(parts) > 1 and not NAME.fullmatch(parts[1]):
+        raise errors.ExampleNotFound(f"The task has no example {parts[1][:64]!r}.", code="example_not_found")
+    return "/v1/tasks/" + "/".join(map(_segment, (task, *parts)))
+
+
+def _segment(part: str) -> str:
+    """One segment of a path. A label may be "..", which would lead out of it, to the task."""
+    return part.replace(".", "%2E") if part in (".", "..") else quote(part, safe="")
 
 
 def _query(**given: Any) -> dict[str, str]:

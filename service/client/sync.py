@@ -8,12 +8,12 @@ import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 import httpx
 
 from service.client import http, values
-from service.client.pictures import Image, Images, Support, is_one
+from service.client.pictures import Content, Image, Images, Support
 from service.client.plans import OnBadImage, Plans, Precision, Progress, Reject
 from service.client.wire import Answer, Call, Done, Lost, Outcome, Patience, Pause, Plan, advance
 
@@ -23,13 +23,15 @@ T = TypeVar("T")
 class Client:
     """A service at an address. Safe to share between threads; closing it is optional.
 
+    What is not given, the address or the key, is that of FEWSHOT_URL or FEWSHOT_KEY, where these are set.
+
     Requests that find the service busy or the connection broken are tried again up to `retries` times, after the wait
     that the service asked for, unless that is more than `longest_wait` seconds. `timeout` bounds one attempt.
     """
 
     def __init__(
         self,
-        base_url: str = http.DEFAULT_URL,
+        base_url: str | None = None,
         key: str | None = None,
         *,
         timeout: float = 60.0,
@@ -167,8 +169,19 @@ class Task(values.TaskState):
         return task
 
     @overload
-    def classify(  # type: ignore[overload-overlap]  # text is an image's path here, not a sequence of paths
-        self, images: Image, *, reject: Reject | None = None, explain: bool | None = None
+    def classify(  # type: ignore[overload-overlap]  # text is a path here, not a sequence of paths
+        self,
+        images: str | os.PathLike[str],
+        *,
+        reject: Reject | None = None,
+        explain: bool | None = None,
+        on_bad_image: OnBadImage = "skip",
+        progress: Progress | None = None,
+    ) -> values.Prediction | Any: ...  # of a file; of a folder or a pattern a list of them, which no type can tell
+
+    @overload
+    def classify(
+        self, images: Content, *, reject: Reject | None = None, explain: bool | None = None
     ) -> values.Prediction: ...
 
     @overload
@@ -193,17 +206,14 @@ class Task(values.TaskState):
     ) -> values.Prediction | list[values.Prediction]:
         """The answer for one image, or the list of answers for several, which may be any number.
 
-        `reject` is the share of genuine images that may be taken for "none of these", or "off"; `explain` names the
-        nearest examples. Of several images one that cannot be read has its `error`; a single one raises it.
+        A list, a folder and a pattern such as "now/*.jpg" are several, even of one. `reject` is the share of genuine
+        images that may be taken for "none of these", or "off"; `explain` names the nearest examples. Of several images
+        one that cannot be read has its `error`; a single one raises it.
         """
-        plans, run = self._client._plans, self._client._run
-        if is_one(images):
-            return run(plans.classify_one(self.name, images, reject=reject, explain=explain))
-        return run(
-            plans.classify_many(
-                self.name, images, reject=reject, explain=explain, on_bad_image=on_bad_image, progress=progress
-            )
+        plan = self._client._plans.classify(
+            self.name, images, reject=reject, explain=explain, on_bad_image=on_bad_image, progress=progress
         )
+        return self._client._run(plan)
 
     def add(
         self,

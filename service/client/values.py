@@ -1,6 +1,6 @@
 """What the service answers, as frozen values. Fields that a newer service adds are left out, missing ones get defaults.
 
-Knows nothing of requests: `Task` and `AsyncTask`, which can ask for more, are in `handles.py`.
+Knows nothing of requests: `Task` and `AsyncTask`, which can ask for more, are in `sync.py` and `aio.py`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def test_a_task_is_changed_shown_rolled_back_and_forgotten(fewshot: Fewshot, fol
 def test_what_is_left_out_is_said_beside_the_answer(fewshot: Fewshot, folder: Path) -> None:
     (folder / "red" / "broken.jpg").write_bytes(b"nothing")
     learned = fewshot("adapt", folder, "--task", "beside", "--json")
-    assert learned.status == 0
+    assert learned.status == 1  # it is learned, and not from all
     assert learned.err == "Left out red/broken.jpg: This is not an image; JPEG, PNG and WEBP are accepted.\n"
     assert learned.json["rejected"][0]["name"] == "red/broken.jpg"
     refused(fewshot("adapt", folder, "--on-bad-image", "fail"), "This is not an image")
@@ -144,6 +145,85 @@ def test_what_is_left_out_is_said_beside_the_answer(fewshot: Fewshot, folder: Pa
     assert [line[1] for line in asked.fields] == ["red", "red", "red", ""]
     assert asked.fields[3][4] == "undecodable_example"
     assert asked.err == f"{folder}/red/broken.jpg: This is not an image; JPEG, PNG and WEBP are accepted.\n"
+    added = fewshot("add", "beside", folder, "--json")
+    assert (added.status, added.json["version"]) == (1, 1)
+    assert "Left out red/broken.jpg: This is not an image; JPEG, PNG and WEBP are accepted.\n" in added.err
+    (folder / "red" / "broken.jpg").unlink()
+    twice = fewshot("add", "beside", folder)
+    assert twice.status == 0  # what is there already was read
+    assert "Left out red/0.png: The same image was sent twice; it counts once.\n" in twice.err
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_pictures_of_which_none_can_be_read_are_named_each(
+    fewshot: Fewshot, folder: Path, tmp_path: Path, count: int
+) -> None:
+    fewshot("adapt", folder, "--task", "unread")
+    files = [tmp_path / f"{k}.png" for k in range(count)]
+    for file in files:
+        file.write_bytes(b"nothing")
+    asked = fewshot("classify", "unread", *files)
+    assert asked.status == 1
+    assert asked.fields == [[str(file), "", "", "", "undecodable_example"] for file in files]
+    text = "This is not an image; JPEG, PNG and WEBP are accepted."
+    assert asked.err.splitlines() == [f"{file}: {text}" for file in files]
+
+
+def test_an_example_is_taken_back_by_its_id_or_its_file(fewshot: Fewshot, folder: Path, tmp_path: Path) -> None:
+    (folder / "red" / "2.png").write_bytes(picture("blue", seed=70))
+    learned = fewshot("adapt", folder, "--task", "taken")
+    (suspect,) = (line for line in learned.fields if line[0] == "suspect")
+    assert suspect[1:4] == ["red/2.png", "red", "blue"]
+    shown = fewshot("tasks", "show", "taken").fields
+    assert [line[0] for line in shown if line[0] in ("class", "example")] == ["class", *["example"] * 3] * 2
+    examples = [line[1:] for line in shown if line[0] == "example"]
+    assert [label for label, _ in examples] == ["blue"] * 3 + ["red"] * 3
+    assert ["red", suspect[4]] in examples
+    refused(
+        fewshot("remove", "taken", "--example", "red/2.png"), "There is no file red/2.png; `fewshot tasks show taken`"
+    )
+    refused(fewshot("remove", "taken", "--example", "red"), "The task has no example 'red'.")
+    less = fewshot("remove", "taken", "--example", folder / "red" / "2.png")
+    assert ["class", "red", "2"] in less.fields
+    refused(
+        fewshot("remove", "taken", "--example", folder / "red" / "2.png"), "2.png is no example of the task 'taken'."
+    )
+    assert ["class", "blue", "2"] in fewshot("remove", "taken", "--example", examples[0][1]).fields
+
+    (folder / "blue" / "both.png").write_bytes(picture("tan"))
+    (folder / "red" / "both.png").write_bytes(picture("tan"))
+    fewshot("adapt", folder, "--task", "taken")
+    refused(
+        fewshot("remove", "taken", "--example", folder / "red" / "both.png"), "is an example of several classes; say"
+    )
+
+    drawn(tmp_path / "more", "unlabelled", shots=0)
+    (tmp_path / "more" / "unlabelled" / "0.png").write_bytes(picture("red", seed=30))
+    assert ["unlabelled", "1"] in fewshot("add", "taken", tmp_path / "more").fields
+    less = fewshot("remove", "taken", "--example", tmp_path / "more" / "unlabelled" / "0.png")
+    assert less.status == 0
+    assert not any(line[0] == "unlabelled" for line in less.fields)
+
+
+def test_a_name_that_no_task_has_is_said_to_be_none(fewshot: Fewshot, folder: Path) -> None:
+    words = "A task name has 1 to 64 letters, digits, '-' or '_'."
+    for arguments in (
+        ["adapt", folder, "--task", "a/b"],
+        ["classify", "a/b", folder],
+        ["remove", "a/b", "--label", "red"],
+        ["tasks", "show", ".."],
+        ["tasks", "forget", "a/b", "--yes"],
+    ):
+        refused(fewshot(*arguments), words)
+
+
+def test_the_version_is_that_of_the_project(fewshot: Fewshot) -> None:
+    from service.web.app import VERSION
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    said = fewshot("--version")
+    assert (said, said.err, said.status) == (f"fewshot {project['version']}\n", "", 0)
+    assert project["version"] == VERSION
 
 
 def test_what_goes_wrong_is_one_sentence_and_status_1(
@@ -238,7 +318,7 @@ def test_a_terminal_shows_tables_bars_and_sentences(address: str, folder: Path) 
     shown = terminal(program("adapt", folder, "--task", "seen"), FEWSHOT_URL=address)
     assert re.search(r"^class +blue +3 examples *$", shown, re.MULTILINE), shown
     assert re.search(r"^accuracy +\d+ % of its own examples, each held out in turn", shown, re.MULTILINE), shown
-    assert "red/2.png is called 'red' and looks like 'blue'" in shown
+    assert re.search(r"red/2.png is called 'red' and looks like 'blue' \(ex_[0-9a-f]{32}\)", shown), shown
     assert "Look at red/2.png of 'red': it looks like 'blue'." in shown
     shown = terminal(program("classify", "seen", folder / "blue" / "0.png"), FEWSHOT_URL=address)
     assert re.search(r"image +label +probability", shown), shown
@@ -246,6 +326,8 @@ def test_a_terminal_shows_tables_bars_and_sentences(address: str, folder: Path) 
     shown = terminal(program("tasks", "forget", "seen"), FEWSHOT_URL=address)
     assert "Forget 'seen' and all its versions for good? [y/N]" in shown
     assert "seen" in terminal(program("tasks"), FEWSHOT_URL=address)
+    shown = terminal(program("tasks", "show", "seen"), FEWSHOT_URL=address)
+    assert len(re.findall(r"^example +ex_[0-9a-f]{32} *$", shown, re.MULTILINE)) == 6, shown
 
 
 def test_a_name_with_a_tab_stays_one_field(fewshot: Fewshot, folder: Path) -> None:

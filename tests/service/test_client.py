@@ -6,6 +6,7 @@ import asyncio
 import gc
 import inspect
 import io
+import re
 import socket
 import subprocess
 import sys
@@ -46,7 +47,7 @@ from service.client.wire import Patience
 from service.settings import Settings
 from service.stores.memory import MemoryStore
 from service.web.app import create_app
-from tests.fakes import MeanColour, picture, tiny_artifact
+from tests.fakes import Failing, MeanColour, picture, tiny_artifact
 from tests.service.faults import Faults
 from tests.service.live import served
 
@@ -163,7 +164,8 @@ def test_what_is_no_support_set_is_said_before_anything_is_sent(client: Client, 
         (tmp_path / "loose.png", ValueError, "neither a folder nor a zip"),
         ({"red": f"{tmp_path}/*.jpg"}, FileNotFoundError, "There is no picture in"),
         ({"red": []}, ValueError, "'red' has no images"),
-        ({"red": [7]}, TypeError, "not int"),
+        ({"red": [7]}, TypeError, "An image is a path, .* not int"),
+        ({1: [RED], "blue": [RED]}, TypeError, "A label is text, not int"),
     ]
     for support, kind, words in wrong:
         with pytest.raises(kind, match=words):
@@ -183,6 +185,45 @@ def test_any_label_comes_back_as_it_was(client: Client, label: str) -> None:
     assert client.classify_once({label: images["red"], "other": images["blue"]}, [RED])[0].label == label
     smaller = task.add(some("lime")).remove_class(label)
     assert [item.label for item in smaller.classes] == ["lime", "other"]
+
+
+ODD = ["mug: blue", "50%", "50%25", "a/b", "unlabelled", "label:x", "🦊 é", ".hidden", "dots..", "__MACOSX", "%FF"]
+
+
+@pytest.mark.parametrize("form", ["zip", "folder"])
+def test_kept_images_that_are_taught_again_keep_their_labels(client: Client, tmp_path: Path, form: str) -> None:
+    support = {label: picture("red", seed=seed) for seed, label in enumerate(ODD)}
+    task = client.adapt(support, unlabelled=RED, retain="images")
+    saved = task.save_support(tmp_path / "kept.zip")
+    if form == "folder":
+        with zipfile.ZipFile(saved) as archive:
+            archive.extractall(tmp_path / "kept")
+        saved = tmp_path / "kept"
+    again = client.adapt(saved, task="again")
+    assert [item.label for item in again.classes] == sorted(ODD)
+    assert (again.head, again.unlabelled) == (task.head, 1)
+
+
+def test_a_label_of_dots_leads_to_no_other_address(client: Client) -> None:
+    task = client.adapt({".": RED, "..": picture("blue"), "lime": picture("lime"), "tan": picture("tan")})
+    task = task.remove_class("..").remove_class(".")
+    assert [item.label for item in client.task(task.name).classes] == ["lime", "tan"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a b", "x" * 65, "é"])
+def test_a_name_that_no_task_has_is_said_to_be_none(client: Client, faults: Faults, name: str) -> None:
+    task = client.adapt(some("red", "blue"), task="named")
+    faults.asked.clear()
+    support = some("red", "blue")
+    asking: list[Callable[[], object]] = [lambda: client.task(name), lambda: client.adapt(support, task=name)]
+    for ask in asking:
+        with pytest.raises(package.InvalidRequest) as caught:
+            ask()
+        assert caught.value.detail == "A task name has 1 to 64 letters, digits, '-' or '_'."
+    for example in (task.remove, task.image):
+        with pytest.raises(ExampleNotFound, match="The task has no example"):
+            example(name)
+    assert [path for path in paths(faults) if "/v1/tasks" in path] == []
 
 
 def test_a_folder_named_unlabelled_has_no_label(client: Client, folder: Path) -> None:
@@ -220,16 +261,65 @@ def test_one_bad_image_of_several_has_its_error_and_the_others_their_answers(cli
     rows = task.classify([b"x", b"y", b"z", b"nothing", RED, b"nothing"])  # the first request has no good one
     assert [row.label for row in rows] == [None, None, None, None, "red", None]
     assert [row.error and row.error.code for row in rows] == ["undecodable_example"] * 4 + [None, "undecodable_example"]
-    for images in (b"nothing", [b"nothing"], [b"nothing"] * 9):
-        with pytest.raises(UndecodableExample) as caught:
-            task.classify(images)  # type: ignore[call-overload]
-        assert (caught.value.status, caught.value.code) == (422, "undecodable_example")
-        assert caught.value.request_id
+    with pytest.raises(UndecodableExample) as caught:
+        task.classify(b"nothing")
+    assert (caught.value.status, caught.value.code) == (422, "undecodable_example")
+    assert caught.value.request_id
     with pytest.raises(UndecodableExample):
         task.classify([RED, b"nothing"], on_bad_image="fail")
     rows = task.classify([RED, bytes(20_000)])
     assert rows[1].error is not None
     assert rows[1].error.code == "too_large"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_several_images_of_which_none_is_good_have_an_error_each(client: Client, count: int) -> None:
+    task = client.adapt(some("red", "blue"))
+    gif = picture("red", format="GIF")
+    images = [gif, b"", *[b"nothing"] * 7][:count]
+    rows = task.classify(images)
+    assert [row.index for row in rows] == list(range(count))
+    alone = []
+    for image in images:
+        with pytest.raises(UndecodableExample) as caught:
+            task.classify(image)
+        alone.append(caught.value.detail)
+    assert [row.error and row.error.detail for row in rows] == alone
+    assert len(set(alone)) == min(count, 3)
+    found = client.embed(images)
+    assert [item.detail for item in found.errors] == alone
+    assert (found.features, found.dim, found.artifact) == ((None,) * count, 3, "sha256:tiny")
+    for ask in (task.classify, client.embed):
+        with pytest.raises(UndecodableExample):
+            ask(images, on_bad_image="fail")
+
+
+def test_a_fault_of_the_service_is_no_fault_of_the_images(tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact")
+    extractor = Failing(broken=False)
+    app = create_app(Settings(lanes=1, max_queries=2), artifact=artifact, extractor=extractor, store=MemoryStore())
+    with served(app) as http, Client(str(http.base_url), retries=0) as client:
+        task = client.adapt(some("red", "blue"))
+
+        def fail(done: int, total: int) -> None:
+            extractor.broken = True
+
+        with pytest.raises(package.ExtractorFailed):
+            task.classify([RED] * 4, progress=fail)
+
+
+def test_a_folder_and_a_pattern_are_several_images(client: Client, folder: Path) -> None:
+    task = client.adapt(folder)
+    for several in (folder / "red", str(folder / "red"), f"{folder}/red/*.png", folder / "r?d" / "[012].png"):
+        assert [row.label for row in task.classify(several)] == ["red"] * 3
+    assert [row.label for row in task.classify(f"{folder}/red/1*")] == ["red"]
+    odd = folder / "red [1].png"
+    odd.write_bytes(RED)
+    assert task.classify(odd).label == "red"
+    with pytest.raises(FileNotFoundError, match="There is no picture in"):
+        task.classify(f"{folder}/*.gif")
+    with pytest.raises(FileNotFoundError):
+        task.classify(folder / "none.png")
 
 
 def test_what_is_learned_can_be_changed_and_taken_back(client: Client) -> None:
@@ -353,9 +443,12 @@ def test_a_folder_larger_than_a_request_is_learned_in_several(client: Client, fa
     (root / "blue" / "9.heic").write_bytes(b"\0\0\0\x18ftypheic")
     told: list[tuple[int, int]] = []
     task = client.adapt(root, task="large", progress=lambda done, total: told.append((done, total)))
-    assert paths(faults)[:2] == ["GET /v1/limits", "PUT /v1/tasks/large"]
-    assert set(paths(faults)[2:]) == {"POST /v1/tasks/large/examples"}
-    assert len({key for _, _, key in faults.asked[2:]}) == len(faults.asked) - 2 >= 3
+    limits, first, *more, made, end = paths(faults)
+    upload = first.removeprefix("PUT ")
+    assert re.fullmatch("/v1/tasks/upload-[0-9a-f]{16}", upload)
+    assert (limits, made, end) == ("GET /v1/limits", "PUT /v1/tasks/large", f"DELETE {upload}")
+    assert set(more) == {f"POST {upload}/examples"}
+    assert len({key for _, _, key in faults.asked[1:-1]} - {""}) == len(more) + 2 >= 5
     assert told[-1] == (31, 31)
     assert told == sorted(told)
     rejected = {item.name: (item.index, item.code) for item in task.rejected}
@@ -366,6 +459,7 @@ def test_a_folder_larger_than_a_request_is_learned_in_several(client: Client, fa
     }
     with service(tmp_path, max_body_bytes=10**6) as (url, _), Client(url) as roomy:
         assert roomy.adapt(root).head == task.head
+    assert {item.name for item in task.examples} >= {"red/1.png", "lime/9.png"}
     assert task.add(drawn(tmp_path / "more", "yellow", shots=9)).version > task.version + 1
 
 
@@ -387,12 +481,100 @@ def test_more_images_than_a_task_may_have_are_refused_before_any_is_sent(client:
     assert paths(faults) == ["GET /v1/limits"]
 
 
+def uploads(client: Client) -> list[str]:
+    return [item.name for item in client.tasks() if item.name.startswith("upload-")]
+
+
+def test_what_is_learned_in_several_requests_is_one_version(client: Client, faults: Faults) -> None:
+    before = client.adapt(some("red", "blue"), task="whole")
+    seen: list[int] = []
+
+    def look(done: int, total: int) -> None:
+        seen.append(client.task("whole").version)
+
+    support = some("red", "blue", "lime", shots=10)
+    task = client.adapt(support, task="whole", method="ridge", ttl=60, retain="images", progress=look)
+    assert len(seen) > 2
+    assert set(seen) == {1}
+    assert [item.version for item in task.versions()] == [2, 1]
+    assert (task.method, task.retained, [item.shots for item in task.classes]) == ("ridge", True, [10] * 3)
+    assert task.expires_at is not None
+    assert task.created_at is not None
+    assert 59 < (task.expires_at - task.created_at).total_seconds() < 61
+    assert uploads(client) == []
+    unnamed = client.adapt(some("red", "blue", "tan", shots=10))
+    assert (unnamed.name, unnamed.version, unnamed.expires_at) == (f"t_{unnamed.head[3:27]}", 1, None)
+    assert (unnamed.method, unnamed.retained) == ("prototype", False)
+    assert before.rollback(1).head == before.head
+    faults.asked.clear()
+    client.adapt(some("red", "blue"))
+    assert paths(faults) == ["POST /v1/tasks"]
+
+
+@pytest.mark.parametrize("fault", ["422", "cut"])
+def test_what_is_broken_off_changes_no_task_and_ends(running: tuple[str, Faults], faults: Faults, fault: str) -> None:
+    with Client(running[0], retries=0) as client:
+        before = client.adapt(some("red", "blue"), task="half")
+        faults.next.extend(["", "", fault])
+        with pytest.raises(UnreadableAnswer if fault == "422" else Unreachable) as caught:
+            client.adapt(some("red", "blue", shots=15), task="half")
+        assert caught.value.__notes__ == ["The task 'half' was not changed."]
+        assert (client.task("half").head, client.task("half").version) == (before.head, before.version)
+        left = uploads(client)
+        assert len(left) == (fault == "cut")  # a service that does not answer is asked for nothing more
+        for name in left:
+            task = client.task(name)
+            assert task.expires_at is not None
+            assert task.created_at is not None
+            assert (task.expires_at - task.created_at).total_seconds() == pytest.approx(3600, abs=1)
+            task.forget()
+        faults.next.extend(["", "422"])
+        with pytest.raises(UnreadableAnswer) as caught:
+            client.adapt(some("red", "blue", shots=15))
+        assert caught.value.__notes__ == ["Nothing was learned."]
+
+
+def test_an_upload_that_cannot_be_deleted_is_no_error(running: tuple[str, Faults], faults: Faults) -> None:
+    with Client(running[0], retries=0) as client:
+        client.adapt(support := some("red", "blue", shots=9), task="left")
+        count = len(faults.asked) - 1  # without the question for the limits
+        faults.next.extend([*[""] * (count - 1), "cut"])
+        assert client.adapt(support, task="left").version == 1
+        (left,) = uploads(client)
+        client.task(left).forget()
+
+
+def test_a_last_answer_that_is_lost_makes_no_second_version(client: Client, faults: Faults) -> None:
+    support = some("red", "blue", shots=9)
+    client.limits()
+    faults.asked.clear()
+    client.adapt(support, task="last")
+    faults.next.extend([*[""] * (len(faults.asked) - 2), "lose answer"])
+    assert client.adapt(support, task="last", ttl=60).version == 2
+    assert len([path for path in paths(faults) if path == "PUT /v1/tasks/last"]) == 3
+    assert uploads(client) == []
+
+
+def test_a_file_that_goes_away_meanwhile_leaves_nothing(client: Client, tmp_path: Path) -> None:
+    root = drawn(tmp_path / "large", "red", "blue", shots=10)
+
+    def remove(done: int, total: int) -> None:
+        (root / "red" / "9.png").unlink(missing_ok=True)
+
+    with pytest.raises(FileNotFoundError):
+        client.adapt(root, task="gone", progress=remove)
+    assert uploads(client) == []
+    with pytest.raises(TaskNotFound):
+        client.task("gone")
+
+
 def test_what_went_wrong_half_way_says_how_far_it_got(client: Client, faults: Faults) -> None:
     client.limits()
-    faults.next.extend(["", "", "422"])
+    task = client.adapt(some("red", "blue", shots=1), task="part")
+    faults.next.extend(["", "422"])
     with pytest.raises(UnreadableAnswer) as caught:
-        client.adapt(some("red", "blue", shots=15), task="half")
-    assert caught.value.__notes__ == ["The task 'half' has learned a part; it is at version 2."]
+        task.add(some("red", "blue", shots=15))
+    assert caught.value.__notes__ == ["The task 'part' has learned a part; it is at version 2."]
 
 
 # What goes wrong
@@ -455,23 +637,35 @@ def test_a_change_whose_answer_was_lost_is_made_once(client: Client, faults: Fau
     task = client.adapt(some("red", "blue"), task=f"once-{fault.replace(' ', '-')}")
     client.limits()
     changes: list[Callable[[Task], Task]] = [
+        lambda task: client.adapt(some("red", "blue"), task=task.name, ttl=60),
         lambda task: task.add(some("lime")),
         lambda task: task.remove(next(item.id for item in task.examples if item.label == "lime")),
         lambda task: task.remove_class("lime"),
         lambda task: task.learn_with("ridge"),
-        lambda task: task.rollback(2),
+        lambda task: task.rollback(3),
     ]
     for change in changes:
         faults.asked.clear()
         faults.next.append(fault)
         changed = change(task)
         assert changed.version == task.version + 1
-        assert faults.asked[0] == faults.asked[1]  # with the same key, where there is one
+        assert faults.asked[0] == faults.asked[1]
+        assert faults.asked[0][2]
         task = changed
     faults.next.append(fault)
     task.forget()
     with pytest.raises(TaskNotFound):
         task.forget()
+
+
+def test_every_change_of_a_task_carries_a_key_of_its_own(client: Client, faults: Faults) -> None:
+    client.limits()
+    faults.asked.clear()
+    task = client.adapt(some("red", "blue", "lime", shots=2), task="keyed").add({"red": RED})
+    task = task.remove(task.examples[0].id).remove_class("lime").learn_with("ridge").rollback(1)
+    keys = [key for _, _, key in faults.asked]
+    assert len(keys) == len(set(keys)) == 6
+    assert all(keys)
 
 
 def test_a_slow_answer_is_not_waited_for_twice(running: tuple[str, Faults], faults: Faults) -> None:
@@ -525,6 +719,22 @@ def test_a_key_opens_what_is_closed_without(tmp_path: Path) -> None:
         assert caught.value.status == 401
         with Client(url, key) as client:
             assert client.adapt(some("red", "blue")).classify(RED).label == "red"
+
+
+def test_address_and_key_come_from_the_environment_where_none_is_given(
+    running: tuple[str, Faults], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in (("FEWSHOT_URL", running[0]), ("FEWSHOT_KEY", "fsk_test_1")):
+        monkeypatch.setenv(variable, value)
+    for kind in (Client, AsyncClient):
+        client = kind()
+        assert (client.base_url, client._http.headers["authorization"]) == (running[0], "Bearer fsk_test_1")
+        client = kind("http://127.0.0.1:9", "fsk_test_2")
+        assert (client.base_url, client._http.headers["authorization"]) == ("http://127.0.0.1:9", "Bearer fsk_test_2")
+        assert "authorization" not in kind(key="")._http.headers
+    assert Client().health().status == "ok"
+    monkeypatch.setenv("FEWSHOT_URL", "")
+    assert Client().base_url == "http://127.0.0.1:8000"
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_computer(
