@@ -158,7 +158,10 @@ def _masked(value: object) -> Any:
     """Passwords inside addresses; every other secret is in a file, and the setting its path."""
     if isinstance(value, Path):
         return str(value)
-    return re.sub(r"(?<=://)[^@/]+(?=@)", "***", value) if isinstance(value, str) else value
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    # Up to the last @, for a password may hold one, or a slash; in an address of a socket it stands behind the path.
+    return re.sub(r"((?:^|[?&])password=)[^&]*", r"\1***", re.sub(r"(?<=://).+(?=@)", "***", value))
 
 
 def _effective(settings: Settings) -> Check:
@@ -345,23 +348,32 @@ def redis(settings: Settings) -> Check:
         except (exceptions.ConnectionError, exceptions.TimeoutError):
             return Check("redis", "fail", f"{where} does not answer", "Start Redis, or correct FEWSHOT_REDIS_URL.")
         try:
-            told = {**client.info("memory"), **client.info("persistence")}
+            told = {k: v for part in ("memory", "persistence", "replication") for k, v in client.info(part).items()}
         except exceptions.ResponseError:
             found = f"{where} answers and does not tell its settings"
-            return Check(
-                "redis", "note", found, "See to it that it has appendonly, appendfsync always and volatile-lru."
-            )
+            return Check("redis", "note", found, "See to it that it has appendonly, appendfsync always and noeviction.")
         try:
-            synced = client.config_get("appendfsync").get("appendfsync")
+            synced = client.config_get("appendfsync", "no-appendfsync-on-rewrite")
         except exceptions.ResponseError:
-            synced = "always"  # it does not tell
+            synced = {}  # it does not tell
     policy = told.get("maxmemory_policy", "")
     if policy.startswith("allkeys"):
         found = f"{where} has maxmemory-policy {policy}, which throws tasks away"
-        return Check("redis", "fail", found, "CONFIG SET maxmemory-policy volatile-lru")
-    if not told.get("aof_enabled") or synced != "always":
+        return Check("redis", "fail", found, "CONFIG SET maxmemory-policy noeviction")
+    lazily = synced.get("appendfsync", "always") != "always" or synced.get("no-appendfsync-on-rewrite") == "yes"
+    if not told.get("aof_enabled") or lazily:
         found = f"{where} can lose tasks that were acknowledged"
-        return Check("redis", "warn", found, "CONFIG SET appendonly yes, and appendfsync always.")
+        fix = "CONFIG SET appendonly yes, appendfsync always, no-appendfsync-on-rewrite no."
+        return Check("redis", "warn", found, fix)
+    if policy.startswith("volatile"):
+        found = f"{where} has maxmemory-policy {policy}: when it is full, tasks with an end go before it"
+        return Check("redis", "warn", found, "CONFIG SET maxmemory-policy noeviction")
+    if told.get("role") == "slave":
+        found = f"{where} is a replica of another Redis, and takes no changes"
+        return Check("redis", "fail", found, "Set FEWSHOT_REDIS_URL to the one that is written to.")
+    if not synced:
+        found = f"{where} answers, keeps a log, and does not tell how it syncs it"
+        return Check("redis", "note", found, "See to it that it has appendfsync always.")
     return Check("redis", "ok", f"{where} answers and keeps what it acknowledges")
 
 

@@ -49,8 +49,14 @@ T = TypeVar("T")
 
 PAGE = 1000  # tasks that are looked at together
 WEED_S = 10  # in which an index is not looked through again for who is refused
+WEED_BEHIND_S = 600  # and for who is not
 TRIES = 8  # of a change that others keep overtaking
 MARK = "fs:mark"
+
+
+def _ms(end: float) -> int:
+    """Milliseconds until then, of what is kept so long: by our own clock, for that of Redis may be another."""
+    return max(1, int(1000 * (end - time.time())))
 
 
 async def fetch(client: Redis, key: str) -> Any:
@@ -93,7 +99,8 @@ class RedisStore:
         self.recent = RecentRecords()
         # By tenant and task: who remembers here takes turns, so that only other replicas are ever faster.
         self.turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
-        self.weeded: dict[str, float] = {}  # tenant -> when the index of its tasks was last looked through
+        self._weeded: dict[tuple[str, float], float] = {}  # by tenant and pause: see may_weed
+        self._weeding: set[asyncio.Task[None]] = set()
         self._mark: bytes | None = None  # of the store as it was first met
         self.link = Link(
             url,
@@ -105,11 +112,32 @@ class RedisStore:
         )
 
     async def open(self) -> None:
-        """Raises StoreMisconfigured when Redis may throw records away."""
+        """Raises StoreMisconfigured when Redis may throw records away, or was sealed with another key."""
         await self.link.open()
 
     async def close(self) -> None:
+        for weeding in self._weeding:
+            weeding.cancel()
         await self.link.close()
+
+    def may_weed(self, tenant: str, pause_s: float) -> bool:
+        """Whether the index of a tenant was not looked through for so long, with this pause; then it counts as is."""
+        now, last = time.monotonic(), self._weeded.get((tenant, pause_s), -math.inf)
+        if now - last < pause_s:
+            return False
+        self._weeded[tenant, pause_s] = now
+        return True
+
+    def weed_behind(self, scope: RedisScope) -> None:
+        """Where tasks have an end, their names would fill the index in time if nobody ever listed them."""
+        if self.may_weed(scope.tenant, WEED_BEHIND_S):
+            weeding = asyncio.create_task(self._weed(scope))
+            self._weeding.add(weeding)
+            weeding.add_done_callback(self._weeding.discard)
+
+    async def _weed(self, scope: RedisScope) -> None:
+        with suppress(StoreUnavailable):  # another time
+            await scope.weed()
 
     async def ping(self) -> bool:
         async def is_it_there(client: Redis) -> None:
@@ -125,12 +153,20 @@ class RedisStore:
         if found is None and self._mark is None:
             with suppress(redis_errors.ResponseError):  # full, or not to be written: what is there can be read
                 if await client.set(MARK, self.sealer.seal(secrets.token_bytes(16), "mark"), nx=True):
-                    log.info("Redis had no mark of ours: what it holds, if anything, is the store from now on.")
+                    log.warning("Redis had no mark of ours: what it holds, if anything, is the store from now on.")
                 found = await fetch(client, MARK)
         self.recognise(found)
 
     def recognise(self, mark: bytes | None) -> None:
         """Raises StoreMisconfigured unless this is the mark of the store that was there from the first."""
+        if mark is not None and mark != self._mark:
+            try:
+                self.sealer.open(mark, "mark")
+            except SealBroken:
+                # Every task would look damaged, and its owner would be asked to replace it.
+                raise StoreMisconfigured(
+                    "What Redis holds was sealed with another key, or with none (STORE_KEY_FILE); nothing was changed."
+                ) from None
         self._mark = self._mark or mark
         if mark != self._mark:
             raise StoreMisconfigured(
@@ -214,20 +250,20 @@ class RedisScope:
             expires = self._sealed.open_history(task, history).expires
             pipe.multi()  # type: ignore[no-untyped-call]
             if there:
-                pipe.set(self._key("h", pointer.head), value, pxat=self._until(expires))
+                pipe.set(self._key("h", pointer.head), value, px=self._head_ms(expires))
 
         with suppress(SealBroken, VersionConflict):
             await self._store.link.call(lambda client: self._change(client, watched, change), answers=4)
 
-    def _until(self, expires: float | None) -> int:
-        """When a head of a task that ends then is thrown away, in milliseconds since 1970."""
-        return int(1000 * ends(self._store.head_ttl_s, expires, now=time.time()))
+    def _head_ms(self, expires: float | None) -> int:
+        """How long a head of a task that ends then is kept, in milliseconds."""
+        return _ms(ends(self._store.head_ttl_s, expires, now=time.time()))
 
     async def commit(
         self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected, instead: bool = False
     ) -> Pointer:
         sealed_head = None if head is None else self._sealed.seal_head(head_id, head)
-        expires = None if record.expires is None else int(record.expires * 1000)
+        left = None if record.expires is None else _ms(record.expires)
 
         async def change(pipe: Pipeline) -> Pointer:
             found = await self._found(pipe, task)
@@ -250,17 +286,20 @@ class RedisScope:
                 pipe.delete(*gone)
             for key, data in zip(earlier, moved, strict=False):
                 if data is not None:
-                    pipe.set(key, data, pxat=expires)
-            pipe.set(self._key("r", task, pointer.version), sealed_record, pxat=expires)
-            pipe.set(self._key("v", task), self._sealed.seal_history(task, history), pxat=expires)
-            pipe.set(self._key("p", task), self._sealed.seal_pointer(task, pointer), pxat=expires)
+                    pipe.set(key, data, px=left)
+            pipe.set(self._key("r", task, pointer.version), sealed_record, px=left)
+            pipe.set(self._key("v", task), self._sealed.seal_history(task, history), px=left)
+            pipe.set(self._key("p", task), self._sealed.seal_pointer(task, pointer), px=left)
             if sealed_head is not None:
-                pipe.set(self._key("h", head_id), sealed_head, pxat=self._until(record.expires))
+                pipe.set(self._key("h", head_id), sealed_head, px=self._head_ms(record.expires))
             pipe.zadd(self._key("tasks"), {task: 0})
             return pointer
 
         watched = self._key("p", task)
-        return await self._store.link.call(lambda client: self._change(client, watched, change), answers=5)
+        pointer = await self._store.link.call(lambda client: self._change(client, watched, change), answers=5)
+        if record.expires is not None:
+            self._store.weed_behind(self)
+        return pointer
 
     async def delete(self, task: str, *, expect: Expected = None) -> bool:
         async def look(client: Redis) -> tuple[bool, list[str]]:
@@ -345,14 +384,16 @@ class RedisScope:
         if not await self._store.link.call(operation):
             return False
         # Tasks that ended stay in the index until somebody looks: not for each who is refused.
-        now = time.monotonic()
-        if now - self._store.weeded.get(self.tenant, -math.inf) < WEED_S:
+        if not self._store.may_weed(self.tenant, WEED_S):
             return True
-        self._store.weeded[self.tenant] = now
+        await self.weed()
+        return await self._store.link.call(operation)
+
+    async def weed(self) -> None:
+        """Looks the index of tasks through, which takes those off it that ended."""
         last = ""
         while page := await self._store.link.call(partial(self._page, after=last, most=PAGE), answers=3):
             last = page[-1][0]
-        return await self._store.link.call(operation)
 
     async def _page(self, client: Redis, *, after: str, most: int) -> list[tuple[str, bytes | None]]:
         """Names behind `after` in the index, with their pointers; those that ended (None) are taken off it."""
@@ -426,13 +467,12 @@ class RedisScope:
                 pipe.delete(f"{index}:{name}")
             else:
                 live[name] = expires
-                pipe.set(f"{index}:{name}", sealed, pxat=int(expires * 1000))
+                pipe.set(f"{index}:{name}", sealed, px=_ms(expires))
             for oldest in list(live)[:-MOST_REMEMBERED]:
                 del live[oldest]
                 pipe.delete(f"{index}:{oldest}")
             if live:
-                last = int(max(live.values()) * 1000)
-                pipe.set(index, self._sealed.seal_index(task, live), pxat=last)
+                pipe.set(index, self._sealed.seal_index(task, live), px=_ms(max(live.values())))
             else:
                 pipe.delete(index)
             return True

@@ -216,11 +216,29 @@ class Link:
         kept = await self._ask("info", lambda: client.info("persistence"))
         policy = str(memory.get("maxmemory_policy", ""))
         if policy.startswith("allkeys"):
-            raise StoreMisconfigured(f"Redis has maxmemory-policy {policy}, which evicts records; use volatile-lru.")
+            raise StoreMisconfigured(f"Redis has maxmemory-policy {policy}, which evicts records; use noeviction.")
+        if policy.startswith("volatile"):
+            self._say(f"Redis has maxmemory-policy {policy}: tasks with an end may go before it; set noeviction.")
         if not kept:
             self._say("Redis does not tell its settings: see to it that it evicts no records and syncs its log.")
         else:
-            found = await self._ask("config", lambda: client.config_get("appendfsync"))
-            if not kept.get("aof_enabled") or found.get("appendfsync", "always") != "always":
-                self._say("Redis can lose acknowledged tasks: set appendonly yes and appendfsync always.")
+            found = await self._ask("config", lambda: client.config_get("appendfsync", "no-appendfsync-on-rewrite"))
+            synced = found.get("appendfsync", "always") == "always"
+            if not kept.get("aof_enabled") or not synced or found.get("no-appendfsync-on-rewrite") == "yes":
+                self._say(
+                    "Redis can lose acknowledged tasks: set appendonly yes, appendfsync always and "
+                    "no-appendfsync-on-rewrite no."
+                )
+            elif not found:
+                log.info("Redis does not tell how it syncs its log: see to appendfsync always.")
+        self._see_whether_it_is_written(await self._ask("info", lambda: client.info("replication")), memory)
         await self._recognise(client)
+
+    def _see_whether_it_is_written(self, replication: dict[str, Any], memory: dict[str, Any]) -> None:
+        """What it will refuse at the next change is known before, and for as long as it lasts."""
+        most = int(memory.get("maxmemory", 0))
+        if replication.get("role") == "slave":
+            self._say("Redis is a replica of another: it can be read and takes no changes.")
+        elif not 0 < most <= int(memory.get("used_memory", 0)):
+            return
+        self._refused_until = max(self._refused_until, time.monotonic() + LOOK_S + 2 * PAUSE_S)

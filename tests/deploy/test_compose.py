@@ -126,7 +126,7 @@ def redis_keeps_what_it_acknowledged(compose: Compose) -> list[str]:
     wanted = {
         "--appendonly": "yes",
         "--appendfsync": "always",
-        "--maxmemory-policy": "volatile-lru",
+        "--maxmemory-policy": "noeviction",
         "--aclfile": "/rules/users.acl",
         "--dir": "/data",
     }
@@ -213,7 +213,7 @@ RULES: list[tuple[Rule, tuple[str, ...], Any]] = [
     (
         redis_keeps_what_it_acknowledged,
         ("services", "redis", "command"),
-        [{"volatile-lru": "allkeys-lru"}.get(word, word) for word in BASE["services"]["redis"]["command"]],
+        [{"noeviction": "allkeys-lru"}.get(word, word) for word in BASE["services"]["redis"]["command"]],
     ),
     (redis_keeps_what_it_acknowledged, ("services", "redis", "volumes"), ["redis-rules:/rules:ro"]),
     (

@@ -153,7 +153,7 @@ def test_the_options_are_in_force(guarded: tuple[RedisServer, str]) -> None:
     assert {name: found[name] for name in ("appendonly", "appendfsync", "maxmemory-policy", "maxmemory", "save")} == {
         "appendonly": "yes",
         "appendfsync": "always",
-        "maxmemory-policy": "volatile-lru",
+        "maxmemory-policy": "noeviction",
         "maxmemory": str(256 << 20),
         "save": "",
     }

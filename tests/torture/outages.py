@@ -403,7 +403,7 @@ def redis_full(n: int, seed: int, folder: Path) -> Outcome:
     wrong: list[str] = []
     lost: list[str] = []
     acknowledged = 0
-    with world(folder / "kept", "--maxmemory-policy", "volatile-lru") as (redis, service, http):
+    with world(folder / "kept", "--maxmemory-policy", "noeviction") as (redis, service, http):
         with inspector(redis) as client:
             for cycle in range(n):
                 heads, answer = filled(http, client, f"c{cycle}")

@@ -241,7 +241,103 @@ async def test_too_many_callers_are_no_reason_to_think_redis_is_away(
         assert "cannot be used" not in caplog.text
 
 
+async def test_a_task_with_an_end_stays_until_it_when_memory_is_short(tmp_path: Path) -> None:
+    with RedisServer(tmp_path, "--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server:
+        async with opened(server) as store:
+            scope = store.scope("t")
+            for seed in range(5):
+                await commit(scope, f"lease{seed}", seed, expires=time.time() + 1000)
+            await scope.remember("lease0", "key", b"value", ttl_s=50)
+            with suppress(StoreUnavailable):
+                for seed in range(5000):
+                    await commit(scope, f"task{seed}", seed)
+            assert seed < 4999
+            for seed in range(5):
+                found = await scope.record(f"lease{seed}")
+                assert found is not None
+                assert found[0] == Pointer(1, f"hd_{seed}")
+            assert await scope.recall("lease0", "key") == b"value"
+            assert await store.ping() is False
+
+
+async def test_names_of_tasks_that_ended_leave_the_index_though_nobody_lists_them(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.stores.redis.WEED_BEHIND_S", 0)
+    async with opened(own_redis) as store, redis.asyncio.Redis(port=own_redis.port) as client:
+        scope = store.scope("t")
+        for seed in range(20):
+            await commit(scope, f"job{seed}", seed, expires=time.time() + 0.05)
+        await asyncio.sleep(0.1)
+        await commit(scope, "last", 1, expires=time.time() + 100)
+        async with asyncio.timeout(5):
+            while await client.zcard("fs:t:tasks") > 1:
+                await asyncio.sleep(0.01)
+        assert await scope.tasks(limit=10) == [("last", Pointer(1, "hd_1"))]
+
+
+@pytest.mark.parametrize("wrong_by_s", [-500, 500])
+async def test_the_clock_of_redis_may_be_another(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch, wrong_by_s: float
+) -> None:
+    async with opened(own_redis) as store, redis.asyncio.Redis(port=own_redis.port) as client:
+        right = time.time
+        monkeypatch.setattr(time, "time", lambda: right() + wrong_by_s)  # ours is; which of the two makes no difference
+        scope = store.scope("t")
+        await scope.commit("lease", make_record(1, expires=time.time() + 100), "hd_1", make_head(1), expect=None)
+        assert await scope.pointer("lease") == Pointer(1, "hd_1")
+        assert await scope.remember("lease", "key", b"value", ttl_s=60, new=True) is True
+        assert await scope.remember("lease", "key", b"value", ttl_s=60, new=True) is False
+        for key in await client.keys("fs:t:[pvrhm]:*"):
+            assert 50_000 < await client.pttl(key) <= 100_000
+
+
 # How Redis is set up.
+
+
+async def test_what_was_sealed_with_another_key_is_left_alone(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server:
+        async with opened(server) as store:
+            await commit(store.scope("t"), "cats", 1)
+        with redis.Redis(port=server.port) as client:
+            before = {key: client.dump(key) for key in client.keys("*")}
+            with pytest.raises(StoreMisconfigured, match="another key"):
+                await RedisStore(server.url, key=b"another key").open()
+            assert {key: client.dump(key) for key in client.keys("*")} == before
+        late = RedisStore(server.url, key=b"another key", timeout_s=TIMEOUT_S)
+    await late.open()  # Redis is away, which is no reason to fail
+    try:
+        server.start()
+        await asyncio.sleep(PAUSE_S + 0.5)
+        for change in (
+            commit(late.scope("t"), "cats", 2),
+            late.scope("t").delete("cats"),
+            late.scope("t").pointer("no"),
+        ):
+            with pytest.raises(StoreUnavailable, match="another key"):
+                await change
+        assert await late.ping() is False
+    finally:
+        await late.close()
+        server.kill()
+
+
+async def test_a_replica_of_another_redis_is_not_well_for_as_long_as_it_is_one(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(redis_link, "LOOK_S", 0.1)
+    async with opened(own_redis) as store, redis.asyncio.Redis(port=own_redis.port) as client:
+        await commit(store.scope("t"), "cats", 1)
+        await client.replicaof("127.0.0.1", "1")
+        async with asyncio.timeout(5):
+            while await store.ping():
+                await asyncio.sleep(0.05)
+        assert await store.scope("t").pointer("cats") == Pointer(1, "hd_1")
+        assert "is a replica" in caplog.text
+        await client.replicaof("NO", "ONE")
+        async with asyncio.timeout(5):
+            while not await store.ping():
+                await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
@@ -286,6 +382,7 @@ async def test_eviction_is_noticed_while_redis_is_up(
         ((), False),
         (("--appendfsync", "everysec"), True),
         (("--appendonly", "no"), True),
+        (("--no-appendfsync-on-rewrite", "yes"), True),
     ],
 )
 async def test_a_redis_that_may_lose_what_was_acknowledged_is_warned_of(
