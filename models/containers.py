@@ -12,10 +12,11 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_PARTS = 10_000  # JPEG segments, PNG or WEBP chunks; an encoder that writes 8 MB in pieces of 4 kB makes 2,000
 FEW_PARTS = 50  # JPEG segments before the picture, of those that a look at its size goes through
-MAX_SCANS = 64  # of a progressive JPEG; encoders write about ten, and each costs a pass over all pixels
+MAX_SCANS = 24  # of a progressive JPEG; encoders write about ten, and each costs a pass over all pixels
 MAX_JUNK = 65_536  # bytes between two JPEG segments; some cameras leave a few
 
 
@@ -40,11 +41,21 @@ def unwrap(payload: bytes) -> Container:
     raise ValueError("none of the three")
 
 
-def area(payload: bytes) -> int:
-    """Pixels as the header tells, in some microseconds; 0 where it is not found at once. Nothing is checked."""
+class Look(NamedTuple):
+    """What a header tells of the work of decoding."""
+
+    pixels: int
+    weight: float = 1.0  # of a pixel, over one of eight bits a colour
+    one_pass: bool = False  # see Container
+
+
+def look(payload: bytes) -> Look | None:
+    """Takes some microseconds; None where it is not found at once. Nothing is checked."""
+    weight, one_pass = 1.0, False
     try:
         if payload.startswith(b"\x89PNG"):
-            width, height = struct.unpack_from(">II", payload, 16)
+            width, height, depth, kind = struct.unpack_from(">IIBB", payload, 16)
+            weight = max(1.0, depth * _PNG_CHANNELS.get(kind, 4) / 24) * (2 if payload[28] else 1)
         elif payload.startswith(b"RIFF"):
             width, height = _webp_size(payload)
         elif payload.startswith(b"\xff\xd8"):
@@ -55,17 +66,19 @@ def area(payload: bytes) -> int:
                     break
                 at += 2 + length
             else:
-                return 0
+                return None
             height, width = struct.unpack_from(">HH", payload, at + 5)
+            one_pass = kind in _SEQUENTIAL
         else:
-            return 0
+            return None
     except (struct.error, IndexError, ValueError):
-        return 0
-    return int(width * height)
+        return None
+    return Look(int(width * height), weight, one_pass)
 
 
 _MARKER = re.compile(rb"\xff([^\x00\xff])", re.DOTALL)
 _FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 _SEQUENTIAL = (0xC0, 0xC1)
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 _NO_PIXELS = {*range(0xE1, 0xF0), 0xFE} - {0xEE}  # applications' segments and comments; JFIF and Adobe name the colours

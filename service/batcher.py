@@ -103,8 +103,8 @@ class Batcher:
     async def run(self, call: Callable[[], T], *, admitted: bool = False) -> T:
         """Runs a function on a lane, in turns with images: adaptation.
 
-        `admitted`: it ends a request whose images were let in, and goes first. Raises Overloaded at once when another
-        would have to wait too long.
+        `admitted`: it ends a request whose images were let in, and is not refused. Raises Overloaded at once when
+        another would have to wait too long.
         """
         job = self._job(())
         job.call = call
@@ -225,7 +225,9 @@ class Batcher:
                 work += cost(job.payloads[index]) - 1
             except FewshotError as error:
                 error.index = index
-                job.items[index] = error
+                # Its traceback would hold this frame, and with it the request, until the garbage collector comes by.
+                job.items[index] = error.with_traceback(None)
+                error.__context__ = None
             except Exception:  # a decoder's bug is this image's misfortune, not the lane's end
                 log.exception("The decoder failed in a way of its own.")
                 job.items[index] = UndecodableExample("The image cannot be decoded.", index=index)

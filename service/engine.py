@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -192,7 +193,7 @@ class Engine:
         embedded = await self._embed([*(example.payload for example in examples), *unlabelled])
         errors = [item for item in embedded.items if isinstance(item, FewshotError)]
         if len(errors) == len(embedded.items):
-            raise errors[0]
+            raise copy(errors[0])
 
         async def made(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
             record, retain = await self._learning.ours(task, before), bool(before.images)
@@ -333,6 +334,10 @@ class Engine:
             return pointer, head
         return await self._tasks.made_again(scope, task, pointer)
 
+    async def at(self, scope: Scope, task: str) -> Pointer:
+        """Where a task is now. Raises TaskNotFound."""
+        return await self._tasks.at(scope, task)
+
     async def record(self, scope: Scope, task: str) -> tuple[Pointer, Record]:
         return await self._tasks.found(scope, task)
 
@@ -394,7 +399,7 @@ def _check(embedded: Embedded, on_bad_image: OnBadImage) -> None:
     """Raises the first error where it is not to be told beside the answers for other images, or is not an image's."""
     errors = [item for item in embedded.items if isinstance(item, FewshotError)]
     if errors and (len(embedded.items) == 1 or on_bad_image == "fail" or isinstance(errors[0], ExtractorFailed)):
-        raise errors[0]
+        raise copy(errors[0])  # or it would hold this frame, and the images with it, in a ring
 
 
 def _name_of(head_id: str) -> str:

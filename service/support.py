@@ -15,6 +15,7 @@ import unicodedata
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeVar
 
@@ -191,10 +192,10 @@ def usable(
         labelled = index < len(examples)
         label = examples[index].label if labelled else ""
         if isinstance(item, ExtractorFailed):
-            raise item
+            raise copy(item)  # or it would hold this frame, and the images with it, in a ring
         if isinstance(item, FewshotError):
             if on_bad_image == "fail":
-                raise item
+                raise copy(item)
             rejected.append(Rejected(index, item.code, item.detail))
             continue
         payload = examples[index].payload if labelled else unlabelled[index - len(examples)]

@@ -3,9 +3,9 @@
 Tenants take turns: of what the lanes do next, each that waits gets an equal share, so one that asks for ten times what
 the service can do has its own requests refused, and not those of others. Within a tenant requests take turns in the
 same way, so that a large support set does not keep single questions waiting. A share is counted in images; a large
-one, which takes as long to decode as many small ones, counts as many. Functions that want a lane go first where they
-end a request whose images were let in; others take turns with images, so that neither keeps the other waiting. Knows
-nothing of threads: who uses this holds a lock.
+one, which takes as long to decode as many small ones, counts as many. Functions that want a lane take turns with
+images, and those of them that end a request whose images were let in with others, so that none keeps the rest waiting.
+Knows nothing of threads: who uses this holds a lock.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from models.containers import area
+from models.containers import Look, look
 from models.errors import FewshotError, Overloaded
 from models.images import ONE_PASS
 
@@ -37,9 +37,11 @@ def cost(payload: Payload) -> float:
     """How many small images' work one is, going by its bytes and by the pixels that its header tells."""
     if not isinstance(payload, bytes):
         return 1.0
-    jpeg = payload.startswith(b"\xff\xd8")
-    most, unit = (ONE_PASS * MOST_PIXELS, PIXELS_SCALED) if jpeg else (MOST_PIXELS, PIXELS)
-    by_pixels = min(area(payload), most) / unit
+    found = look(payload)
+    if found is None:  # a JPEG hides its size behind more than any camera writes, or this is no picture
+        found = Look(MOST_PIXELS if payload.startswith(b"\xff\xd8") else 0)
+    most, unit = (ONE_PASS * MOST_PIXELS, PIXELS_SCALED) if found.one_pass else (MOST_PIXELS, PIXELS)
+    by_pixels = min(found.pixels, most) * found.weight / unit
     return max(1.0, by_pixels) + max(0, len(payload) - LARGE) / ONE_MORE
 
 
@@ -140,7 +142,7 @@ class Waiting:
         self._turns = Turns()
         self._ends = Turns()  # functions that end what was let in
         self._calls = Turns()  # and others
-        self._images_next = False  # whose turn it is, where both wait
+        self._images_next = self._ended = False  # whose turn it is, where several wait
         self.underway = 0.0  # work that the lanes have taken and not done
         self._lane_s = 0.0  # what it took the lanes of late, and how much work it was: see spent
         self._lane_work = 0.0
@@ -160,8 +162,8 @@ class Waiting:
         ahead = turns.before(job.tenant, min(mine, jobs * work), work)
         if self._images_before(job.tenant, jobs, images) > max(self._max_batch * self._lanes, images):
             # Places are free when a batch has just been taken, so none of what is on the lanes counts as done. Between
-            # two batches there is one function, but for those that go first.
-            functions = self._ends.total + min(self._calls.total, math.ceil(ahead / self._max_batch) + 1)
+            # two batches there is one function.
+            functions = min(self._ends.total + self._calls.total, math.ceil(ahead / self._max_batch) + 1)
             self._check((ahead + self.underway) * self._unit_s + functions * self._call_s)
         turns.add(job)
         self.images += images
@@ -192,13 +194,12 @@ class Waiting:
         self._calls.add(job)
 
     def function(self) -> Job | None:
-        """Takes the next function, where it is not the turn of images."""
-        turn = bool(self._calls) and not (self._images_next and self._turns)
-        if not self._ends:
-            self._images_next = turn
-        chosen = self._ends or (self._calls if turn else None)
-        if not chosen:
+        """Takes the next function, where it is not the turn of images; of those that end what was let in every other."""
+        chosen = self._calls if self._calls and (self._ended or not self._ends) else self._ends
+        self._images_next = bool(chosen) and not (self._images_next and self._turns)
+        if not self._images_next:
             return None
+        self._ended = chosen is self._ends
         tenant, jobs = chosen.next()
         job = jobs.popleft()
         chosen.taken(tenant, 1)

@@ -11,7 +11,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -39,7 +39,16 @@ def _checked(name: str, index: int) -> PurePosixPath | None:
     return path
 
 
-def zip_entries(body: bytes, most: Most) -> Iterator[tuple[PurePosixPath, bytes]]:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An archive whose entries were counted and none read."""
+
+    size: int  # bytes that its files unpack to, as it says
+    files: Callable[[], Iterator[tuple[PurePosixPath, bytes]]]
+
+
+def open_zip(body: bytes, most: Most) -> Opened:
+    """Raises InvalidRequest or TooLarge, as its `files` does."""
     # Every entry, folders too, has such a header; zipfile would make an object of each before anything can be counted.
     if body.count(b"PK\x01\x02") > most.parts + 1000:
         raise TooLarge(f"The archive has too many entries; the limit is {most.parts}.")
@@ -48,7 +57,13 @@ def zip_entries(body: bytes, most: Most) -> Iterator[tuple[PurePosixPath, bytes]
         infos = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError):
         raise InvalidRequest("The body is not a zip archive, or it is cut off.") from None
-    _check_entries([info.file_size for info in infos if not info.is_dir()], most)
+    size = _check_entries([info.file_size for info in infos if not info.is_dir()], most)
+    return Opened(size, lambda: _zip_files(archive, infos, most))
+
+
+def _zip_files(
+    archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], most: Most
+) -> Iterator[tuple[PurePosixPath, bytes]]:
     for index, info in enumerate(infos):
         path = _checked(info.filename, index)
         if info.is_dir() or path is None:
@@ -67,33 +82,45 @@ def zip_entries(body: bytes, most: Most) -> Iterator[tuple[PurePosixPath, bytes]
         yield path, data
 
 
-def tar_entries(body: bytes, most: Most) -> Iterator[tuple[PurePosixPath, bytes]]:
+def open_tar(body: bytes, most: Most) -> Opened:
+    """Raises InvalidRequest, TooLarge or UnsupportedMedia, as its `files` does."""
     if body[:2] == b"\x1f\x8b":
         raise UnsupportedMedia("The archive is compressed; send a plain tar, images hardly shrink.")
+    infos = []
     try:
-        with tarfile.open(fileobj=io.BytesIO(body), mode="r:") as archive:
-            infos = []
-            for info in archive:
-                infos.append(info)
-                if len(infos) > most.parts + 1000:
-                    raise TooLarge(f"The archive has too many entries; the limit is {most.parts}.")
-            _check_entries([info.size for info in infos if info.isreg()], most)
-            for index, info in enumerate(infos):
-                path = _checked(info.name, index)
-                if info.isdir() or path is None:
-                    continue
-                if not info.isreg():
-                    raise InvalidRequest("An entry of the archive is a link or a device.", index=index)
-                file = archive.extractfile(info)
-                yield path, file.read() if file else b""
+        archive = tarfile.open(fileobj=io.BytesIO(body), mode="r:")  # noqa: SIM115 - of bytes there is nothing to close
+        for info in archive:
+            infos.append(info)
+            if len(infos) > most.parts + 1000:
+                raise TooLarge(f"The archive has too many entries; the limit is {most.parts}.")
+    except (tarfile.TarError, EOFError, ValueError, OSError):
+        raise InvalidRequest("The body is not a tar archive, or it is cut off.") from None
+    if not body.startswith(bytes(tarfile.BLOCKSIZE), archive.offset):  # tarfile takes one that just stops for whole
+        raise InvalidRequest("The tar archive has no end: it is cut off.")
+    size = _check_entries([info.size for info in infos if info.isreg()], most)
+    return Opened(size, lambda: _tar_files(archive, infos))
+
+
+def _tar_files(archive: tarfile.TarFile, infos: list[tarfile.TarInfo]) -> Iterator[tuple[PurePosixPath, bytes]]:
+    try:
+        for index, info in enumerate(infos):
+            path = _checked(info.name, index)
+            if info.isdir() or path is None:
+                continue
+            if not info.isreg():
+                raise InvalidRequest("An entry of the archive is a link or a device.", index=index)
+            file = archive.extractfile(info)
+            yield path, file.read() if file else b""
     except (tarfile.TarError, EOFError, ValueError, OSError):
         raise InvalidRequest("The body is not a tar archive, or it is cut off.") from None
 
 
-def _check_entries(sizes: list[int], most: Most) -> None:
+def _check_entries(sizes: list[int], most: Most) -> int:
+    """What they are together."""
     if len(sizes) > most.parts:
         raise TooLarge(f"The archive has {len(sizes)} files; the limit is {most.parts}.")
     if sum(sizes) > most.unpacked:
         raise TooLarge(f"The archive unpacks to {sum(sizes)} bytes; the limit is {most.unpacked}.")
     if any(size > most.entry for size in sizes):
         raise TooLarge(f"A file of the archive has more than {most.entry} bytes (MAX_EXAMPLE_BYTES).")
+    return sum(sizes)

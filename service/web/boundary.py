@@ -21,7 +21,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import BodyTimeout, FewshotError, Overloaded, TooLarge
-from service.callers import CallerLeft, has_left, stays
+from service.callers import CallerLeft, has_left, stays, tenant
 from service.metrics import Metrics
 from service.web import problems
 
@@ -44,7 +44,8 @@ class Boundary:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.max_bodies_bytes = max_bodies_bytes
-        self.held = 0  # bytes of the bodies of all requests that are not answered yet
+        self.held = 0  # bytes of the bodies of all requests that are not answered yet, with what they unpack to
+        self._of: dict[str, int] = {}  # the same by tenant
         self.body_timeout_s = body_timeout_s
         self.metrics = metrics
 
@@ -57,7 +58,7 @@ class Boundary:
         request_id, declared = _read(scope)
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id
-        seen = 0
+        seen = held = 0
         deadline = start + self.body_timeout_s
         complete = cut = False
         status = 0
@@ -80,16 +81,17 @@ class Boundary:
             if message["type"] == "http.request":
                 size = len(message.get("body", b""))
                 seen += size
-                self.held += size
                 complete = not message.get("more_body", False)
                 if seen > self.max_body_bytes:
                     raise _too_large(self.max_body_bytes)
-                if seen < self.held > self.max_bodies_bytes:  # whoever is alone may send as much as one may
-                    raise Overloaded(
-                        f"The bodies of all requests have more bytes than the limit of {self.max_bodies_bytes} "
-                        "(MAX_BODIES_BYTES)."
-                    )
+                hold(size)
             return message
+
+        def hold(size: int) -> None:
+            """Counts bytes in memory because of this request, up to its answer. Raises Overloaded."""
+            nonlocal held
+            held += size
+            self._hold(tenant.get(), size, own=held)
 
         async def answer(message: Message) -> None:
             nonlocal status, cut
@@ -111,6 +113,7 @@ class Boundary:
                 message = {"type": "http.response.body"}
             await send(message)
 
+        state["hold"] = hold
         try:
             if declared > self.max_body_bytes:
                 raise _too_large(self.max_body_bytes)
@@ -125,8 +128,24 @@ class Boundary:
             if not status:
                 await problems.of_bug(request_id=request_id)(scope, receive, answer)
         finally:
-            self.held -= seen
+            self._release(tenant.get(), held)
             self._observe(scope, status, time.perf_counter() - start, request_id)
+
+    def _hold(self, who: str, size: int, *, own: int) -> None:
+        """Counts; beyond the limit only who has less than its share is let in, and up to twice as much in all."""
+        self.held += size
+        self._of[who] = mine = self._of.get(who, 0) + size
+        if own == self.held or self.held <= self.max_bodies_bytes:  # whoever is alone may send as much as one may
+            return
+        if self.held > 2 * self.max_bodies_bytes or mine > self.max_bodies_bytes / len(self._of):
+            most = self.max_bodies_bytes
+            raise Overloaded(f"All bodies together have more bytes than the limit of {most} (MAX_BODIES_BYTES).")
+
+    def _release(self, who: str, size: int) -> None:
+        self.held -= size
+        self._of[who] = self._of.get(who, 0) - size
+        if self._of[who] <= 0:
+            del self._of[who]
 
     def _observe(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         route = getattr(scope.get("route"), "path", "none")

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 16_384
 MAX_HEADERS = 100
 MAX_PIPELINED = 16
+MOST_FRAMING = 16  # bytes that come for each byte of a body
 SWEEP_S = 1.0
 AT_ONCE = 500  # connections that are looked at in one go, which takes a tenth of a millisecond or a few
 TELL_S = 10.0  # the log hears of what was ended once in so many seconds, however much it was
@@ -52,16 +53,32 @@ RESERVED = 128  # open files that are no connections: store, lanes, log, those w
 class Door:
     """What the connections of one server share: their bounds, the sweep, and what the log hears of them."""
 
+    WHY = (
+        "found no room",
+        "was silent when others came",
+        "broke the protocol",
+        "did not take an answer",
+        "sent no request",
+    )
+
     def __init__(self, *, max_connections: int, header_timeout_s: float, answer_timeout_s: float):
         self.max_connections = max_connections
         self.header_timeout_s = header_timeout_s
         self.answer_timeout_s = answer_timeout_s
-        self.ended: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()  # since the log was told
+        self._before = Counter(dict.fromkeys(self.WHY, 0))
         self._lingering: set[asyncio.Transport] = set()
         self._silent: list[Connection] = []  # that may go for others, the next one last
         self._looked = -math.inf
         self._sweeps = False
         self._told = 0.0
+
+    @property
+    def total(self) -> Counter[str]:
+        """How many were ended or refused since the start, and why."""
+        found = self._before.copy()
+        found.update(self.ended)
+        return found
 
     def protocol(self) -> type[asyncio.Protocol]:
         """For uvicorn.Config(http=...)."""
@@ -123,6 +140,7 @@ class Door:
                 looked += 1
         if self.ended and now - self._told > TELL_S:
             log.warning("Connections were ended: %s.", ", ".join(f"{n} {why}" for why, n in self.ended.most_common()))
+            self._before.update(self.ended)
             self.ended.clear()
             self._told = now
         self._sweeps = bool(inside or self.ended)
@@ -135,6 +153,9 @@ class Connection(HttpToolsProtocol):
 
     door: ClassVar[Door]
     head = 0  # bytes of a head that does not end; the read it began in counts as one
+    in_body = False  # from the end of a head to the next one
+    came = 0  # bytes since that head began, and those of them that are its body
+    body = 0
     # What the sweep saw. A request touches none of it.
     silent_since = 0.0
     after: object = None  # the request that the silence follows
@@ -163,9 +184,26 @@ class Connection(HttpToolsProtocol):
                 self.head += len(data) if self.head else 1
                 if self.head > MAX_HEAD_BYTES:
                     self._refuse(LARGE_HEAD)
+            elif self.in_body:
+                self.came += len(data)
+                # Extensions and trailers of chunks are neither body nor head; a chunk of one byte takes six.
+                if self.came > 2 * MAX_HEAD_BYTES + MOST_FRAMING * self.body:
+                    self._refuse(INVALID)
+
+    def on_message_begin(self) -> None:
+        self.in_body, self.came, self.body = False, 0, 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.in_body:  # else it is of a trailer, which nobody asked for and nobody checks (RFC 9110, 6.5.1)
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self.body += len(body)
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
-        self.head = 0
+        self.head, self.in_body = 0, True
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if len(self.pipeline) >= MAX_PIPELINED:
             raise OverflowError  # the parser passes it on as an error of its own
@@ -213,8 +251,11 @@ class Connection(HttpToolsProtocol):
 
     @property
     def at_rest_since(self) -> float:
-        """Since when nothing is asked on it, and all that was asked is answered and taken; else infinity."""
-        if self.head or self.transport.get_write_buffer_size():
+        """Since when nothing is asked on it, and all that was asked is answered and taken; else infinity.
+
+        Who never asked anything and has begun to is no better than who is silent.
+        """
+        if (self.head and self.cycle is not None) or self.transport.get_write_buffer_size():
             return math.inf
         if self.timeout_keep_alive_task is not None:
             return self.timeout_keep_alive_task.when() - self.timeout_keep_alive

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -153,6 +155,29 @@ def test_one_bad_image_fails_alone_and_its_neighbours_do_not_notice() -> None:
         np.testing.assert_array_equal(mixed[2], alone[1])
 
     run(work, MeanColour())
+
+
+def test_a_request_with_a_bad_image_is_let_go_of_with_its_answer() -> None:
+    """Not when the garbage collector comes by: meanwhile its images would be in memory and counted nowhere."""
+
+    gone: list[str] = []
+
+    async def work(batcher: Batcher) -> None:
+        for bad in (b"nothing", b"%PDF-1.7"):
+            image = DECODER(RED)
+            weakref.finalize(image, gone.append, "image")
+            found = await batcher.embed([image, bad])
+            assert isinstance(found.items[1], UndecodableExample)
+            del image, found
+            await asyncio.sleep(0.05)
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(work, MeanColour())
+        assert gone == ["image"] * 2
+    finally:
+        gc.enable()
 
 
 def test_pixels_share_a_batch_with_encoded_images_and_are_not_decoded() -> None:
@@ -381,7 +406,7 @@ def test_a_caller_who_hung_up_costs_nothing_whether_or_not_anybody_cancels() -> 
     run(work, extractor)
 
 
-def test_functions_and_images_take_turns_but_for_those_that_end_a_request() -> None:
+def test_images_functions_and_those_that_end_a_request_take_turns() -> None:
     done: list[str] = []
 
     class Noting(Gated):
@@ -402,7 +427,8 @@ def test_functions_and_images_take_turns_but_for_those_that_end_a_request() -> N
         await asyncio.sleep(0)
         extractor.gate.set()
         await asyncio.gather(*waiting)
-        assert done == ["images", *["end"] * 4, *["function", "images"] * 4, *["function"] * 8]
+        turns = ["end", "images", "function", "images"] * 2
+        assert done == ["images", *turns, *["end", "function"] * 2, *["function"] * 8]
 
     run(work, extractor)
 

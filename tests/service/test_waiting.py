@@ -8,6 +8,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -196,13 +197,29 @@ def test_a_small_file_of_many_pixels_counts_as_many(kind: str, least: float) -> 
 @pytest.mark.parametrize(
     "header",
     [
-        lambda width: b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, width),
+        lambda width: b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, width) + b"\x08\x02\0\0\0",
         lambda width: b"RIFF....WEBPVP8X" + bytes(8) + b"\xff" * 6,
     ],
     ids=["png", "webp"],
 )
 def test_a_header_may_claim_what_it_likes(header: Callable[[int], bytes], width: int) -> None:
     assert cost(header(width)) == MOST_PIXELS / PIXELS
+
+
+def test_what_takes_longer_a_pixel_counts_as_more() -> None:
+    """Many scans, more bits than are looked at, seven passes; and a size that is hidden is the largest there is."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (2000, 2000, 3), dtype=np.uint8))
+    files: dict[str, bytes] = {}
+    for name, more in (("usual", {}), ("progressive", {"progressive": True})):
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=1, **more)
+        files[name] = out.getvalue()
+    assert cost(files["progressive"]) > 4 * cost(files["usual"])
+    padded = files["usual"][:2] + b"\xff\xfe\x00\x02" * 60 + files["usual"][2:]
+    assert cost(padded) > 20 * cost(files["usual"])
+    head = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 2000, 2000)
+    plain, deep, laced = (cost(head + end) for end in (b"\x08\x02\0\0\0", b"\x10\x06\0\0\0", b"\x10\x06\0\0\1"))
+    assert plain < 0.5 * deep < 0.3 * laced
 
 
 def test_of_few_large_files_none_is_refused_that_used_not_to_be(loop: asyncio.AbstractEventLoop) -> None:

@@ -57,6 +57,9 @@ class InferRequest(Lenient):
     outputs: Annotated[list[RequestOutput], Field(max_length=16)] | None = None
 
 
+IN_JSON = 2  # images whose pixels may stand in JSON: each number of it costs what many bytes do
+
+
 @dataclass(frozen=True, slots=True)
 class Most:
     """What one request may bring."""
@@ -144,15 +147,13 @@ def parse(body: bytes, header_length: str | None, most: Most) -> tuple[InferRequ
 
 
 def _parse_json(text: bytes, most: Most) -> InferRequest:
-    # Each comma may become a Python object and each bracket a large one, so both are counted first. What is allowed
-    # are the nested pixels of every image, and some room.
+    # Each comma may become a Python object and each bracket a large one, and nothing else in Python runs while they
+    # are made: so both are counted first. What is allowed are the nested pixels of a few images, and some room.
+    images = most.images if most.text else min(most.images, IN_JSON)
     values = max(math.prod(most.pixels), most.text)
     rows = max(sum(math.prod(most.pixels[:depth]) for depth in range(len(most.pixels))), most.text)
-    if (
-        text.count(b",") > most.images * values + 1000
-        or text.count(b"[") + text.count(b"{") > most.images * rows + 1000
-    ):
-        raise TooLarge(f"The JSON holds more values than {most.images} images have (MAX_QUERIES).")
+    if text.count(b",") > images * values + 1000 or text.count(b"[") + text.count(b"{") > images * rows + 1000:
+        raise TooLarge(f"The JSON holds more values than {images} images have: send them encoded, or as binary data.")
     try:
         return InferRequest.model_validate_json(text, strict=True)
     except ValidationError as error:

@@ -107,6 +107,8 @@ def create_router(
     @router.post("/models/{name}/infer")
     @router.post("/models/{name}/versions/{version}/infer")
     async def infer(request: Request, name: str) -> Response:
+        if name != EXTRACTOR:
+            await engine.at(scope_of(request), name)  # an unknown model costs no work
         body = await request.body()
         encoding = request.headers.get("content-encoding", "")
         header_length = request.headers.get(codec.HEADER_LENGTH)

@@ -168,6 +168,29 @@ def test_an_archive_whose_header_lies_about_a_size(http: httpx.Client) -> None:
     assert response.status_code in (413, 422), response.text
 
 
+def test_a_form_or_a_tar_that_is_cut_is_not_taken_for_a_shorter_one(http: httpx.Client) -> None:
+    form = http.build_request("POST", "/v1/tasks", files=colours("red", "blue", "lime"))
+    whole, kind = form.read(), {"Content-Type": form.headers["content-type"]}
+    end = len(b"--" + kind["Content-Type"].partition("boundary=")[2].encode() + b"--\r\n")
+    for cut in (end, end + 2, 3):
+        refused(http.post("/v1/tasks", content=whole[:-cut], headers=kind), 422, "invalid_request", "does it end")
+    tar = tarred(folders("red", "blue", "lime"))
+    ends = len(tar.rstrip(b"\0")) // 512 * 512 + 512
+    last = tar.rindex(b"ustar") - 257
+    for at in (last, last + 100, ends):
+        refused(http.post("/v1/tasks", content=tar[:at], headers=TAR), 422, "invalid_request", "cut off")
+
+
+def test_a_json_of_more_keys_than_examples_need_is_not_read(http: httpx.Client) -> None:
+    """An error for each would be made, at a microsecond or more and a hundred bytes."""
+    for support in ([{f"k{k}": 0 for k in range(3_000)}], [{}] * 3_000):
+        refused(http.post("/v1/tasks", json={"support": support}), 413, "too_large", "keys")
+        refused(http.post("/v1/tasks/any/classify", json={"images": support}), 413, "too_large", "keys")
+    line = json.dumps({f"k{k}": 0 for k in range(3_000)})
+    lines = {"Content-Type": "application/x-ndjson"}
+    refused(http.post("/v1/tasks", content=line, headers=lines), 413, "too_large", "keys")
+
+
 def test_an_archive_that_is_none_or_is_cut(http: httpx.Client) -> None:
     whole = zipped(folders("red", "blue"))
     refused(http.post("/v1/tasks", content=b"junk", headers=ZIP), 422, "invalid_request", "not a zip")

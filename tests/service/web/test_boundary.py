@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import socket
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
@@ -16,6 +18,7 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from models.errors import Overloaded
 from service.metrics import Metrics
 from service.settings import Settings
 from service.stores.memory import MemoryStore
@@ -133,6 +136,37 @@ def test_all_bodies_together_are_bounded_and_room_comes_back(http: httpx.Client)
         clients[0].close()
         time.sleep(0.3)
         refused(http.post(path, content=bytes(9_000), headers=kind), 422, "undecodable_example")
+
+
+def test_what_an_archive_unpacks_to_counts_as_if_it_had_been_sent(http: httpx.Client) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for label in "ab":
+            for k in range(4):
+                archive.writestr(f"{label}/{k}.png", bytes(45_000))
+    small = out.getvalue()
+    assert len(small) < 10_000
+    kind = {"Content-Type": "application/zip"}
+    with closing(connected(http, asking("/v1/tasks/colours/classify", bytes(1_000), length=2_000))):
+        time.sleep(0.2)
+        refused(http.post("/v1/tasks", content=small, headers=kind), 503, "overloaded", "MAX_BODIES_BYTES")
+    time.sleep(0.3)
+    refused(http.post("/v1/tasks", content=small, headers=kind), 422, "invalid_support")  # alone it may
+
+
+def test_of_the_room_for_bodies_each_tenant_has_a_share() -> None:
+    boundary = Boundary(print, max_body_bytes=100, max_bodies_bytes=100, body_timeout_s=1, metrics=Metrics())  # type: ignore[arg-type]
+    boundary._hold("flood", 90, own=90)
+    boundary._hold("calm", 30, own=30)
+    with pytest.raises(Overloaded):
+        boundary._hold("flood", 10, own=10)
+    boundary._hold("calm", 20, own=20)
+    with pytest.raises(Overloaded):
+        boundary._hold("calm", 10, own=10)
+    for who, size in (("flood", 100), ("calm", 60)):
+        boundary._release(who, size)
+    assert boundary.held == 0
+    boundary._hold("flood", 150, own=150)  # whoever is alone may send as much as one may
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "after the time for a body"])

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +29,14 @@ LARGE = 8_000_000
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the path and the body; /large with more than the sockets of both sides hold."""
+    """Answers with the path and the body or, to /headers, their names; /large with more than the sockets hold."""
     body = b""
     while (message := await receive())["type"] == "http.request":
         body += message["body"]
         if not message["more_body"]:
             break
+    if scope["path"] == "/headers":
+        body = b",".join(name for name, _ in scope["headers"])
     content = bytes(LARGE) if scope["path"] == "/large" else scope["path"].encode() + b":" + body
     headers = [(b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -185,6 +187,54 @@ def test_a_head_that_grows_without_end_is_refused_while_it_grows(port: int) -> N
                 pass
         assert answer.startswith(b"HTTP/1.1 431 ")
         assert sent < 2 * connections.MAX_HEAD_BYTES
+
+
+@pytest.mark.parametrize(
+    ("endless", "whole"),
+    [
+        (b"a:b\r\n", POST + CHUNKED + b"\r\n3\r\nabc\r\n0\r\n"),
+        (b"a", POST + CHUNKED + b"\r\n3\r\nabc\r\n0\r\na: "),
+        (b";x=y", POST + CHUNKED + b"\r\n3"),
+    ],
+    ids=["trailers", "a trailer", "extensions"],
+)
+def test_what_grows_between_the_pieces_of_a_body_is_refused_while_it_grows(
+    port: int, endless: bytes, whole: bytes
+) -> None:
+    client = connected(port, whole)
+    sent, answer = 0, b""
+    client.settimeout(0.02)
+    with suppress(ConnectionError):
+        while not answer and sent < 2_000_000:
+            client.sendall(endless * 1_000)
+            sent += 1_000 * len(endless)
+            with suppress(TimeoutError):
+                answer = client.recv(1000)
+    assert sent < 500_000
+    assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 ")) or not answer
+    assert not is_open(client)
+
+
+def test_chunks_of_a_byte_each_are_a_body_like_any_other(port: int) -> None:
+    body = bytes(range(97, 123)) * 500
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    answer = said(port, b"POST /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + CHUNKED + b"\r\n" + chunks)
+    assert answer.endswith(b"/x:" + body)
+
+
+def test_a_trailer_is_no_header(port: int) -> None:
+    chunks = b"\r\n3\r\nabc\r\n0\r\nauthorization: Bearer x\r\ncontent-type: image/png\r\n\r\n"
+    asked = POST.replace(b"POST / ", b"POST /headers ") + CHUNKED + chunks
+    assert said(port, asked + LAST).partition(b"HTTP/1.1 200 OK")[2].count(b"/headers:host,transfer-encoding") == 1
+
+
+def test_who_only_begins_to_ask_goes_for_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SILENT_S", 0.2)
+    with served(max_connections=3) as (port, _):
+        begun = [connected(port, b"G") for _ in range(3)]
+        time.sleep(0.4)
+        assert said(port, LAST).endswith(b"/last:")
+        assert [is_open(client) for client in begun].count(False) == 1
 
 
 def test_ordinary_heads_pass_however_they_arrive(port: int) -> None:
