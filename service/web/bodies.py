@@ -50,6 +50,8 @@ QUERY_TYPES = {
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
 TAR_TYPES = ("application/x-tar", "application/tar")
 SPARE = 100  # objects and keys of a JSON beyond those of its examples; a label may hold some braces and colons, too
+# What clients write for what the name of a field cannot hold; nothing else is escaped in it, a "%" neither (WHATWG).
+ESCAPED = (("%22", '"'), ("%0D", "\r"), ("%0A", "\n"))
 UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
 
 
@@ -159,7 +161,10 @@ async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
         return await _aside(await request.body(), decode_lines)
     if kind == "application/x-www-form-urlencoded":
         raw, field = ("text/plain", "text") if text else ("image/jpeg", "image")
-        raise UnsupportedMedia(f"curl's --data-binary needs -H 'Content-Type: {raw}'; or use -F {field}=@FILE.")
+        raise UnsupportedMedia(
+            f"curl's --data-binary needs -H 'Content-Type: {raw}', and -d of JSON -H 'Content-Type: application/json'; "
+            f"or use -F {field}=@FILE."
+        )
     other = kind.startswith("image/") if text else kind == "text/plain"
     reads = f"The artifact that is served reads {bounds.kind}s. " if other else ""
     raise UnsupportedMedia(f"{reads}{bounds.kind.capitalize()}s come as {QUERY_TYPES[bounds.kind]}.")
@@ -209,6 +214,8 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, bytes]
                     "A form field holds text where a file belongs; with curl, write -F label=@file, with the @.",
                     index=index,
                 )
+            for escape, letter in ESCAPED:
+                name = name.replace(escape, letter)
             files.append((name, await value.read()))
     finally:
         await form.close()
@@ -286,11 +293,22 @@ def _parse(model: type[Body], body: bytes, bounds: Bounds) -> Body:
         # Keys that a client made are not echoed: the path is cut where ours end.
         fields = {"support", "unlabelled", "method", "images", "queries", "label", "image", "text", "texts"}
         path = [part for part in first["loc"] if isinstance(part, int) or part in fields]
-        message = {"extra_forbidden": "An unknown field is not allowed here", "json_invalid": "The JSON cannot be read"}
+        known = ", ".join(f"`{name}`" for name in _names(model))
+        message = {
+            "extra_forbidden": f"An unknown field is not allowed here; there are {known}",
+            "json_invalid": "The JSON cannot be read",
+        }
         text = message.get(first["type"], first["msg"])
         raise InvalidRequest(f"{text}.", pointer="/" + "/".join(str(part) for part in path) if path else None) from None
     except (ValueError, RecursionError):
         raise InvalidRequest("The JSON cannot be read.") from None
+
+
+def _names(model: type[Closed]) -> list[str]:
+    """All fields of a body, and of what it holds."""
+    schema = model.model_json_schema()
+    inner = (part.get("properties", {}) for part in schema.get("$defs", {}).values())
+    return list(dict.fromkeys(name for part in (schema["properties"], *inner) for name in part))
 
 
 def _from_json(body: AnySupport) -> Given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,8 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
-from models.errors import ExportRefused
+from models.errors import ExportRefused, Overloaded
+from service.callers import CallerLeft, has_left, tenant
 from service.engine import Engine
 from service.export_onnx import bundle, export
 from service.web import schemas
@@ -30,6 +32,9 @@ REFUSED: dict[int | str, dict[str, Any]] = {
 FAILED: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 500, 503)}
 
 
+MOST_ASKED = 4  # at once, of one tenant: each waits for all before it
+
+
 class ExportOptions(schemas.Closed):
     format: Literal["onnx", "zip"] = Field("onnx", description="zip: with a program that runs it, and test vectors")
     precision: Literal["float32", "int8"] | None = Field(None, description="default: that of the service")
@@ -43,6 +48,7 @@ def create_router(engine: Engine, *, precision: str, reject: float, views: int) 
     """`precision` and `views` are what the engine runs at; `reject` what the service turns away as none of these."""
     router = APIRouter()
     one_at_a_time = asyncio.Lock()  # each takes a core for a second, and several times the size of its file
+    asked: Counter[str] = Counter()  # files that are made or waited for, by tenant
 
     @router.get(
         "/v1/tasks/{task}/export",
@@ -67,17 +73,28 @@ def create_router(engine: Engine, *, precision: str, reject: float, views: int) 
         headers = {"ETag": f'"{pointer.head}"'}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
-        async with one_at_a_time:
-            exported = await export(
-                engine,
-                task,
-                pointer,
-                head,
-                precision=options.precision or GRAPH_OF.get(precision, precision),
-                served=precision,
-                reject=reject,
-            )
-            body = exported.model if options.format == "onnx" else await asyncio.to_thread(bundle, exported)
+        who = tenant.get()
+        if asked[who] >= MOST_ASKED:
+            raise Overloaded(f"{MOST_ASKED} exports are being made already; ask again when one is done.")
+        asked[who] += 1
+        try:
+            async with one_at_a_time:
+                if has_left.get()():
+                    raise CallerLeft
+                exported = await export(
+                    engine,
+                    task,
+                    pointer,
+                    head,
+                    precision=options.precision or GRAPH_OF.get(precision, precision),
+                    served=precision,
+                    reject=reject,
+                )
+                body = exported.model if options.format == "onnx" else await asyncio.to_thread(bundle, exported)
+        finally:
+            asked[who] -= 1
+            if not asked[who]:
+                del asked[who]
         # A task name has no letter that a file name could not have; the word before it keeps a dash from the front.
         headers["Content-Disposition"] = f'attachment; filename="fewshot-{task}-v{pointer.version}.{options.format}"'
         media_type = "application/octet-stream" if options.format == "onnx" else "application/zip"

@@ -114,12 +114,15 @@ def of_bug(*, request_id: str) -> Response:
     return problem(500, "internal_error", "Internal error", detail, request_id=request_id)
 
 
-def of_status(status: int, detail: str, *, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+def of_status(
+    status: int, detail: str, *, path: str, request_id: str, headers: Mapping[str, str] | None = None
+) -> Response:
     """For what the router itself refuses: unknown paths and methods."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(status, "invalid_request")
     hint = ""
     if status == 404:
-        hint = ": there is no such route; /docs shows those there are"
+        slash = ", no route ends with a slash" if path.endswith("/") else ""
+        hint = f": there is no such route{slash}; /docs shows those there are"
     elif headers and "Allow" in headers:
         hint = f": this route takes {headers['Allow']}"
     return problem(status, code, detail, f"{detail}{hint}.", request_id=request_id, headers=headers)

@@ -66,7 +66,28 @@ def test_an_unknown_method(http: httpx.Client) -> None:
 
 
 def test_an_unknown_query_parameter(http: httpx.Client) -> None:
-    refused(http.post("/v1/tasks?metod=ridge", files=colours("red", "blue")), 422, "invalid_request", "unknown query")
+    refused(http.post("/v1/tasks?metod=ridge", files=colours("red", "blue")), 422, "invalid_request", "`method`, `ttl`")
+    refused(http.get("/v1/artifact?x=1"), 422, "invalid_request", "there are none")
+
+
+def test_what_belongs_into_the_address_is_said_to(http: httpx.Client) -> None:
+    refused(http.patch("/v1/tasks/any", json={"method": "ridge"}), 422, "invalid_request", "as ?method=")
+    refused(http.post("/v1/tasks/any/rollback", json={"version": 1}), 422, "invalid_request", "as ?version=")
+
+
+def test_of_a_parameter_with_a_choice_both_are_told(http: httpx.Client) -> None:
+    problem = refused(http.post("/v1/tasks/any/classify?reject=5", content=RED), 422, "invalid_request", "`reject`: ")
+    assert "'off'" in problem["detail"]
+    assert "0.5" in problem["detail"]
+
+
+def test_an_unknown_field_is_told_which_there_are(http: httpx.Client) -> None:
+    body = {"support": support_json("red", "blue"), "metod": "ridge"}
+    refused(http.post("/v1/tasks", json=body), 422, "invalid_request", "`support`, `unlabelled`, `method`, `label`")
+
+
+def test_a_slash_at_the_end_is_pointed_out(http: httpx.Client) -> None:
+    refused(http.get("/v1/tasks/"), 404, "not_found", "ends with a slash")
 
 
 def test_a_query_parameter_of_the_wrong_kind(http: httpx.Client) -> None:

@@ -31,6 +31,7 @@ from service.settings import PRETRAINED, Settings
 from service.stores.memory import MemoryStore
 from service.web import export
 from service.web.app import create_app
+from service.web.export import MOST_ASKED
 from tests.fakes import MeanColour, tiny_artifact
 from tests.service.live import served
 from tests.service.web.asks import colours, refused
@@ -151,6 +152,20 @@ def test_many_at_once_are_all_answered(http: httpx.Client) -> None:
         sizes = list(pool.map(lambda _: len(http.get("/v1/tasks/letters/export").content), range(4)))
     assert len(set(sizes)) == 1
     assert sizes[0] > 1_000_000  # the weights are in it, in whichever precision the service runs
+
+
+def test_of_very_many_at_once_some_are_told_to_come_again(http: httpx.Client) -> None:
+    """Each waits for all before it, those of other tenants too."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(3 * MOST_ASKED) as pool:
+        answers = list(pool.map(lambda _: http.get("/v1/tasks/letters/export"), range(3 * MOST_ASKED)))
+    refusals = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refusals) <= 2 * MOST_ASKED
+    for answer in refusals:
+        refused(answer, 503, "overloaded", "exports")
+        assert int(answer.headers["retry-after"]) >= 1
+    assert http.get("/v1/tasks/letters/export").status_code == 200
 
 
 def test_what_cannot_be_exported_is_refused_with_a_reason(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
