@@ -52,6 +52,7 @@ class Limits:
     max_queries: int = 64
     max_way: int = 256
     max_label: int = 256
+    max_retained_bytes: int = 256_000_000  # of images, of a task that keeps them
     max_tasks: int = 0  # of a tenant; 0: as many as the store holds
 
 
@@ -264,6 +265,10 @@ def grown(record: Record, rows: Rows, limits: Limits, *, retain: bool) -> Record
     labels = tuple(sorted({*record.labels, *rows.labels}))
     if len(labels) > limits.max_way:
         raise TooLarge(f"The task would have {len(labels)} classes; the limit is {limits.max_way} (MAX_WAY).")
+    images = [row.image for row in (*rows.labelled.values(), *rows.unlabelled.values())]
+    if retain and sum(map(len, (*record.images, *images))) > limits.max_retained_bytes:
+        most = limits.max_retained_bytes
+        raise TooLarge(f"The images that the task keeps would have more than {most} bytes (MAX_RETAINED_BYTES).")
     n, order = len(record.classes), {label: index for index, label in enumerate(labels)}
 
     def key_of(place: int) -> tuple[str, str]:

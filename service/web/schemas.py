@@ -311,6 +311,7 @@ class LimitsInfo(Closed):
     min_edge: int
     max_aspect: int
     max_examples: int
+    max_retained_bytes: int
     max_queries: int
     max_way: int
     max_label: int

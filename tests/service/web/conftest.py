@@ -17,6 +17,7 @@ LIMITS = {
     "max_example_bytes": 200_000,
     "max_pixels": 1_000_000,
     "max_examples": 40,
+    "max_retained_bytes": 300_000,
     "max_queries": 8,
     "max_way": 6,
     "max_label": 32,

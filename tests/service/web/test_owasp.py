@@ -261,6 +261,15 @@ def example_bytes(http: httpx.Client, n: int) -> httpx.Response:
     return embed(http, plain(20, 20).ljust(n, b"\0"))
 
 
+def retained(http: httpx.Client, n: int) -> httpx.Response:
+    """Half of it with the task, the rest is added to it."""
+    first = [(label, plain(20, side).ljust(n // 4, b"\0")) for label, side in (("a", 20), ("b", 21))]
+    assert http.put("/v1/tasks/kept?retain=images", files=first).is_success
+    rest = n - 2 * (n // 4)
+    more = [("a", plain(20, 22).ljust(rest // 2, b"\0")), ("b", plain(20, 23).ljust(rest - rest // 2, b"\0"))]
+    return http.post("/v1/tasks/kept/examples", files=more)
+
+
 def pixels(http: httpx.Client, n: int) -> httpx.Response:
     height = next(side for side in range(round(n**0.5), 0, -1) if n % side == 0)
     return embed(http, plain(n // height, height))
@@ -302,6 +311,7 @@ AT_LIMITS: dict[str, tuple[Callable[[httpx.Client, int], httpx.Response], int, i
     "min_edge": (lambda http, n: edge(http, 2 * MIN_EDGE - n), MIN_EDGE, 422, "undecodable_example"),
     "max_aspect": (aspect, MAX_ASPECT * MIN_EDGE, 422, "undecodable_example"),
     "max_examples": (examples, SMALL["max_examples"], 413, "too_large"),
+    "max_retained_bytes": (retained, SMALL["max_retained_bytes"], 413, "too_large"),
     "max_queries": (queries, SMALL["max_queries"], 413, "too_large"),
     "max_way": (way, SMALL["max_way"], 413, "too_large"),
     "max_label": (label, SMALL["max_label"], 422, "invalid_support"),

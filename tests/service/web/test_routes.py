@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
 from service.engine import Engine
+from service.settings import Settings
+from service.stores.memory import MemoryStore
 from service.web import schemas
-from tests.fakes import picture
+from service.web.app import create_app
+from tests.fakes import MeanColour, picture, tiny_artifact
+from tests.service.live import served
 from tests.service.web.asks import colours, folders, refused, support_json, tarred, text, zipped
 
 RED = picture("red", seed=50)
@@ -143,6 +148,38 @@ def test_one_call_learns_and_answers(http: httpx.Client, nothing_stored: None) -
     assert (found.task, found.version, found.predictions[0].label) == (None, None, "red")
     body = {"support": support_json("red", "blue"), "queries": [text(RED)], "method": "ridge"}
     assert http.post("/v1/classify", json=body).json()["predictions"][0]["label"] == "red"
+
+
+def test_what_forms_escape_in_a_label_is_undone(http: httpx.Client, nothing_stored: None) -> None:
+    """Clients write a quotation mark in the name of a field so, and nothing else, a percent sign neither."""
+    files = [('mug 3"', picture("red")), ("50%", picture("blue")), ("query", RED)]
+    assert b"mug 3%22" in http.build_request("POST", "/", files=files).read()
+    answer = http.post("/v1/classify", files=files).json()["predictions"][0]
+    assert set(answer["probabilities"]) == {'mug 3"', "50%"}
+
+
+def test_answers_are_written_in_their_own_letters(http: httpx.Client, nothing_stored: None) -> None:
+    answer = http.post("/v1/classify", files=[("été", RED), ("犬", picture("blue")), ("query", RED)])
+    assert "犬".encode() in answer.content
+    assert answer.json()["predictions"][0]["label"] == "été"
+
+
+def test_pages_of_other_origins_may_call_where_they_are_named(tmp_path: Path) -> None:
+    asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "PUT"}
+    more = {"Access-Control-Request-Headers": "authorization,if-match,idempotency-key,content-type"}
+    for named, allowed in (("", None), ("https://app.example, https://b.example", "https://app.example"), ("*", "*")):
+        app = create_app(
+            Settings(cors_origins=named), artifact=tiny_artifact(tmp_path), extractor=MeanColour(), store=MemoryStore()
+        )
+        with served(app) as client:
+            before = client.options("/v1/tasks/a", headers={**asked, **more})
+            assert before.headers.get("access-control-allow-origin") == allowed
+            assert before.status_code == (200 if named else 405)
+            answer = client.put("/v1/tasks/a", files=colours("red", "blue"), headers={"Origin": "https://app.example"})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+            assert ("ETag" in answer.headers.get("access-control-expose-headers", "")) == bool(named)
+            other = client.get("/v1/tasks", headers={"Origin": "https://evil.example"})
+            assert other.headers.get("access-control-allow-origin") == ("*" if named == "*" else None)
 
 
 def test_a_reserved_label_can_be_written_with_a_prefix(http: httpx.Client) -> None:
