@@ -11,9 +11,11 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import asyncio  # noqa: E402
+import faulthandler  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import math  # noqa: E402
+import shlex  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import threading  # noqa: E402
@@ -27,7 +29,8 @@ import uvicorn  # noqa: E402
 from models.artifact import MANIFEST  # noqa: E402
 from models.errors import ArtifactInvalid, FewshotError  # noqa: E402
 from service import logs  # noqa: E402
-from service.settings import Settings, SettingsError, read  # noqa: E402
+from service.metrics import Metrics  # noqa: E402
+from service.settings import Settings, SettingsError, overlooked, read, spelled  # noqa: E402
 from service.web.app import create_app  # noqa: E402
 from service.web.connections import Door, room  # noqa: E402
 
@@ -95,7 +98,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Asked again: at once. What was acknowledged is on disk, and the rest is as after a `kill -9`."""
         if self.should_exit:
-            os._exit(0)
+            end_at_once(0)
         super().handle_exit(sig, frame)
 
 
@@ -110,12 +113,19 @@ def waiting(listener: socket.socket) -> list[socket.socket]:
 
 def give_up() -> None:
     log.error("Something does not end; it is left behind.")
-    os._exit(1)
+    end_at_once(1)
+
+
+def end_at_once(status: int) -> None:
+    """Whatever else is under way; but the log's last lines are written, where somebody takes them."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logs.Later):
+            handler.end()
+    os._exit(status)
 
 
 def welcome(settings: Settings, port: int) -> str:
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "127.0.0.1", "::") else settings.host  # noqa: S104
-    address = f"http://{host}:{port}"
+    address = settings.address(port)
     sample = os.path.relpath(SAMPLE)
     if json.loads((settings.artifact / MANIFEST).read_bytes())["input"]["kind"] == "text":
         what = "two kinds of text from an example each"
@@ -127,7 +137,7 @@ def welcome(settings: Settings, port: int) -> str:
     return (
         f"\nfewshot is ready at {address} (API reference: {address}/docs)\n"
         f"Teach it {what}, and ask about a new one, in one call:\n\n"
-        f"  curl -s {address}/v1/classify"
+        f"  curl -s {shlex.quote(address + '/v1/classify')}"  # some shells take brackets for a pattern
         + (' -H "Authorization: Bearer $KEY"' if settings.keys_file else "")
         + f"{fields}\n"
     )
@@ -136,10 +146,14 @@ def welcome(settings: Settings, port: int) -> str:
 def main() -> int:
     # uvicorn ends its work first and then sends itself the signal again: being asked to stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    faulthandler.enable()  # a crash below Python leaves a trace on stderr, and not a status alone
+    metrics = Metrics()
     try:
         settings = read()
-        logs.configure(settings.log_level)
-        app = create_app(settings)
+        lines = logs.configure(settings.log_level)
+        for text in overlooked():
+            log.warning(text)
+        app = create_app(settings, metrics=metrics)
         if settings.keys_file is None:
             open_to = "this computer" if settings.host in LOOPBACK else f"everybody who reaches {settings.host}"
             level = logging.INFO if settings.host in LOOPBACK else logging.WARNING
@@ -173,6 +187,9 @@ def main() -> int:
         timeout_keep_alive=30,
     )
     server = Server(config, settings)
+    metrics.connections.set_function(lambda: len(server.server_state.connections))
+    metrics.elsewhere.connections_ended = lambda: door.total
+    metrics.elsewhere.log_lines_dropped = lambda: lines.dropped
     # Until it listens, what went wrong is told in one line of ours rather than by uvicorn's traceback.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     try:
@@ -185,7 +202,7 @@ def main() -> int:
         if server.lifespan.should_exit:  # the store or the lanes; that has been told
             return 2
         print(
-            f"fewshot cannot listen on {settings.host}:{settings.port}: is the port taken? "
+            f"fewshot cannot listen on {spelled(settings.host)}:{settings.port}: is the port taken? "
             f"FEWSHOT_PORT (make run PORT=...) chooses another.",
             file=sys.stderr,
         )

@@ -13,6 +13,7 @@ import importlib
 import re
 import shutil
 import socket
+import ssl
 import sys
 import tempfile
 import time
@@ -74,8 +75,10 @@ def examine(environment: Mapping[str, str], *, url: str | None = None, key: str 
     if present.status == "fail":
         return
     yield clock()
-    from service.settings import SettingsError, read
+    from service.settings import SettingsError, overlooked, read
 
+    for text in overlooked(environment):
+        yield Check("variables", "note", text, "Unset it where the service runs, if it was meant for that.")
     try:
         settings = read(environment)
     except SettingsError as error:
@@ -94,7 +97,7 @@ def examine(environment: Mapping[str, str], *, url: str | None = None, key: str 
             yield _safely("data", partial(data, settings, running=running))
             yield _safely("disk", partial(disk, settings))
         if url is None and running:
-            url = _address(settings)
+            url = settings.address()
     if url is None:
         yield Check("service", "note", "none is running with these settings", "`fewshot serve` starts one.")
     else:
@@ -161,7 +164,7 @@ def _masked(value: object) -> Any:
     if not isinstance(value, str) or "://" not in value:
         return value
     # Up to the last @, for a password may hold one, or a slash; in an address of a socket it stands behind the path.
-    return re.sub(r"((?:^|[?&])password=)[^&]*", r"\1***", re.sub(r"(?<=://).+(?=@)", "***", value))
+    return re.sub(r"(?<=://).+(?=@)", "***", re.sub(r"([?&]\w*password=)[^&]*", r"\1***", value))
 
 
 def _effective(settings: Settings) -> Check:
@@ -173,14 +176,21 @@ def _effective(settings: Settings) -> Check:
 
 def secrets(settings: Settings) -> Check:
     """Files that hold secrets: there, readable, and not for everybody."""
+    from service.settings import SettingsError
+
     files = {name: getattr(settings, name) for name in type(settings).model_fields if name.endswith("_file")}
     given = {name: path for name, path in files.items() if path is not None}
     for name, path in given.items():
         try:
-            path.read_bytes()
+            if name == "keys_file":
+                path.read_bytes()
+            else:
+                settings.secret(path)
             mode = path.stat().st_mode & 0o777
         except OSError as error:
             return Check("secrets", "fail", f"FEWSHOT_{name.upper()}: {path}: {error.strerror}", "Make it readable.")
+        except SettingsError as error:
+            return Check("secrets", "fail", f"FEWSHOT_{name.upper()}: {error}", "Make it a readable line of text.")
         if mode & 0o027:
             found = f"{path} has mode {mode:o}: others may read it, or its group write it"
             return Check("secrets", "warn", found, f"chmod 600 {path}")
@@ -227,19 +237,19 @@ def artifact(settings: Settings) -> Check:
 
 def port(settings: Settings) -> Check:
     """Free, or held by a service of ours."""
-    where = f"{settings.host}:{settings.port}"
+    from service.settings import spelled
+
+    where = f"{spelled(settings.host)}:{settings.port}"
     if settings.port == 0:
         return Check("port", "ok", "any free one")
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+        for address in socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM):
+            _listen(address)
     except socket.gaierror:
         return Check("port", "fail", f"{settings.host} is no address", "Correct FEWSHOT_HOST.")
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            health = _health(_address(settings))
+            health = _health(settings.address())
             if health is not None:
                 return Check("port", "ok", f"fewshot is running on {where}")
             found = f"{where} is taken by another program"
@@ -253,9 +263,14 @@ def port(settings: Settings) -> Check:
     return Check("port", "ok", f"{where} is free")
 
 
-def _address(settings: Settings) -> str:
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+def _listen(found: tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]) -> None:
+    """For a moment, as the service does: on IPv6 alone where the address is one of it."""
+    family, kind, proto, _, address = found
+    with socket.socket(family, kind, proto) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
 
 
 def _health(url: str) -> Health | None:
@@ -345,8 +360,15 @@ def redis(settings: Settings) -> Check:
         except exceptions.AuthenticationError:
             found = f"{where} does not accept the password"
             return Check("redis", "fail", found, "Correct FEWSHOT_REDIS_PASSWORD_FILE and FEWSHOT_REDIS_USER.")
-        except (exceptions.ConnectionError, exceptions.TimeoutError):
-            return Check("redis", "fail", f"{where} does not answer", "Start Redis, or correct FEWSHOT_REDIS_URL.")
+        except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+            secured = settings.redis_url.startswith("rediss:")
+            if secured and (why := _refused_by_tls(error)):
+                fix = "With a CA of your own add ?ssl_ca_certs=FILE; without TLS it is redis://."
+                return Check("redis", "fail", f"no TLS with {where}: {why}", fix)
+            found = f"{where} does not answer" + " to TLS" * secured
+            return Check(
+                "redis", "fail", found, "Start Redis, or correct FEWSHOT_REDIS_URL (with TLS it is rediss://)."
+            )
         try:
             told = {k: v for part in ("memory", "persistence", "replication") for k, v in client.info(part).items()}
         except exceptions.ResponseError:
@@ -375,6 +397,17 @@ def redis(settings: Settings) -> Check:
         found = f"{where} answers, keeps a log, and does not tell how it syncs it"
         return Check("redis", "note", found, "See to it that it has appendfsync always.")
     return Check("redis", "ok", f"{where} answers and keeps what it acknowledges")
+
+
+def _refused_by_tls(error: BaseException | None) -> str:
+    """What is wrong with TLS, if that is why there is no connection; else nothing."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            return str(getattr(error, "verify_message", "") or error.reason or error)
+        if isinstance(error, FileNotFoundError | PermissionError):
+            return f"a file of certificates cannot be read ({error.strerror})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def service(url: str, key: str | None) -> Check:

@@ -17,6 +17,7 @@ from typing import TextIO
 
 MOST_WAITING = 20_000
 WAIT_S = 0.1  # longest time until a line is written
+LAST_S = 0.5  # and for the last ones of a process that ends at once
 
 
 class Json(logging.Formatter):
@@ -54,7 +55,8 @@ class Later(logging.Handler):
         self.setFormatter(formatter)
         self.stream = stream
         self._waiting: deque[logging.LogRecord] = deque()
-        self._dropped = 0
+        self.dropped = 0  # lines, since the start
+        self._told = 0  # how many of them the log has told of
         self._soon = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._write_on, name="log", daemon=True)
@@ -62,7 +64,7 @@ class Later(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:  # without the lock of a handler: a deque needs none
         if len(self._waiting) >= MOST_WAITING:
-            self._dropped += 1
+            self.dropped += 1
             return False
         self._waiting.append(record)
         if record.levelno >= logging.WARNING:
@@ -84,19 +86,25 @@ class Later(logging.Handler):
                 lines.append(self.format(record))
             except Exception:  # a line that cannot be made must not end the thread, and with it all lines
                 lines.append(f"A line of {record.name} cannot be written.")
-        if self._dropped:
-            dropped, self._dropped = self._dropped, 0
-            text = f"{dropped} lines were dropped: the log is not read, or too slowly."
+        dropped, lost = self.dropped, len(lines)
+        if dropped > self._told:
+            text = f"{dropped - self._told} lines were dropped: the log is not read, or too slowly."
             lines.append(self.format(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (), None)))
         if lines:
             try:
                 self.stream.write("\n".join(lines) + "\n")
                 self.stream.flush()
+                self._told = dropped
             except (OSError, ValueError):  # nobody reads, or it is closed: there is nowhere to say so
-                self._dropped += len(lines)
+                self.dropped += lost
 
     def flush(self) -> None:
         self._soon.set()
+
+    def end(self) -> None:
+        """`close` for who may hold any lock, as the handler of a signal may: asks for none, and waits for a moment."""
+        self._closing = True  # the thread looks by itself
+        self._thread.join(LAST_S)
 
     def close(self) -> None:
         self._closing = True
@@ -105,7 +113,7 @@ class Later(logging.Handler):
         super().close()
 
 
-def configure(level: str) -> None:
+def configure(level: str) -> Later:
     """Sends all logs to stderr."""
     # What no line shows need not be found out for each: the place in the source, the thread, the process.
     logging._srcfile = None
@@ -113,3 +121,4 @@ def configure(level: str) -> None:
     handler = Later(sys.stderr, Plain() if sys.stderr.isatty() else Json())
     atexit.register(handler.close)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    return handler

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+
+
+class Elsewhere(Collector):
+    """What is counted by parts of the process that know of no metrics: asked for whenever somebody looks."""
+
+    def __init__(self) -> None:
+        self.connections_ended: Callable[[], Mapping[str, int]] = dict
+        self.log_lines_dropped: Callable[[], int] = int
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        ended = CounterMetricFamily(
+            "fewshot_connections_ended", "Connections that were ended or refused.", labels=["why"]
+        )
+        for why, count in self.connections_ended().items():
+            ended.add_metric([why], count)
+        yield ended
+        yield CounterMetricFamily(
+            "fewshot_log_lines_dropped", "Log lines that found no room.", value=self.log_lines_dropped()
+        )
 
 
 class Metrics:
@@ -45,6 +66,13 @@ class Metrics:
         )
         self.head_found, self.head_made_again = heads.labels("found"), heads.labels("made_again")
         self.store_up = Gauge("fewshot_store_up", "Whether the store answered last.", registry=self.registry)
+        self.keys_file_readable = Gauge(
+            "fewshot_keys_file_readable", "Whether the keys file can be read; 1 without one.", registry=self.registry
+        )
+        self.connections = Gauge("fewshot_connections", "Open connections.", registry=self.registry)
+        self.elsewhere = Elsewhere()
+        self.registry.register(self.elsewhere)
+        ProcessCollector(registry=self.registry)
 
         # Looking a child up by its labels costs more than counting; these few are looked up once.
         self._stages: dict[tuple[str, str], Histogram] = {}

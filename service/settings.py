@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PREFIX = "FEWSHOT_"
+DAY_S, YEAR_S = 24 * 3600, 365 * 24 * 3600
 PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
 
 
@@ -23,9 +24,12 @@ class SettingsError(Exception):
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    host: str = Field("127.0.0.1", description="address to listen on; without keys, think before leaving loopback")
+    # Times have an upper bound, for what waits on them takes no number of any size: timers, sockets, Redis.
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="address to listen on; without keys, think before leaving loopback"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     artifact: Path = Field(PRETRAINED / "photos", description="folder of the artifact to serve")
     device: Literal["auto", "cpu", "torch-cpu", "cuda"] = Field(
@@ -53,6 +57,11 @@ class Settings(BaseModel):
     reject: float = Field(
         0.05, ge=0, le=0.5, description="share of genuine images that may be turned away as none of these; 0 = off"
     )
+    cors_origins: str = Field(
+        "",
+        description="origins whose pages may call the service from a browser, as https://app.example, separated by "
+        "commas; * = any; empty = none but its own",
+    )
     redis_url: str = Field("", description="redis://host:port/db of the shared store; empty = SQLite in DATA_DIR")
     redis_password_file: Path | None = Field(None, description="file that holds the password of Redis")
     redis_user: str = Field("", description="user name at Redis, when it has one")
@@ -60,31 +69,36 @@ class Settings(BaseModel):
     store_key_file: Path | None = Field(
         None, description="file with the key that seals stored values; default: made in DATA_DIR, or none for Redis"
     )
-    store_timeout_s: float = Field(0.5, gt=0, description="longest wait for one answer of Redis")
-    stale_ok_s: float = Field(300, ge=0, description="how long a known task is still trusted while the store is away")
+    store_timeout_s: float = Field(0.5, gt=0, le=DAY_S, description="longest wait for one answer of Redis")
+    stale_ok_s: float = Field(
+        300, ge=0, le=YEAR_S, description="how long a known task is still trusted while the store is away"
+    )
     head_ttl_s: int = Field(
-        7 * 24 * 3600, ge=60, description="how long a head is kept in Redis; it is made again when gone"
+        7 * DAY_S, ge=60, le=YEAR_S, description="how long a head is kept in Redis; it is made again when gone"
     )
     versions_kept: int = Field(10, ge=1, description="versions of a task that are kept, the current one included")
     lru_heads: int = Field(4096, ge=1, description="heads kept in memory")
-    lanes: int = Field(0, ge=0, description="threads that decode and extract; 0 = as many as cores, at most 8")
+    lanes: int = Field(0, ge=0, le=1024, description="threads that decode and extract; 0 = as many as cores, at most 8")
     max_batch: int = Field(16, ge=1, description="most images in one call of the extractor")
     max_waiting: int = Field(
         1024, ge=1, description="most images waiting; beyond that refused, but for a tenant with less than its share"
     )
-    max_wait_s: float = Field(0.4, gt=0, description="longest time to wait for a lane; who would is refused")
+    max_wait_s: float = Field(0.4, gt=0, le=DAY_S, description="longest time to wait for a lane; who would is refused")
     max_connections: int = Field(
         2048,
         ge=1,
+        le=1_000_000,
         description="most connections at once; beyond that who is silent makes room, or who comes is refused",
     )
-    header_timeout_s: float = Field(10, gt=0, description="longest time for the head of a request to arrive")
-    answer_timeout_s: float = Field(30, gt=0, description="longest time in which a client takes nothing of its answer")
+    header_timeout_s: float = Field(10, gt=0, le=DAY_S, description="longest time for the head of a request to arrive")
+    answer_timeout_s: float = Field(
+        30, gt=0, le=DAY_S, description="longest time in which a client takes nothing of its answer"
+    )
     max_body_bytes: int = Field(32_000_000, ge=1000, description="largest body of a request")
     max_bodies_bytes: int = Field(
         256_000_000, ge=1000, description="most bytes of all bodies in memory at once; beyond that they are refused"
     )
-    body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
+    body_timeout_s: float = Field(30, gt=0, le=DAY_S, description="longest time for a body to arrive")
     max_example_bytes: int = Field(8_000_000, ge=1000, description="largest encoded image")
     max_pixels: int = Field(
         16_800_000,
@@ -93,12 +107,18 @@ class Settings(BaseModel):
     )
     max_text_bytes: int = Field(16_384, ge=16, description="largest text, where the artifact reads texts")
     max_examples: int = Field(512, ge=2, le=10_000, description="most images of one support set")
+    max_retained_bytes: int = Field(
+        256_000_000, ge=1000, le=400_000_000, description="most bytes of the images that are kept of one task"
+    )
     max_queries: int = Field(64, ge=1, le=10_000, description="most images of one classify request")
     max_way: int = Field(256, ge=2, description="most classes of a task")
     max_label: int = Field(256, ge=1, description="most characters of a label")
     max_tasks: int = Field(0, ge=0, description="most tasks of one tenant; 0 = as many as the store holds")
     drain_s: float = Field(
-        0, ge=0, description="how long a service that is asked to stop still answers while it says that it is not ready"
+        0,
+        ge=0,
+        le=3600,
+        description="how long a service that is asked to stop still answers while it says that it is not ready",
     )
     trace_endpoint: str = Field("", description="OTLP/HTTP address that spans are sent to; empty = none are made")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -111,6 +131,21 @@ class Settings(BaseModel):
             return path.read_text().strip()
         except OSError as error:
             raise SettingsError(f"{path} cannot be read ({error.strerror}).") from None
+        except UnicodeDecodeError:
+            raise SettingsError(
+                f"{path} is no text: a secret is a line of text, such as `openssl rand -base64 32` makes."
+            ) from None
+
+    def address(self, port: int | None = None) -> str:
+        """Where this computer reaches the service; `port`: the one it listens on, where the setting is 0."""
+        # Who listens on :: listens on IPv6 alone, as asyncio has it.
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://{spelled(here)}:{self.port if port is None else port}"
+
+
+def spelled(host: str) -> str:
+    """As it stands before a colon and a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def read(environment: Mapping[str, str] | None = None) -> Settings:
@@ -136,3 +171,14 @@ def read(environment: Mapping[str, str] | None = None) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(f"{PREFIX}{str(first['loc'][0]).upper()}: {first['msg']}.") from None
+
+
+def overlooked(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Variables that are read by others and look as if they were meant for the service, a sentence each."""
+    given = os.environ if environment is None else environment
+    found = []
+    if given.get("FEWSHOT_DATA") and not given.get("FEWSHOT_DATA_DIR"):
+        found.append("FEWSHOT_DATA is read by training only. Is it FEWSHOT_DATA_DIR?")
+    if given.get("FEWSHOT_URL", "").startswith("redis"):
+        found.append("FEWSHOT_URL is read by the client only, and names a Redis. Is it FEWSHOT_REDIS_URL?")
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
 from models import images, text
 from models.artifact import Artifact
+from service import keys
 from service.engine import Engine
 from service.settings import Settings
 from service.stores import Store
@@ -68,9 +70,20 @@ def create_router(engine: Engine, store: Store, settings: Settings) -> APIRouter
     async def metrics() -> Response:
         engine.metrics.waiting.set(engine.batcher.waiting)
         engine.metrics.store_up.set(await store.ping())
+        engine.metrics.keys_file_readable.set(settings.keys_file is None or _usable(settings.keys_file))
         return Response(engine.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
+
+
+def _usable(path: Path) -> bool:
+    """Whether the keys could be read now; those in force may be older."""
+    try:
+        keys.load(path)
+        keys.load_pepper(path)
+    except keys.KeysUnusable:
+        return False
+    return True
 
 
 def is_stopping(request: Request) -> bool:

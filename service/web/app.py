@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
@@ -49,6 +50,7 @@ def create_app(
     artifact: Artifact | None = None,
     extractor: Extractor | None = None,
     store: Store | None = None,
+    metrics: Metrics | None = None,
 ) -> ASGIApp:
     """The service as an ASGI app. Raises ArtifactInvalid or SettingsError before anything is served."""
     keyring = None if settings.keys_file is None else Keyring(settings.keys_file)
@@ -68,7 +70,7 @@ def create_app(
         )
     if settings.views > 1 and artifact.kind != "image":
         raise SettingsError(f"FEWSHOT_VIEWS is for images; {artifact.manifest.name} reads {artifact.kind}s.")
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     metrics.build_info.labels(VERSION, artifact.manifest.name).set(1)
     store = store or open_store(settings)
     # Lanes are threads and threads belong to a running app: they start with the event loop.
@@ -167,14 +169,26 @@ def create_app(
             }
             headers["Allow"] = ", ".join(sorted(allowed))
         return problems.of_status(
-            error.status_code, str(error.detail), request_id=request.state.request_id, headers=headers
+            error.status_code,
+            str(error.detail),
+            path=request.url.path,
+            request_id=request.state.request_id,
+            headers=headers,
         )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = first["loc"][-1] if first["type"] != "extra_forbidden" else ""
-        text = f"`{where}`: {first['msg']}." if where else "An unknown query parameter is not allowed here."
+        found = error.errors()
+        first = found[0]
+        place, name = first["loc"][0], first["loc"][min(1, len(first["loc"]) - 1)]
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(f"`{option}`" for option in _options(request)) or "none"
+            text = f"An unknown query parameter is not allowed here; there are {known}."
+        elif first["type"] == "missing" and place == "query":
+            text = f"`{name}` is missing: it is a part of the address, as ?{name}=..."
+        else:  # of a choice each part has its own complaint
+            said = dict.fromkeys(one["msg"] for one in found if one["loc"][:2] == first["loc"][:2])
+            text = f"`{name}`: {'; or: '.join(said)}."
         return problems.of_error(InvalidRequest(text), request_id=request.state.request_id)
 
     lean = app if artifact.kind == "text" else LeanClassify(app, engine, reject=settings.reject)
@@ -185,4 +199,21 @@ def create_app(
         body_timeout_s=settings.body_timeout_s,
         metrics=metrics,
     )
-    return Traced(bounded, tracing.provider(settings.trace_endpoint)) if settings.trace_endpoint else bounded
+    whole: ASGIApp = bounded
+    if settings.cors_origins:
+        whole = CORSMiddleware(
+            bounded,
+            allow_origins=[origin.strip().rstrip("/") for origin in settings.cors_origins.split(",")],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", *openapi.HEADERS],
+            expose_headers=["ETag", "Retry-After", "Idempotent-Replayed", "Server-Timing", "X-Request-Id"],
+            max_age=600,
+        )
+    return Traced(whole, tracing.provider(settings.trace_endpoint)) if settings.trace_endpoint else whole
+
+
+def _options(request: Request) -> list[str]:
+    """The query parameters of the route that a request met."""
+    dependant = getattr(request.scope.get("route"), "dependant", None)
+    fields = dependant.query_params if dependant else ()
+    return [name for field in fields for name in getattr(field.field_info.annotation, "model_fields", {})]

@@ -176,6 +176,15 @@ def each_waits_for_what_it_needs(compose: Compose) -> list[str]:
     return found if "healthcheck" in services["redis"] else [*found, "healthcheck"]
 
 
+def logs_are_bounded(compose: Compose) -> list[str]:
+    found = []
+    for name, service in compose["services"].items():
+        logging = service.get("logging", {})
+        if logging.get("driver") != "json-file" or not {"max-size", "max-file"} <= set(logging.get("options", {})):
+            found.append(name)
+    return found
+
+
 def words_are_read_by_every_compose(compose: Compose) -> list[str]:
     """What docker-compose 1.29 refuses, and what Compose v2 warns about."""
     found = [word for word in ("name", "include", "version", "secrets", "configs") if word in compose]
@@ -235,6 +244,8 @@ RULES: list[tuple[Rule, tuple[str, ...], Any]] = [
     (variables_are_settings, ("services", "service", "environment", "FEWSHOT_REDIS_PASSWORD"), "x"),
     (each_waits_for_what_it_needs, ("services", "service", "depends_on", "redis"), {"condition": "service_started"}),
     (each_waits_for_what_it_needs, ("services", "redis", "healthcheck"), None),
+    (logs_are_bounded, ("services", "redis", "logging"), None),
+    (logs_are_bounded, ("services", "service", "logging"), {"driver": "json-file", "options": {"max-file": "5"}}),
     (words_are_read_by_every_compose, ("name",), "fewshot"),
     (words_are_read_by_every_compose, ("services", "redis", "healthcheck", "start_interval"), "1s"),
 ]
@@ -299,7 +310,9 @@ def test_the_image_of_the_service(target: str) -> None:
     environment = " ".join(line for line in instructions if line.startswith("ENV ")).split()
     assert {"PYTHONDONTWRITEBYTECODE=1", "ORT_DISABLE_TELEMETRY=1", "FEWSHOT_HOST=0.0.0.0"} <= set(environment)
     assert ("FEWSHOT_DEVICE=cuda" in environment) is (target == "gpu")
-    assert re.match(r'HEALTHCHECK .*CMD \["python", ', next(i for i in instructions if i.startswith("HEALTHCHECK")))
+    health = next(i for i in instructions if i.startswith("HEALTHCHECK"))
+    assert re.match(r'HEALTHCHECK .*CMD \["python", ', health)
+    assert "//localhost:" in health  # by name: IPv4 or IPv6, whichever it listens on
     assert not [line for line in instructions if re.match(r"RUN .*(pip install|apt|gcc)", line)]
 
 

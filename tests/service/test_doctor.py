@@ -7,15 +7,16 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import time
 import tomllib
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from redis import Redis
+from redis import Redis, ResponseError
 
 from models.artifact import Artifact
 from service import doctor, keys
@@ -54,6 +55,12 @@ def everything(environment: dict[str, str], **given: str) -> dict[str, Check]:
 def taken() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as other:
         yield other.getsockname()[1]
+
+
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
 
 
 def test_a_computer_that_is_fine_is_found_fine_and_left_as_it_was(tmp_path: Path) -> None:
@@ -134,6 +141,28 @@ def test_passwords_in_settings_are_not_shown() -> None:
     assert {"data", "disk"} & set(found) == set()
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("redis://:pa/ss@host:6379/0", "redis://***@host:6379/0"),
+        ("redis://me:p@ss@host/0", "redis://***@host/0"),
+        ("rediss://me:pass@host/0?ssl_ca_certs=/ca.pem", "rediss://***@host/0?ssl_ca_certs=/ca.pem"),
+        ("unix:///run/redis.sock?db=0&password=pass", "unix:///run/redis.sock?db=0&password=***"),
+        ("unix://me:pass@/run/redis.sock?db=0", "unix://***@/run/redis.sock?db=0"),
+        ("redis://host/0?password=pa@ss&db=1", "redis://host/0?password=***&db=1"),
+        ("rediss://host/0?ssl_password=pass", "rediss://host/0?ssl_password=***"),
+        ("redis://host:6379/0", "redis://host:6379/0"),
+    ],
+)
+def test_no_form_of_an_address_shows_its_password(address: str, shown: str) -> None:
+    assert doctor.in_force({"FEWSHOT_REDIS_URL": address})["FEWSHOT_REDIS_URL"] == shown
+
+
+def test_a_variable_that_others_read_is_noted(tmp_path: Path) -> None:
+    found = everything({"FEWSHOT_DATA": "/srv/x", "FEWSHOT_PROT": "1"})
+    wrong(found["variables"], "Is it FEWSHOT_DATA_DIR?", status="note")
+
+
 def test_an_artifact_that_is_none_or_was_changed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(PRETRAINED / "characters", tmp_path / "changed")
     with (tmp_path / "changed" / "learners.safetensors").open("ab") as file:
@@ -156,6 +185,18 @@ def test_a_port_is_free_taken_or_ours(tmp_path: Path, monkeypatch: pytest.Monkey
     wrong(doctor.port(Settings(host="192.0.2.1")), "192.0.2.1")
     with service(tmp_path) as (url, _):
         fine(doctor.port(Settings(port=int(url.rsplit(":", 1)[1]))), "fewshot is running")
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")
+@pytest.mark.parametrize("host", ["::", "::1"])
+def test_a_port_of_ipv6_is_another_than_that_of_ipv4(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ASK_S", 0.5)
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        fine(doctor.port(Settings(host=host, port=port)), f"[{host}]:{port} is free")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        port = other.getsockname()[1]
+        wrong(doctor.port(Settings(host="::1", port=port)), f"[::1]:{port} is taken by another program")
 
 
 def test_the_data_folder_is_writable_private_and_not_in_use(tmp_path: Path) -> None:
@@ -204,6 +245,9 @@ def test_secrets_are_there_and_not_for_everybody(tmp_path: Path) -> None:
     secret.write_text("x" * 32)
     secret.chmod(0o644)
     wrong(doctor.secrets(Settings(store_key_file=secret)), "has mode 644", status="warn")
+    secret.write_bytes(bytes(range(256)))
+    wrong(doctor.secrets(Settings(store_key_file=secret)), "is no text")
+    secret.write_text("x" * 32)
     secret.chmod(0o440)
     fine(doctor.secrets(Settings(store_key_file=secret)), str(secret))
     fine(doctor.secrets(Settings()), "none are configured")
@@ -277,6 +321,50 @@ def test_a_redis_is_away_forgetful_or_fine(tmp_path: Path) -> None:
         fine(doctor.redis(settings))
     wrong(doctor.redis(settings), "does not answer")
     wrong(doctor.redis(Settings(redis_url="nonsense")), "no address of a Redis")
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+def test_what_tls_does_not_like_is_told(tmp_path: Path) -> None:
+    def secured(server: RedisServer, more: str = "") -> Check:
+        return doctor.redis(Settings(redis_url=server.url.replace("redis:", "rediss:") + more))
+
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *(
+                "-keyout",
+                str(key),
+                "-out",
+                str(certificate),
+                "-subj",
+                "/CN=x",
+                "-addext",
+                "subjectAltName=IP:127.0.0.1",
+            ),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    with RedisServer(tmp_path) as server:
+        wrong(secured(server), "does not answer to TLS")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        options = {"tls-cert-file": certificate, "tls-key-file": key, "tls-auth-clients": "no", "tls-port": port}
+        with Redis(port=server.port) as client:
+            try:
+                for name, value in options.items():
+                    client.config_set(name, str(value))
+            except ResponseError:
+                pytest.skip("this redis-server knows no TLS")
+        server.url = f"redis://127.0.0.1:{port}/0"
+        wrong(secured(server), "self-signed certificate")
+        wrong(secured(server, f"?ssl_ca_certs={tmp_path}/none"), "a file of certificates cannot be read")
+        fine(secured(server, f"?ssl_ca_certs={certificate}"))
 
 
 def server_set(server: RedisServer, name: str, value: str) -> str:

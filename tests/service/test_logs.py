@@ -113,3 +113,43 @@ def test_a_line_that_cannot_be_made_ends_no_other() -> None:
     first, second = stream.getvalue().splitlines()
     assert "cannot be written" in first
     assert json.loads(second)["event"] == "the next"
+
+
+def test_a_process_that_ends_at_once_writes_its_last_lines() -> None:
+    stream = io.StringIO()
+    handler, logger = later(stream)
+    logger.info("the last")
+    handler.end()
+    assert "the last" in stream.getvalue()
+
+
+def test_but_waits_for_nobody_who_does_not_read() -> None:
+    stream = Slow()
+    handler, logger = later(stream)
+    logger.warning("the last")
+    start = time.monotonic()
+    handler.end()
+    assert 0.4 < time.monotonic() - start < 2
+    stream.go.set()
+    handler.close()
+
+
+def test_lines_that_were_lost_are_counted_until_they_are_told() -> None:
+    class Broken(io.StringIO):
+        broken = True
+
+        def write(self, text: str) -> int:
+            if self.broken:
+                raise BrokenPipeError
+            return super().write(text)
+
+    stream = Broken()
+    handler, logger = later(stream)
+    for _ in range(3):
+        logger.warning("lost")
+        time.sleep(2 * logs.WAIT_S)
+    assert handler.dropped == 3
+    stream.broken = False
+    handler.close()
+    assert "3 lines were dropped" in stream.getvalue()
+    assert handler.dropped == 3

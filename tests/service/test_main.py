@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pytest
@@ -37,16 +40,18 @@ def command(folder: Path, **variables: str) -> dict[str, str]:
 
 @contextmanager
 def started(
-    folder: Path, *, program: Sequence[str] = (), **variables: str
+    folder: Path, *, program: Sequence[str] = (), log: IO[str] | None = None, **variables: str
 ) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """A running service, its address, and what it said. `program`: what Python is to run, if not the service."""
+    """A running service, its address, and what it said. `program`: what Python is to run, if not the service; `log`:
+    where its log goes.
+    """
     process = subprocess.Popen(
         [sys.executable, "-u", *(program or ("-m", audit.program()))],
         cwd=ROOT,
         env=command(folder, **variables),
         text=True,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=log or subprocess.DEVNULL,
     )
     try:
         assert process.stdout
@@ -55,7 +60,7 @@ def started(
             said += line
             if "curl" in line:
                 break
-        address = re.search(r"http://[0-9.:]+", said)
+        address = re.search(r"http://[0-9.:\[\]]+", said)
         assert address, said
         yield process, address.group(), said
     finally:
@@ -155,6 +160,71 @@ def test_asked_twice_to_stop_it_stops_at_once(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
         assert time.monotonic() - start < 1
+
+
+@pytest.mark.slow
+def test_asked_twice_to_stop_it_writes_the_last_lines_of_the_log(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+") as log, started(tmp_path, log=log, DRAIN_S="60") as (process, address, _):
+        process.send_signal(signal.SIGTERM)
+        for _number in range(5):
+            httpx.get(address + "/healthz")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        log.seek(0)
+        assert log.read().count("/healthz") == 5
+
+
+@pytest.mark.slow
+def test_a_forced_end_is_explained(tmp_path: Path) -> None:
+    program = "from service import __main__, logs; logs.configure('info'); __main__.give_up()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=30)
+    assert done.returncode == 1
+    assert "Something does not end" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_crash_below_python_leaves_a_trace(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+") as log, started(tmp_path, log=log) as (process, _address, _said):
+        resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+        process.send_signal(signal.SIGSEGV)
+        assert process.wait(10) == -signal.SIGSEGV
+        log.seek(0)
+        assert "Fatal Python error: Segmentation fault" in log.read()
+
+
+@pytest.mark.slow
+def test_a_key_that_is_no_text_is_one_line_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(bytes(range(256)))
+    assert "is no text" in refused(tmp_path, STORE_KEY_FILE=str(tmp_path / "key"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["::", "::1"])
+def test_on_ipv6_it_says_an_address_that_answers(tmp_path: Path, host: str) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("there is no IPv6 here")
+    with started(tmp_path, HOST=host) as (_, address, said):
+        assert address.startswith("http://[::1]:")
+        line = next(line for line in said.splitlines() if "curl" in line)
+        done = subprocess.run(shlex.split(line), cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert json.loads(done.stdout)["predictions"][0]["label"] == "theta"
+
+
+@pytest.mark.slow
+def test_connections_and_lost_lines_are_in_the_metrics_and_a_misplaced_variable_in_the_log(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+") as log, started(tmp_path, log=log, URL="redis://x") as (_, address, _said):
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"nonsense\r\n\r\n")
+            assert client.recv(10)
+            text = httpx.get(address + "/metrics").text
+        assert re.search(r"^fewshot_connections [12]\.0$", text, re.MULTILINE)
+        assert 'fewshot_connections_ended_total{why="broke the protocol"} 1.0' in text
+        assert "fewshot_log_lines_dropped_total 0.0" in text
+        log.seek(0)
+        assert "Is it FEWSHOT_REDIS_URL?" in log.read()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, SettingsError, read
+from service.settings import Settings, SettingsError, overlooked, read
 
 
 def test_without_any_variable_the_defaults_serve_on_loopback() -> None:
@@ -21,11 +21,22 @@ def test_a_variable_sets_its_field() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PORT", "high"), ("PORT", "70000"), ("PRECISION", "int4"), ("MAX_WAY", "1"), ("STORE_TIMEOUT_S", "0")],
+    [
+        *(("PORT", "high"), ("PORT", "70000"), ("PRECISION", "int4"), ("MAX_WAY", "1"), ("STORE_TIMEOUT_S", "0")),
+        *(("HOST", ""), ("ANSWER_TIMEOUT_S", "3000000"), ("DRAIN_S", "3601"), ("HEAD_TTL_S", "9" * 18)),
+        *(("MAX_CONNECTIONS", "9" * 30), ("LANES", "1000000")),
+    ],
 )
 def test_a_wrong_value_is_told_with_the_name_of_its_variable(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"FEWSHOT_{name}"):
         read({f"FEWSHOT_{name}": value})
+
+
+@pytest.mark.parametrize("name", [n for n, field in Settings.model_fields.items() if field.annotation is float])
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e300"])
+def test_no_number_is_without_end(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"FEWSHOT_{name.upper()}"):
+        read({f"FEWSHOT_{name.upper()}": value})
 
 
 def test_an_unknown_variable_is_refused_so_that_a_typing_error_cannot_hide() -> None:
@@ -35,6 +46,38 @@ def test_an_unknown_variable_is_refused_so_that_a_typing_error_cannot_hide() -> 
 
 def test_variables_of_training_and_tests_are_left_alone() -> None:
     assert read({"FEWSHOT_DATA": "/data", "FEWSHOT_TEST_REQUIRE": "redis"}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"DATA": "/srv/x"}, "FEWSHOT_DATA_DIR"),
+        ({"DATA": "/srv/x", "DATA_DIR": "/srv/y"}, ""),
+        ({"URL": "redis://host:6379/0"}, "FEWSHOT_REDIS_URL"),
+        ({"URL": "rediss://:sesame@host"}, "FEWSHOT_REDIS_URL"),
+        ({"URL": "http://redis:8000", "REDIS_URL": "redis://host"}, ""),
+    ],
+)
+def test_what_others_read_and_was_meant_for_the_service_is_told(given: dict[str, str], meant: str) -> None:
+    found = overlooked({f"FEWSHOT_{name}": value for name, value in given.items()})
+    assert [text.rpartition("Is it ")[2] for text in found] == [f"{meant}?"] * bool(meant)
+    assert "sesame" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("::", "http://[::1]:8000"),
+        ("fe80::2", "http://[fe80::2]:8000"),
+        ("localhost", "http://localhost:8000"),
+    ],
+)
+def test_the_address_is_one_that_can_be_asked(host: str, address: str) -> None:
+    assert Settings(host=host).address() == address
+    assert Settings(host=host, port=0).address(8000) == address
 
 
 def test_settings_do_not_read_the_environment_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +91,6 @@ def test_a_secret_is_read_from_its_file_without_the_line_end(tmp_path: Path) -> 
     assert Settings().secret(None) == ""
     with pytest.raises(SettingsError, match="missing"):
         Settings().secret(tmp_path / "missing")
+    (tmp_path / "random").write_bytes(bytes(range(256)))
+    with pytest.raises(SettingsError, match=r"random is no text: .* `openssl rand"):
+        Settings().secret(tmp_path / "random")
