@@ -194,7 +194,7 @@ class Waiting:
         self._calls.add(job)
 
     def function(self) -> Job | None:
-        """Takes the next function, where it is not the turn of images; every other ends what was let in, if any does."""
+        """Takes the next function, where it is not the turn of images; every other one ends what was let in."""
         chosen = self._calls if self._calls and (self._ended or not self._ends) else self._ends
         self._images_next = bool(chosen) and not (self._images_next and self._turns)
         if not self._images_next:
