@@ -18,6 +18,9 @@ from service.stores.seal import SealBroken as SealBroken
 from service.stores.seal import Sealer as Sealer
 
 MOST_REMEMBERED = 1000  # values beside one task
+# What ends within it may be the claim of the very request that makes a task: that stays, where all else that is
+# remembered beside the name is of an earlier one. Twice as long as a claim (web/idempotency.py), for clocks differ.
+CLAIM_S = 120
 
 
 class StoreMisconfigured(StoreUnavailable):
@@ -49,7 +52,10 @@ Expected = int | Pointer | None  # where a task must be for a change: see Scope.
 
 
 class Scope(Protocol):
-    """One tenant's view of a store. Every function raises StoreUnavailable when the store does not answer."""
+    """One tenant's view of a store. Every function raises StoreUnavailable when the store does not answer.
+
+    One that only reads may raise CallerLeft.
+    """
 
     @property
     def tenant(self) -> str: ...
@@ -96,6 +102,9 @@ class Scope(Protocol):
         which tells it from a task of the same name that was deleted and made anew. Raises VersionConflict. Earlier
         records are kept, as many as the store was made for, and end when this one does; heads of those that are not
         go with them. `instead`: the newest of them is not, for this one says the same.
+
+        Where there was no task, what is remembered beside the name was asked of an earlier one, and is forgotten; but
+        for what ends within two minutes: that may be the claim of who makes the task.
         """
         ...
 

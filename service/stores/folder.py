@@ -8,10 +8,13 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from service.stores import StoreMisconfigured
+
+KEY = "store.key"
 
 
 def lock(folder: Path) -> IO[str]:
@@ -26,9 +29,27 @@ def lock(folder: Path) -> IO[str]:
     return file
 
 
+def has_key(folder: Path) -> bool:
+    return (folder / KEY).exists()
+
+
+def make_private(path: Path) -> None:
+    """Makes an empty file that nobody else can read, unless there is one."""
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def keep_private(path: Path) -> None:
+    """Keeps others from reading a file, where it is ours and there is one; where that fails, it stays as it is."""
+    with suppress(OSError):
+        at = path.stat()
+        if at.st_uid == os.geteuid() and at.st_mode & 0o077:
+            path.chmod(0o600)
+
+
 def own_key(folder: Path, *, new: bool) -> bytes:
     """The key that lies beside the data; made when the folder is new."""
-    path = folder / "store.key"
+    path = folder / KEY
     if not path.exists():
         if not new:
             raise StoreMisconfigured(f"{path} is missing: without it no stored task can be read.")

@@ -20,8 +20,8 @@ from models.head import Head
 from service.stores import Expected, Pointer, Record, Scope, Store
 
 log = logging.getLogger(__name__)
+MOST_BYTES = 128 * 2**20  # of the heads in memory: those of many classes have half a megabyte each
 Key = tuple[str, str]  # tenant, and task or head id
-V = TypeVar("V")
 T = TypeVar("T")
 
 
@@ -33,11 +33,19 @@ class Known:
     asked: float  # when the store was asked
 
 
+def size(head: Head) -> int:
+    """Bytes in memory, about."""
+    return sum(int(array.nbytes) for array in head.affine) + sum(100 + len(label) for label in head.labels)
+
+
 class Recent:
     def __init__(
         self, store: Store, *, most: int, stale_ok_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Keeps up to `most` heads and as many pointers; trusts a pointer for `stale_ok_s` seconds."""
+        """Keeps up to `most` heads, of MOST_BYTES in all, and as many pointers.
+
+        Trusts a pointer for `stale_ok_s` seconds.
+        """
         self.name = store.name
         self.beneath = store
         self.stale_ok_s = stale_ok_s
@@ -45,6 +53,7 @@ class Recent:
         self.heads: OrderedDict[Key, Head] = OrderedDict()
         self.known: OrderedDict[Key, Known] = OrderedDict()
         self._most = most
+        self._bytes = 0  # of the heads
         self._writing: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
@@ -61,12 +70,24 @@ class Recent:
     def scope(self, tenant: str) -> RecentScope:
         return RecentScope(self, tenant)
 
-    def put(self, cache: OrderedDict[Key, V], key: Key, *, value: V) -> V:
-        cache[key] = value
-        cache.move_to_end(key)
-        if len(cache) > self._most:
-            cache.popitem(last=False)
-        return value
+    def note(self, key: Key, known: Known) -> Known:
+        self.known[key] = known
+        self.known.move_to_end(key)
+        if len(self.known) > self._most:
+            self.known.popitem(last=False)
+        return known
+
+    def put_head(self, key: Key, head: Head) -> Head:
+        self.drop_head(key)
+        self.heads[key] = head
+        self._bytes += size(head)
+        while len(self.heads) > self._most or self._bytes > MOST_BYTES:
+            self.drop_head(next(iter(self.heads)))
+        return head
+
+    def drop_head(self, key: Key) -> None:
+        head = self.heads.pop(key, None)
+        self._bytes -= 0 if head is None else size(head)
 
     async def whole(self, write: Coroutine[Any, Any, T]) -> T:
         """Lets a write end and be noted here even when its caller leaves."""
@@ -112,7 +133,7 @@ class RecentScope:
         """
         recent = self._recent
         if recent.known.get(key) is before and (pointer is not None or before is not None):
-            recent.put(recent.known, key, value=Known(pointer, asked))
+            recent.note(key, Known(pointer, asked))
 
     async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
         key = (self.tenant, task)
@@ -128,17 +149,19 @@ class RecentScope:
     def head_in_memory(self, head_id: str) -> Head | None:
         recent, key = self._recent, (self.tenant, head_id)
         head = recent.heads.get(key)
-        return None if head is None else recent.put(recent.heads, key, value=head)
+        if head is not None:
+            recent.heads.move_to_end(key)
+        return head
 
     async def head(self, head_id: str) -> Head | None:
         recent, key = self._recent, (self.tenant, head_id)
         # Looked for once more in memory: it may have been made again while the store was asked.
         head = recent.heads.get(key) or await self._beneath.head(head_id) or recent.heads.get(key)
-        return None if head is None else recent.put(recent.heads, key, value=head)
+        return None if head is None else recent.put_head(key, head)
 
     async def keep_head(self, task: str, pointer: Pointer, head: Head) -> None:
         """Into memory now, into the store behind: nobody waits for a write that keeps no promise."""
-        self._recent.put(self._recent.heads, (self.tenant, pointer.head), value=head)
+        self._recent.put_head((self.tenant, pointer.head), head)
         self._recent.behind(self._keep_beneath(task, pointer, head))
 
     async def _keep_beneath(self, task: str, pointer: Pointer, head: Head) -> None:
@@ -153,7 +176,7 @@ class RecentScope:
         change = self._beneath.commit(task, record, head_id, head, expect=expect, instead=instead)
         pointer = await self._recent.whole(self._write(task, change, lambda pointer: pointer))
         if head is not None:
-            self._recent.put(self._recent.heads, (self.tenant, head_id), value=head)
+            self._recent.put_head((self.tenant, head_id), head)
         return pointer
 
     async def delete(self, task: str, *, expect: Expected = None) -> bool:
@@ -182,7 +205,7 @@ class RecentScope:
         """
         recent, key = self._recent, (self.tenant, task)
         known, asked = recent.known.get(key), recent.clock()
-        mine = recent.put(recent.known, key, value=replace(known) if known else Known(None, asked))
+        mine = recent.note(key, replace(known) if known else Known(None, asked))
         result = await change
         pointer, seen = after(result), recent.known.get(key)
         # Who looked at the task meanwhile found it as it is now or as it was; else somebody else changed it, too, and
@@ -190,6 +213,6 @@ class RecentScope:
         if seen is not mine and (seen is None or seen.pointer is None or seen.pointer not in (pointer, mine.pointer)):
             pointer = None
         if pointer is None and mine.pointer is not None:
-            recent.heads.pop((self.tenant, mine.pointer.head), None)
-        recent.put(recent.known, key, value=Known(pointer, asked))
+            recent.drop_head((self.tenant, mine.pointer.head))
+        recent.note(key, Known(pointer, asked))
         return result

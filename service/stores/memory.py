@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from models.head import Head
-from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer
+from service.stores import CLAIM_S, MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer
 from service.stores.record import Base, RecentRecords
 from service.stores.sealed import Sealed, ends, next_version
 
@@ -115,9 +115,12 @@ class MemoryScope:
         # Counted by the names of records, so that a damaged pointer loses neither count nor record.
         current = max((int(name[1]) for name in records), default=0) if at is not None else 0
         known = self._sealed.history(task, current, pointer=at, history=self._get("history", task))
+        after = next_version(current, known, expect)
+        if at is None:
+            self._forget_earlier(task)
         if known.versions and known.base is None:
             known = self._sealed.with_base(task, known, self._get("record", (task, current)))
-        pointer = Pointer(next_version(current, known, expect), head_id)
+        pointer = Pointer(after, head_id)
         stored = None if known.base is None else self._get("record", (task, known.base.version))
         sealed, base = self._sealed.seal_record(task, pointer.version, record=record, base=known.base, stored=stored)
         most = self._store.versions_kept
@@ -135,6 +138,14 @@ class MemoryScope:
         if head is not None:
             self._put_head(head_id, head, expires=record.expires)
         return pointer
+
+    def _forget_earlier(self, task: str) -> None:
+        """What is remembered beside a name that is no task was asked of an earlier one, but for claims."""
+        until = time.time() + CLAIM_S
+        for name in self._beside(task, "remembered"):
+            _, expires = self._store.values[self.tenant, "remembered", name]
+            if expires is not None and expires > until:
+                self._drop("remembered", name)
 
     async def delete(self, task: str, *, expect: Expected = None) -> bool:
         at, records = self._get("pointer", task), self._beside(task, "record")

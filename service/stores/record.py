@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -229,40 +230,45 @@ class Recent(NamedTuple):
 class RecentRecords:
     """Records that were read or written of late, by their seals: what is changed next, and what it is a difference to.
 
-    Small ones are quickly read, and have no place here.
+    Small ones are quickly read, and have no place here. For several threads.
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._records: OrderedDict[str, Recent] = OrderedDict()
         self._bytes = 0
         self._most = most_bytes
+        self._lock = threading.Lock()
 
     def get(self, base: Base) -> Record | None:
-        found = self._records.get(base.seal)
-        if found is None:
-            return None
-        self._records.move_to_end(base.seal)
-        return found.record
+        with self._lock:
+            found = self._records.get(base.seal)
+            if found is None:
+                return None
+            self._records.move_to_end(base.seal)
+            return found.record
 
     def is_there(self, base: Base, stored: bytes | None) -> bool:
         """Whether what is stored of a whole record in memory still is what it was, byte for byte."""
-        found = self._records.get(base.seal)
+        with self._lock:
+            found = self._records.get(base.seal)
         return found is not None and found.sealed == stored
 
     def put(self, owner: tuple[str, str], base: Base, record: Record, *, sealed: bytes = b"") -> Record:
         recent = Recent(owner, record, sealed)
-        if len(record.ids) >= LEAST and recent.size <= self._most and base.seal not in self._records:
-            self._records[base.seal] = recent
-            self._bytes += recent.size
-            while self._bytes > self._most:
-                self._drop(next(iter(self._records)))
+        with self._lock:
+            if len(record.ids) >= LEAST and recent.size <= self._most and base.seal not in self._records:
+                self._records[base.seal] = recent
+                self._bytes += recent.size
+                while self._bytes > self._most:
+                    self._drop(next(iter(self._records)))
         return record
 
     def forget(self, owner: tuple[str, str], *, but: tuple[Base, ...] = ()) -> None:
         """Those of a task, but for some: after a change, what it was before."""
         kept = {base.seal for base in but}
-        for seal in [seal for seal, recent in self._records.items() if recent.owner == owner and seal not in kept]:
-            self._drop(seal)
+        with self._lock:
+            for seal in [seal for seal, recent in self._records.items() if recent.owner == owner and seal not in kept]:
+                self._drop(seal)
 
     def _drop(self, seal: str) -> None:
         self._bytes -= self._records.pop(seal).size

@@ -39,7 +39,7 @@ from redis.asyncio.client import Pipeline
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured
+from service.stores import CLAIM_S, MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured
 from service.stores.record import Base, RecentRecords
 from service.stores.redis_link import Link
 from service.stores.sealed import History, Sealed, ends, next_version
@@ -268,6 +268,10 @@ class RedisScope:
         async def change(pipe: Pipeline) -> Pointer:
             found = await self._found(pipe, task)
             pointer = Pointer(next_version(found.version, found.history, expect), head_id)
+            index, listed = self._key("m", task), None
+            if not found.version:
+                await pipe.watch(index)
+                listed = await fetch(pipe, index)
             base, stored = found.history.base, None
             if base is not None and self._sealed.wants(base):
                 stored = await fetch(pipe, self._key("r", task, base.version))
@@ -293,13 +297,26 @@ class RedisScope:
             if sealed_head is not None:
                 pipe.set(self._key("h", head_id), sealed_head, px=self._head_ms(record.expires))
             pipe.zadd(self._key("tasks"), {task: 0})
+            if listed is not None:
+                self._forget_earlier(pipe, task, listed)
             return pointer
 
         watched = self._key("p", task)
-        pointer = await self._store.link.call(lambda client: self._change(client, watched, change), answers=5)
+        pointer = await self._store.link.call(lambda client: self._change(client, watched, change), answers=6)
         if record.expires is not None:
             self._store.weed_behind(self)
         return pointer
+
+    def _forget_earlier(self, pipe: Pipeline, task: str, listed: bytes) -> None:
+        """What is remembered beside a name that is no task was asked of an earlier one, but for claims."""
+        index, live, until = self._key("m", task), self._live(task, listed), time.time() + CLAIM_S
+        claims = {name: end for name, end in live.items() if end <= until}
+        if claims:
+            pipe.set(index, self._sealed.seal_index(task, claims), px=_ms(max(claims.values())))
+        else:
+            pipe.delete(index)
+        for name in live.keys() - claims.keys():
+            pipe.delete(f"{index}:{name}")
 
     async def delete(self, task: str, *, expect: Expected = None) -> bool:
         async def look(client: Redis) -> tuple[bool, list[str]]:

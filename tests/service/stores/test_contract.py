@@ -494,6 +494,34 @@ async def test_a_memory_needs_no_task_and_makes_none(store: Store) -> None:
     assert await scope.recall("dogs", "key") is None
 
 
+async def test_what_is_remembered_of_a_task_that_ended_is_not_of_the_next_one(store: Store, until: Until) -> None:
+    scope, end = store.scope("t"), time.time() + 0.3
+    await commit(scope, "cats", 1, expires=end)
+    for key in ("key", "other"):
+        await scope.remember("cats", key, b"value", ttl_s=86400)
+    await scope.remember("dogs", "key", b"value", ttl_s=86400)
+    await until(store, end)
+    assert await scope.remember("cats", "claim", b"at work", ttl_s=60, new=True) is True  # of who makes the task
+    assert await commit(scope, "cats", 2) == 1
+    assert await scope.recall("cats", "key") is None
+    assert await scope.recall("cats", "claim") == b"at work"
+    assert await scope.remember("cats", "claim", b"answer", ttl_s=86400) is True
+    assert await scope.remember("cats", "other", b"again", ttl_s=60, new=True) is True
+    assert await commit(scope, "cats", 3) == 2
+    assert await scope.recall("cats", "claim") == b"answer"
+    assert await scope.recall("dogs", "key") == b"value"
+
+
+async def test_a_refused_commit_forgets_nothing(store: Store) -> None:
+    scope = store.scope("t")
+    await scope.remember("cats", "key", b"value", ttl_s=86400)
+    with pytest.raises(VersionConflict):
+        await commit(scope, "cats", 1, expect=7)
+    assert await scope.recall("cats", "key") == b"value"
+    await commit(scope, "cats", 1)
+    assert await scope.recall("cats", "key") is None
+
+
 async def test_of_too_many_memories_the_oldest_go_first(
     bare: Store, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import Expected, Pointer
+from service.stores import Expected, Pointer, lru
 from service.stores.lru import Recent
 from service.stores.memory import MemoryScope, MemoryStore
 from tests.service.stores.values import commit, make_head, make_record, same
@@ -115,6 +115,27 @@ async def test_memory_is_bounded_and_keeps_what_was_used_last() -> None:
     assert len(store.known) == 2
     assert same(await scope.head("hd_2"), make_head(2))  # from beneath
     assert beneath.asked.count("head") == 1
+
+
+async def test_memory_is_bounded_in_bytes_and_keeps_what_was_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lru, "MOST_BYTES", 5 * lru.size(make_head()) // 2)
+    store, _, _ = recent(most=100)
+    scope = store.scope("t")
+    for _ in range(3):  # what leaves memory gives its room back
+        for seed in (1, 2):
+            await commit(scope, f"task{seed}", seed)
+            await commit(scope, f"task{seed}", seed)
+        assert scope.head_in_memory("hd_1") is not None
+        await commit(scope, "task3", 3)
+        assert list(store.heads) == [("t", "hd_1"), ("t", "hd_3")]
+        for seed in (1, 3):
+            await scope.delete(f"task{seed}")
+        assert not store.heads
+    weighty = make_head(4, way=200)
+    await scope.commit("large", make_record(4, way=200), "hd_4", weighty, expect=None)
+    assert scope.head_in_memory("hd_4") is None
+    assert same(await scope.head("hd_4"), weighty)
+    assert lru.MOST_BYTES < lru.size(weighty) < 2 * weighty.affine.weight.nbytes + 200 * 150
 
 
 async def test_names_that_are_no_tasks_take_no_room() -> None:

@@ -55,9 +55,9 @@ def test_a_key_file_without_a_key_stops_the_start(tmp_path: Path, content: str |
 
 @pytest.mark.redis
 async def test_with_redis_it_is_the_shared_one(
-    tmp_path: Path, shared_redis: RedisServer, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = open_store(Settings(redis_url=shared_redis.url, data_dir=tmp_path / "data", store_timeout_s=5))
+    store = open_store(Settings(redis_url=own_redis.url, data_dir=tmp_path / "data", store_timeout_s=5))
     assert isinstance(store, Recent)
     assert isinstance(store.beneath, RedisStore)
     assert "STORE_KEY_FILE" in caplog.text
@@ -88,7 +88,8 @@ async def test_user_and_password_of_redis_come_from_the_settings(
         await commit(store.scope("t"), "cats")
         assert await store.scope("t").pointer("cats") == Pointer(1, "hd_0")
         await store.close()
-    assert not caplog.records
+    (told,) = caplog.messages
+    assert "no mark of ours" in told  # and no more, of key or password
 
 
 @pytest.mark.parametrize("url", ["", "redis://localhost:6379/0"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import os
 import resource
+import shutil
 import signal
 import sqlite3
 import stat
@@ -15,11 +18,14 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from models.errors import StoreUnavailable
-from service.stores import Pointer, Sealer, StoreMisconfigured
+from service.callers import CallerLeft, has_left
+from service.stores import Pointer, Record, Scope, Sealer, StoreMisconfigured, sqlite
 from service.stores.record import RecentRecords
 from service.stores.sealed import Sealed
 from service.stores.sqlite import SqliteStore
@@ -173,21 +179,21 @@ async def test_heads_expire_and_are_cleared_away(tmp_path: Path) -> None:
     await store.close()
 
 
+def holding(folder: Path, needle: bytes) -> list[str]:
+    return [path.name for path in folder.iterdir() if needle in path.read_bytes()]
+
+
 async def test_a_deleted_task_leaves_no_bytes(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path)
     await store.open()
     scope = store.scope("t")
     for seed in range(20):
         await commit(scope, "cats", seed)
-
-    def holding(needle: bytes) -> list[str]:
-        return [path.name for path in tmp_path.iterdir() if needle in path.read_bytes()]
-
-    assert holding(b"label 1")
+    assert holding(tmp_path, b"label 1")
     for seed in range(10):  # of versions that are no longer kept, the heads are still there; they end by their TTL
         await store.change(lambda db, seed=seed: db.execute("DELETE FROM heads WHERE head = ?", (f"hd_{seed}",)))
     await scope.delete("cats")
-    assert holding(b"label 1") == []
+    assert holding(tmp_path, b"label 1") == []
     await store.close()
 
 
@@ -205,7 +211,8 @@ async def test_a_caller_who_leaves_does_not_cut_a_commit(tmp_path: Path) -> None
         await leaving
     gate.set()
     await busy
-    found = await scope.record("cats")  # queues behind the commit
+    await store.run(lambda _: None)  # queues behind the commit
+    found = await scope.record("cats")
     assert found is not None
     assert same(found[1], make_record(1))
     await store.close()
@@ -259,12 +266,108 @@ async def test_a_full_disk_refuses_changes_keeps_reading_and_is_forgiven(tmp_pat
             await scope.keep_head("cats", Pointer(acknowledged, f"hd_{acknowledged}"), make_head(99))
         assert await scope.pointer("cats") == Pointer(acknowledged, f"hd_{acknowledged}")
         assert same(await scope.head(f"hd_{acknowledged}"), make_head(acknowledged))
-        assert await store.ping()
     found = await scope.record("cats")
     assert found is not None
     assert same(found[1], make_record(acknowledged))
     assert await commit(scope, "cats", 60) == acknowledged + 1
     await store.close()
+
+
+async def test_a_store_that_refuses_changes_is_not_well_until_it_can_write_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "TRY_S", 0)
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    with no_file_grows_beyond((tmp_path / "fewshot.sqlite3-wal").stat().st_size):
+        assert await store.ping()  # nobody was refused yet
+        with pytest.raises(StoreUnavailable):
+            await commit(scope, "cats", 2)
+        await store.change(lambda db: db.execute("DELETE FROM tasks WHERE task = 'nobody'"))  # needs no room
+        assert not await store.ping()
+        monkeypatch.setattr(sqlite, "TRY_S", 1000)
+        assert not await store.ping()
+        assert await scope.pointer("cats") == Pointer(1, "hd_1")
+    assert not await store.ping()  # it was tried a moment ago
+    store._try_again = 0
+    assert await store.ping()
+    with no_file_grows_beyond((tmp_path / "fewshot.sqlite3-wal").stat().st_size):
+        with pytest.raises(StoreUnavailable):
+            await commit(scope, "cats", 2)
+        assert not await store.ping()
+    assert await commit(scope, "cats", 2) == 2
+    assert await store.ping()
+    await store.close()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+async def test_into_a_file_that_was_removed_or_replaced_nothing_is_written(tmp_path: Path, how: str) -> None:
+    path, aside = tmp_path / "fewshot.sqlite3", tmp_path / "aside"
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    await commit(scope, "cats", 1)
+    path.rename(aside)
+    if how == "replaced":
+        shutil.copyfile(aside, path)
+    for change in (commit(scope, "cats", 2), scope.delete("cats"), scope.remember("cats", "key", b"", ttl_s=60)):
+        with pytest.raises(StoreUnavailable, match="removed or replaced"):
+            await change
+    assert not await store.ping()
+    assert await scope.pointer("cats") == Pointer(1, "hd_1")
+    aside.rename(path)
+    assert await store.ping()
+    assert await commit(scope, "cats", 2) == 2
+    await store.close()
+
+
+async def test_a_new_store_beside_the_key_of_another_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        store = SqliteStore(tmp_path)
+        await store.open()
+        await store.close()
+    assert caplog.text == ""
+    (tmp_path / "fewshot.sqlite3").unlink()
+    await store.open()
+    await store.close()
+    assert "a new one is begun" in caplog.text
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.glob("fewshot.sqlite3*")}
+
+
+async def test_its_files_are_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ("fewshot.sqlite3", "fewshot.sqlite3-wal", "fewshot.sqlite3-shm")
+    before = os.umask(0o022)
+    try:
+        store = SqliteStore(tmp_path)
+        await store.open()
+        await commit(store.scope("t"), "cats", 1)
+        assert modes(tmp_path) == dict.fromkeys(files, 0o600)
+        older = tmp_path / "older"
+        older.mkdir()
+        for name in (*files, "store.key"):  # as a program that was killed left them
+            shutil.copyfile(tmp_path / name, older / name)
+        await store.close()
+        assert modes(older) == dict.fromkeys(files, 0o644)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda: 12345)
+            store = SqliteStore(older)  # not ours
+            await store.open()
+            assert modes(older) == dict.fromkeys(files, 0o644)
+        await store.close()
+        (older / "fewshot.sqlite3-wal").touch()
+        await store.open()
+        assert modes(older) == dict.fromkeys(files, 0o600)
+        assert await store.scope("t").pointer("cats") == Pointer(1, "hd_1")
+        await store.close()
+    finally:
+        os.umask(before)
 
 
 async def test_a_damaged_file_is_a_store_that_is_away(tmp_path: Path) -> None:
@@ -301,6 +404,220 @@ async def test_expired_versions_and_memories_are_cleared_away(tmp_path: Path) ->
     for table in ("tasks", "records", "remembered"):
         rows = await store.run(lambda db, table=table: db.execute(f"SELECT task FROM {table}").fetchall())
         assert rows == [("dogs",)]
+    await store.close()
+
+
+async def test_what_expired_leaves_the_disk_though_nobody_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "CLEAR_S", 0.05)
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope, record = store.scope("t"), make_record(1, expires=time.time() + 0.6, images=True)
+    await commit(scope, "cats", 2)
+    await scope.commit("lease", record, "hd_1", make_head(1), expect=None)
+    await scope.remember("lease", "key", b"value", ttl_s=86400)
+    assert holding(tmp_path, record.images[5])
+    async with asyncio.timeout(5):
+        while holding(tmp_path, record.images[5]):
+            await asyncio.sleep(0.02)
+    for table, left in (("tasks", 1), ("records", 1), ("heads", 1), ("remembered", 0)):
+        count = f"SELECT count(*) FROM {table}"
+        assert await store.run(lambda db, count=count: db.execute(count).fetchone()) == (left,)
+    done: list[str] = []
+    await store.run(lambda db: db.set_trace_callback(done.append))
+    await asyncio.sleep(0.2)
+    await store.run(lambda db: db.set_trace_callback(None))
+    assert done
+    assert {statement.split()[0] for statement in done} == {"SELECT"}  # nothing expired, nothing is written
+    await store.close()
+
+
+async def test_what_expired_while_the_service_was_down_leaves_the_disk_as_it_comes_up(tmp_path: Path) -> None:
+    store, record = SqliteStore(tmp_path), make_record(1, expires=time.time() + 0.1, images=True)
+    await store.open()
+    await store.scope("t").commit("lease", record, "hd_1", make_head(1), expect=None)
+    await store.close()
+    assert holding(tmp_path, record.images[5])
+    await asyncio.sleep(0.15)
+    await store.open()
+    assert holding(tmp_path, record.images[5]) == []
+    await store.close()
+
+
+async def test_what_expired_and_was_deleted_by_a_commit_leaves_the_log_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "CLEAR_S", 1000)
+    store, record = SqliteStore(tmp_path), make_record(1, expires=time.time() + 0.05, images=True)
+    await store.open()
+    scope = store.scope("t")
+    await scope.commit("lease", record, "hd_1", make_head(1), expect=None)
+    await asyncio.sleep(0.1)
+    await commit(scope, "cats", 2)
+    assert holding(tmp_path, record.images[5])
+    await store.run(store._clear)  # as it does now and then
+    assert holding(tmp_path, record.images[5]) == []
+    await store.close()
+
+
+async def test_a_full_disk_is_no_reason_not_to_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    await commit(store.scope("t"), "cats", 1)
+    end = time.time() + 1000
+    for number in range(20):
+        await commit(store.scope("t"), f"lease{number}", 2, expires=end)
+    await store.close()
+    monkeypatch.setattr(time, "time", lambda: end)
+    with no_file_grows_beyond(2**15):  # as much as what readers share in memory is
+        await store.open()
+        assert "SQLite failed" in caplog.text
+        assert same((await store.scope("t").record("cats") or (None, None))[1], make_record(1))
+    assert await commit(store.scope("t"), "cats", 3) == 2
+    assert await store.ping()
+    await store.close()
+
+
+# Reads beside writes.
+
+
+@contextmanager
+def reading_held_up(monkeypatch: pytest.MonkeyPatch, tenant: str) -> Iterator[tuple[threading.Event, list[str]]]:
+    """Records of a tenant are parsed when the event is set; and which were begun."""
+    gate, begun, opened = threading.Event(), list[str](), Sealed.open_record
+
+    def held(self: Sealed, task: str, *given: Any, **named: Any) -> Any:
+        if self._tenant == tenant:
+            begun.append(task)
+            assert gate.wait(10)
+        return opened(self, task, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sealed, "open_record", held)
+        try:
+            yield gate, begun
+        finally:
+            gate.set()
+
+
+async def test_who_reads_large_records_keeps_nobody_else_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    large, other = store.scope("large"), store.scope("other")
+    await commit(large, "cats", 1)
+    with reading_held_up(monkeypatch, "large") as (gate, begun):
+        reading = [asyncio.create_task(large.record("cats")) for _ in range(12)]
+        async with asyncio.timeout(5):
+            while not begun:
+                await asyncio.sleep(0.01)
+            assert await commit(other, "dogs", 2) == 1
+            assert same((await other.record("dogs") or (None, None))[1], make_record(2))
+            assert same(await other.head("hd_2"), make_head(2))
+            assert await other.versions("dogs") == [Pointer(1, "hd_2")]
+            assert await other.tasks(limit=5) == [("dogs", Pointer(1, "hd_2"))]
+            assert await large.full(1)
+            assert await large.recall("cats", "key") is None
+            assert await other.delete("dogs")
+        assert begun == ["cats"]
+        gate.set()
+        for found in await asyncio.gather(*reading):
+            assert same((found or (None, None))[1], make_record(1))
+    await store.close()
+
+
+async def test_what_is_read_for_who_has_left_is_not_read_and_what_they_changed_is_changed(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    token = has_left.set(lambda: True)
+    try:
+        assert await commit(scope, "cats", 1) == 1
+        assert await scope.remember("cats", "key", b"value", ttl_s=60, new=True) is True
+        for read in (scope.record("cats"), scope.head("hd_1"), scope.versions("cats"), scope.recall("cats", "key")):
+            with pytest.raises(CallerLeft):
+                await read
+    finally:
+        has_left.reset(token)
+    assert await scope.recall("cats", "key") == b"value"
+    await store.close()
+
+
+def grown(seed: int, more: int) -> Record:
+    """A record that is worth a difference to the one with fewer."""
+    whole = make_record(seed, way=80)
+    last = whole.ids[-1:]
+    return dataclasses.replace(
+        whole,
+        ids=(*whole.ids[:-1], *(f"more_{seed}_{k}" for k in range(more)), *last),
+        classes=np.concatenate([whole.classes, np.zeros(more, np.int32)]),
+        features=np.concatenate([whole.features, np.full((more, 16), seed, np.float16)]),
+    )
+
+
+async def test_reads_beside_writes_find_each_version_whole(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path, versions_kept=2)
+    await store.open()
+
+    async def used(scope: Scope) -> None:
+        kept: dict[str, Record] = {}
+        done = asyncio.Event()
+
+        async def write() -> None:
+            for number in range(60):
+                if number % 20 == 19:
+                    await scope.delete("cats")
+                head_id = f"hd_{number}"
+                kept[head_id] = grown(number // 20, number % 20)
+                pointer = await scope.commit("cats", kept[head_id], head_id, None, expect=None)
+                found = await scope.record("cats")
+                assert found is not None
+                assert found[0] == pointer  # what was acknowledged is seen
+                assert same(found[1], kept[head_id])
+            done.set()
+
+        async def read(version: int | None) -> int:
+            count = 0
+            while not done.is_set():
+                found = await scope.record("cats", version=version)
+                if found is not None:
+                    count += 1
+                    assert same(found[1], kept[found[0].head])
+                await asyncio.sleep(0)
+            return count
+
+        _, *counts = await asyncio.gather(write(), read(None), read(3), read(12))
+        assert all(counts)
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(used(store.scope("t")), used(store.scope("u")))
+    await store.close()
+
+
+async def test_of_a_task_that_is_deleted_while_it_is_read_nothing_stays_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    await store.scope("t").commit("cats", grown(1, 0), "hd_1", make_head(1), expect=None)
+    await store.close()
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    with reading_held_up(monkeypatch, "t") as (gate, begun):
+        reading = asyncio.create_task(scope.record("cats"))
+        async with asyncio.timeout(5):
+            while not begun:
+                await asyncio.sleep(0.01)
+        assert await scope.delete("cats")
+        gate.set()
+        found = await reading
+    assert same((found or (None, None))[1], grown(1, 0))  # as it was when it was asked for
+    assert not store.recent._records
     await store.close()
 
 
@@ -422,7 +739,7 @@ async def test_a_file_of_format_1_is_left_alone_when_the_key_is_another(tmp_path
 
 KILLED = """
 import os, signal, sqlite3, sys
-from service.stores.sqlite import MIGRATION
+from service.stores.sql import MIGRATION
 
 db = sqlite3.connect(sys.argv[1], isolation_level=None)
 db.execute("PRAGMA cache_size = 1")  # so that much of it is in the log by then
