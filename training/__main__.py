@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads spin w
 from pathlib import Path
 
 from pydantic import Field
+from safetensors import SafetensorError
 
 from models.errors import FewshotError
 from training.config import (
@@ -32,6 +33,7 @@ from training.config import (
     parse,
 )
 from training.data import DataError
+from training.stopping import STATUS
 
 
 class DemoConfig(Config):
@@ -87,9 +89,12 @@ def main(arguments: list[str]) -> int:
             # `import` is no name that a module can be imported by, and no module has a hyphen.
             module = {"import": "imports"}.get(name, name).replace("-", "_")
             importlib.import_module(f"training.{module}").main(config)
-    except (DataError, FewshotError) as error:
+    except (DataError, FewshotError, OSError, SafetensorError) as error:  # the last two: a full disk, mostly
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped.", file=sys.stderr)
+        return STATUS
     return 0
 
 

@@ -13,7 +13,7 @@ from training.tables import NOTHING, Commands, fits, half, markdown, over_seeds,
 
 SETTING = ("data", "split", "rotations", "artifact", "trained_on", "precision", "views")
 # What may differ between two lines of the same measurement, beside what was measured.
-FREE = {"episodes", "digest", "command", "episode_list", "measured_in_s", "seconds", "default"}
+FREE = {"episodes", "digest", "weights_digest", "command", "episode_list", "measured_in_s", "seconds", "default"}
 
 
 def distinct(lines: Sequence[Line]) -> list[Line]:

@@ -21,9 +21,11 @@ from tqdm import tqdm
 from models.artifact import Artifact
 from models.images import ImageDecoder
 from training import checkpoint, data, evaluate
+from training import rows as lines
 from training.baselines import Baseline, Given, MetaTrained
 from training.config import BaselineConfig
 from training.episodes import Indices, Pool, digest, frozen
+from training.stopping import STATUS, Stop
 
 CHECKPOINT = "baseline.safetensors"
 META_TRAINED = ("maml", "reptile", "mann")
@@ -78,6 +80,7 @@ class Progress:
         digest = artifact.digest if artifact else ""
         self.path = config.out / CHECKPOINT
         self.config = config
+        self.stop = Stop()
         self.began = self.last = time.monotonic()
         self.state: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
@@ -93,9 +96,19 @@ class Progress:
             if not same or self.state.get("artifact", digest) != digest:
                 sys.exit(f"{self.path} was made with other settings; choose another --out or delete it.")
 
+    def of(self, *parts: data.Images) -> None:
+        """Notes what is trained and measured on. Raises DataError where what is kept is of something else."""
+        known = data.census(
+            {f"{place} {name}": count for place, part in enumerate(parts) for name, count in data.counted(part).items()}
+        )
+        if self.path.exists():
+            data.unchanged(self.state, known, self.path)
+        else:
+            self.state["trained_on"] = known
+
     @property
     def late(self) -> bool:
-        return self.config.minutes > 0 and time.monotonic() - self.began > 60 * self.config.minutes
+        return self.stop.asked or (self.config.minutes > 0 and time.monotonic() - self.began > 60 * self.config.minutes)
 
     @property
     def due(self) -> bool:
@@ -117,6 +130,7 @@ def train(method: MetaTrained, pixels: np.ndarray, pool: Pool, progress: Progres
         progress.state["seconds"] = before + time.monotonic() - began
         progress.save()
 
+    lines.cut(log, lambda line: line.get("step", method.steps + 1) <= method.step)
     with log.open("a") as file, tqdm(total=method.steps, initial=method.step, mininterval=2) as bar:
         losses: list[float] = []
         while method.step < method.steps:
@@ -224,13 +238,37 @@ def main(config: BaselineConfig) -> list[dict[str, Any]]:
     config.out.mkdir(parents=True, exist_ok=True)
     progress = Progress(config, artifact)
     method: Any = getattr(kind, name)(settings, Given(config.way, config.shot, size, channels, config.seed, artifact))
-    if config.method in META_TRAINED:
-        training = images_of(config, config.train_split, decoder)
-        if not train(method, training.pixels, Pool.of(training.labels), progress, config.out / "baseline.jsonl"):
-            return []
     images = images_of(config, config.split, decoder)
+    training = images_of(config, config.train_split, decoder) if config.method in META_TRAINED else None
+    for split, part in ((config.split, images), (config.train_split, training)):
+        if part and len(part.classes) < config.way:
+            raise data.DataError(f"--way: {config.data} has only {len(part.classes)} classes in its split '{split}'.")
+    pool = Pool.of(images.labels, images.groups, images.classes)
+    progress.of(*(part for part in (training, images) if part))
+    with progress.stop:
+        found = _measured(config, method, training, images, pool, settings, progress, artifact)
+    if progress.stop.asked:
+        sys.exit(STATUS)
+    return found
+
+
+def _measured(
+    config: BaselineConfig,
+    method: Any,
+    training: data.Images | None,
+    images: data.Images,
+    pool: Pool,
+    settings: Any,
+    progress: Progress,
+    artifact: Artifact | None,
+) -> list[dict[str, Any]]:
+    """The rows, or none if the time was up before the end."""
+    if training:
+        classes = Pool.of(training.labels, names=training.classes)
+        if not train(method, training.pixels, classes, progress, config.out / "baseline.jsonl"):
+            return []
     episodes = frozen(
-        Pool.of(images.labels, images.groups),
+        pool,
         way=config.way,
         shot=config.shot,
         queries=config.queries,

@@ -6,7 +6,7 @@ See models/calibration.py for what the numbers mean. Knows nothing of images, gr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from training.episodes import Indices, Pool, frozen
 
 SHOTS = (1, 2, 5, 10)
 LOG_TEMPERATURES = np.linspace(np.log(0.05), np.log(20), 121)
+MANY = 2  # examples a class of which some can be held out
 PAIRS = 10_000  # of different examples, of which one is as near as twins might be: see apart
 MOST_COMPARED = 1000  # examples of a class
 SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
@@ -61,6 +62,22 @@ def calibrate(
         scores[method] = float(np.mean(right))
         rejections[method] = fit_rejection(found, Temperature(**temperatures[method]))
     return temperatures, rejections, scores
+
+
+def limits(pool: Pool, names: Sequence[str]) -> str:
+    """What is lost where the smallest class has too few examples to know tasks of every size; "" where it has enough.
+
+    `names`: of the classes of the pool.
+    """
+    sizes = [len(groups) for groups in pool.classes]
+    least = min(sizes)
+    if least > max(SHOTS):
+        return ""
+    small = [name for name, size in zip(names, sizes, strict=True) if size == least]
+    lost = f"tasks of more than {least - 1} examples a class are not calibrated on"
+    if least <= MANY:
+        lost = f'no learner will say "none of these", and {lost}'
+    return f"Class '{small[0]}' has {least} examples to calibrate on: {lost}. Add some, or leave it out."
 
 
 def apart(features: np.ndarray, pool: Pool) -> float:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from training.data import DataError
 
 _TENSOR = "tensor:"
 
@@ -46,12 +48,19 @@ def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` so that after a kill or a power cut either the old file or the new one is there, whole."""
+    """Writes `state` so that after a kill or a power cut either the old file or the new one is there, whole.
+
+    Raises DataError where the disk does not take it: the old file stays.
+    """
     tensors: dict[str, torch.Tensor] = {}
     tree = _flatten(state, "", tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"tree": json.dumps(tree)})
+    try:
+        save_file(tensors, partial, metadata={"tree": json.dumps(tree)})
+    except (OSError, SafetensorError) as error:  # which says "I/O error" in a sentence of its own on a full disk
+        partial.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written: {error}") from None
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -61,9 +70,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state given to `save`; tensors on the CPU, tuples as lists."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        tree = json.loads(file.metadata()["tree"])
+    """The state given to `save`; tensors on the CPU, tuples as lists. Raises DataError for what is no checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tree = json.loads(file.metadata()["tree"])
+    except (SafetensorError, TypeError, KeyError, ValueError):
+        raise DataError(f"{path} is no checkpoint of this program, or a damaged one.") from None
     state: dict[str, Any] = _unflatten(tree, tensors)
     return state

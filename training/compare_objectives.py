@@ -71,6 +71,11 @@ def main(config: CompareObjectivesConfig) -> list[dict[str, Any]]:
     decoder = ImageDecoder(config.size, config.size, SHAPES[config.shape].channels)
     images = data.load(config.data, "train", decoder, per_class=config.per_class or None)
     asked = data.load(config.data, config.split, decoder)
+    if len(asked.classes) < WAY:
+        raise data.DataError(
+            f"{config.data} has {len(asked.classes)} classes in its split '{config.split}': {WAY} are asked at a time."
+        )
+    Pool.of(asked.labels, asked.groups, asked.classes)  # raises where a class is too small, before any training
     settings = _settings(config)
     found = [row for row in rows.read(config.results) if all(row.get(key) == value for key, value in settings.items())]
     for seed in range(config.seeds):

@@ -252,7 +252,7 @@ class CompareObjectivesConfig(Config):
         "wall", description="cpu: seconds that this process computed, for a machine that others use as well"
     )
     seeds: int = Field(3, ge=1)
-    split: str = Field("test", description="classes to measure on")
+    split: str = Field("val", description="classes to measure on")
     episodes: int = Field(2000, ge=2)
     shape: str = Field("resnet10", description="network, a name from models/resnet.py")
     size: int = Field(32, ge=16, description="pixels of the input, height and width")
@@ -281,7 +281,7 @@ class PretextConfig(Config):
     draws: int = Field(50, ge=2, description="times that those images are drawn")
     full: int = Field(2000, ge=10, description="images that the thorough head learns from, at most")
     asked: int = Field(500, ge=2, description="images asked about, at most")
-    split: str = Field("test", description="classes to ask about")
+    split: str = Field("val", description="classes to ask about")
     per_class: int = Field(0, ge=0, description="at most so many images a class to learn from; 0 = all")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -110,8 +110,10 @@ def measure(
     for order in range(config.orders):
         weight = np.zeros((0, features.shape[1]), features.dtype)
         before: list[int] = []
+        first: list[int] = []
         for step, (phase, came) in enumerate(course(config, order), 1):
             if phase == "adding":
+                first = came
                 weight = fine_tuned(weight, features, episode, came[-1], config)
             else:
                 weight = weight[[before.index(number) for number in came]]
@@ -119,10 +121,11 @@ def measure(
             if step % config.every:
                 continue
             asked = np.isin(episode.answers, came)
-            early = np.isin(episode.answers, came[:EARLY])
+            # The same ten to the end, as far as they are still there: others that move up are not early.
+            early = np.isin(episode.answers, [number for number in first[:EARLY] if number in came])
 
             def share(given: np.ndarray, among: np.ndarray) -> float:
-                return float((given == episode.answers)[among].mean())
+                return float((given == episode.answers)[among].mean()) if among.any() else math.nan
 
             given = answers(Affine(weight, np.zeros(len(weight))), came, features, episode)
             for method, learner in learners.items():
@@ -188,7 +191,11 @@ def table(rows: Sequence[ContinualRow]) -> str:
     for method in dict.fromkeys(row.method for row in rows):
         own = {(row.phase, row.way): row for row in rows if row.method == method}
         lines.append(f"| {method} | " + " | ".join(f"{own[step].accuracy:.1f}" for step in steps) + " |")
-        lines.append(f"| the first {EARLY} of them | " + " | ".join(f"{own[step].early:.1f}" for step in steps) + " |")
+        lines.append(
+            f"| the first {EARLY} of them | "
+            + " | ".join("–" if math.isnan(own[step].early) else f"{own[step].early:.1f}" for step in steps)
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -205,7 +212,7 @@ def main(config: ContinualConfig) -> list[ContinualRow]:
             sys.exit(f"--learners: {config.artifact} has {', '.join(learners)}.")
         learners = {name: learners[name] for name in config.learners.split(",")}
     features = evaluate.embed(load_extractor(artifact), images.pixels)
-    rows = measure(learners, features, Pool.of(images.labels, images.groups), config)
+    rows = measure(learners, features, Pool.of(images.labels, images.groups, images.classes), config)
     print(
         f"\n{artifact.manifest.name} on {config.data.name} ({config.split}): {config.classes} classes one at a time, "
         f"{config.shot} examples each, {config.orders} orders, accuracy in per cent\n\n{table(rows)}\n"

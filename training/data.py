@@ -8,14 +8,18 @@ networks or episodes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
+import sys
 import zipfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +62,12 @@ def members(source: Path, suffixes: Container[str] = SUFFIXES) -> Iterator[tuple
     else:
         raise DataError(f"{source} does not exist.")
     if archives:
+        loose = source.is_dir() and next(_loose(source, suffixes), None)
+        if loose:
+            raise DataError(
+                f"{source} has class folders, as of {loose.name}, and {archives[0].name} beside them, which would be "
+                "read in their place: move one of the two away."
+            )
         for path in archives:
             try:
                 archive = zipfile.ZipFile(path)
@@ -68,16 +78,47 @@ def members(source: Path, suffixes: Container[str] = SUFFIXES) -> Iterator[tuple
                 if member.suffix.lower() in suffixes and len(member.parts) > 1:
                     yield str(member.parent), name, archive
         return
-    for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in suffixes and path.parent != source:
-            yield path.parent.relative_to(source).as_posix(), str(path), None
+    for path in sorted(_loose(source, suffixes)):
+        yield path.parent.relative_to(source).as_posix(), str(path), None
+
+
+def _loose(source: Path, suffixes: Container[str]) -> Iterator[Path]:
+    """The examples in class folders, in the order of the disk."""
+    return (path for path in source.rglob("*") if path.suffix.lower() in suffixes and path.parent != source)
+
+
+def said(source: Path) -> dict[str, Any]:
+    """What splits.json holds, nothing where there is none. Raises DataError where it is not to be understood."""
+    file = (source if source.is_dir() else source.parent) / "splits.json"
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file} is no JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise DataError(f'{file} is no JSON object such as {{"train": [...], "val": [...], "test": [...]}}.')
+    for split in SPLITS:
+        names = found.get(split, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{file}: '{split}' is no list of names of classes.")
+    for one, other in combinations(SPLITS, 2):
+        both = sorted(set(found.get(one, [])) & set(found.get(other, [])))
+        if both:
+            raise DataError(
+                f"{file}: '{one}' and '{other}' share {named_few(both)}: what is learned from can measure nothing."
+            )
+    return found
+
+
+def named_few(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def split_classes(source: Path, names: list[str], *, seed: int = 0) -> dict[str, list[str]]:
     """Class names of each split; from splits.json where there is one."""
-    file = (source if source.is_dir() else source.parent) / "splits.json"
-    if file.exists():
-        splits = json.loads(file.read_text())
+    if splits := said(source):
         return {split: list(splits.get(split, [])) for split in SPLITS}
     shuffled = sorted(names)
     random.Random(seed).shuffle(shuffled)
@@ -88,9 +129,9 @@ def split_classes(source: Path, names: list[str], *, seed: int = 0) -> dict[str,
 
 def alphabets(source: Path, split: str) -> set[str]:
     """The first folders that a split by alphabet means; from `lake_alphabets` in splits.json."""
-    file = (source if source.is_dir() else source.parent) / "splits.json"
-    named = json.loads(file.read_text()).get("lake_alphabets", {}) if file.exists() else {}
-    if not named:
+    named = said(source).get("lake_alphabets", {})
+    if not isinstance(named, dict) or not {"background", "evaluation"} <= set(named):
+        file = (source if source.is_dir() else source.parent) / "splits.json"
         raise DataError(f"'{split}' needs lake_alphabets in {file}.")
     background, evaluation = set(named["background"]), set(named["evaluation"])
     return {"background30": background, "background5": background & set(FIVE), "evaluation20": evaluation}[split]
@@ -113,21 +154,7 @@ def load(
     it, `piece` in splits.json tells, where there is such an entry. Raises DataError when nothing is left, naming what
     was looked for.
     """
-    if split not in (*SPLITS, *BY_ALPHABET, "all"):
-        raise DataError(f"'{split}' is no split; known are {', '.join((*SPLITS, *BY_ALPHABET))} and all.")
-    found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
-    for name, member, read in _examples(source, decoder):
-        found.setdefault(name, []).append((member, read))
-    if split == "all":
-        classes = sorted(found)
-    elif split in BY_ALPHABET:
-        wanted = alphabets(source, split)
-        classes = sorted(name for name in found if name.split("/")[0] in wanted)
-    else:
-        wanted = set(split_classes(source, list(found))[split])
-        classes = sorted(wanted & set(found))
-    if not classes:
-        raise DataError(f"{source} has no classes in its split '{split}'.")
+    found, classes = _of_split(source, split, decoder)
     group_of = Grouper(pieces(source), group)
     pixels, labels, groups = [], [], []
     for label, name in enumerate(classes):
@@ -141,6 +168,63 @@ def load(
             labels.append(label)
             groups.append(numbers[place])
     return Images(np.stack(pixels), np.array(labels, np.int64), tuple(classes), np.array(groups, np.int64))
+
+
+def _of_split(
+    source: Path, split: str, decoder: Decoder, *, quiet: bool = False
+) -> tuple[dict[str, list[tuple[str, Callable[[], bytes]]]], list[str]]:
+    """Everything in the source by class, and which classes the split means."""
+    if split not in (*SPLITS, *BY_ALPHABET, "all"):
+        raise DataError(f"'{split}' is no split; known are {', '.join((*SPLITS, *BY_ALPHABET))} and all.")
+    found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
+    for name, member, read in _examples(source, decoder):
+        found.setdefault(name, []).append((member, read))
+    if split == "all":
+        classes = sorted(found)
+    elif split in BY_ALPHABET:
+        wanted = alphabets(source, split)
+        classes = sorted(name for name in found if name.split("/")[0] in wanted)
+    else:
+        wanted = set(split_classes(source, list(found))[split])
+        classes = sorted(wanted & set(found))
+        lacking = sorted(wanted - set(found))
+        if lacking and not quiet:
+            print(f"splits.json names classes that {source} does not have: {named_few(lacking)}.", file=sys.stderr)
+    if not classes:
+        raise DataError(f"{source} has no classes in its split '{split}'.")
+    return found, classes
+
+
+def census(counts: Mapping[str, int]) -> dict[str, Any]:
+    """Tells what is trained on from anything else: how much it is, and a digest of its names and of how many each has.
+
+    Where it lies does not matter, so that data may move.
+    """
+    text = json.dumps(sorted(counts.items()))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"classes": len(counts), "examples": sum(counts.values()), "digest": digest}
+
+
+def counted(images: Images) -> dict[str, int]:
+    """How many each class has."""
+    numbers = np.bincount(images.labels, minlength=len(images.classes))
+    return {name: int(number) for name, number in zip(images.classes, numbers, strict=True)}
+
+
+def listed(source: Path, split: str, decoder: Decoder, *, per_class: int | None = None) -> dict[str, int]:
+    """How many each class of a split has, read or not; of each the first `per_class`."""
+    found, classes = _of_split(source, split, decoder, quiet=True)
+    return {name: len(found[name][:per_class]) for name in classes}
+
+
+def unchanged(state: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> None:
+    """Raises DataError where a checkpoint says that it was trained on something else. Older ones do not say it."""
+    before = state.get("trained_on", known)
+    if before != known:
+        raise DataError(
+            f"{path} was trained on other data: {before['examples']} examples of {before['classes']} classes, where "
+            f"--data now has {known['examples']} of {known['classes']}, or others. Choose another --out or delete it."
+        )
 
 
 def _examples(source: Path, decoder: Decoder) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
@@ -240,5 +324,7 @@ class Grouper:
 
 def pieces(source: Path) -> dict[str, str]:
     """Which images show one thing, `class/file` -> a name, as far as splits.json tells."""
-    file = (source if source.is_dir() else source.parent) / "splits.json"
-    return dict(json.loads(file.read_text()).get("piece", {})) if file.exists() else {}
+    found = said(source).get("piece", {})
+    if not isinstance(found, dict):
+        raise DataError(f"'piece' in the splits.json of {source} is no JSON object.")
+    return found

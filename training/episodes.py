@@ -8,7 +8,7 @@ https://arxiv.org/abs/1811.11819). Knows nothing of features or learners: it dea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,10 +34,11 @@ class Pool:
     classes: tuple[tuple[np.ndarray, ...], ...]  # class -> groups -> rows
 
     @classmethod
-    def of(cls, labels: np.ndarray, groups: np.ndarray | None = None) -> Pool:
+    def of(cls, labels: np.ndarray, groups: np.ndarray | None = None, names: Sequence[str] = ()) -> Pool:
         """`groups`: rows of one class with the same number, not negative, stay on one side of an episode.
 
-        Raises DataError for a class of only one thing: an example would leave nothing to ask about.
+        Raises DataError for a class of only one thing: an example would leave nothing to ask about. `names` of the
+        classes are for that sentence.
         """
         found: list[tuple[np.ndarray, ...]] = []
         for label in range(int(labels.max()) + 1):
@@ -47,7 +48,11 @@ class Pool:
             together = [rows[numbers == number] for number in np.unique(numbers) if number >= 0]
             found.append((*alone, *together))
             if len(found[-1]) < 2:
-                raise DataError(f"Class {label} shows {len(found[-1])} thing; an episode needs two of each class.")
+                name = f"'{names[label]}'" if names else str(label)
+                raise DataError(
+                    f"Class {name} shows {len(found[-1])} thing{'s' * (not found[-1])}; an episode needs two of each "
+                    "class."
+                )
         return cls(tuple(found))
 
     def episode(

@@ -40,6 +40,14 @@ class Row:
     seed: int
     episode_list: str
     precision: str
+    # What a class showed on average, where it had too few images for what was asked.
+    shots_mean: float | None = None
+    queries_mean: float | None = None
+
+
+def known(row: Row) -> raw.Line:
+    """The fields of a row that say something."""
+    return {name: value for name, value in asdict(row).items() if value is not None}
 
 
 def turned(images: data.Images) -> data.Images:
@@ -53,10 +61,13 @@ def turned(images: data.Images) -> data.Images:
 
 
 def embed(extractor: Extractor, pixels: np.ndarray, *, batch: int = 64, threads: int = 2) -> np.ndarray:
-    """uint8 [n, H, W, C] or [n, length] -> float32 [n, dim]."""
+    """uint8 [n, H, W, C] or [n, length] -> float32 [n, dim]. Raises DataError where they are not finite."""
     starts = range(0, len(pixels), batch)
     with ThreadPoolExecutor(threads) as pool:
-        return np.concatenate(list(pool.map(lambda at: extractor(pixels[at : at + batch]), starts)))
+        features = np.concatenate(list(pool.map(lambda at: extractor(pixels[at : at + batch]), starts)))
+    if not np.isfinite(features).all():
+        raise data.DataError("The extractor gives numbers that are not finite: nothing can be measured with them.")
+    return features
 
 
 def support_of(features: np.ndarray, episode: Indices) -> Support:
@@ -78,6 +89,15 @@ def interval(values: np.ndarray) -> float:
     return float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def there(episodes: Sequence[Indices], shot: int, queries: int) -> dict[str, float]:
+    """Mean examples and questions of a class, where they are fewer than was asked for."""
+    classes = sum(episode.way for episode in episodes)
+    shots = sum(len(episode.support) for episode in episodes)
+    asked = sum(len(episode.query) for episode in episodes)
+    found = {"shots_mean": (shots / classes, shot), "queries_mean": (asked / classes, queries)}
+    return {name: round(mean, 2) for name, (mean, wanted) in found.items() if mean < wanted}
+
+
 def measure(
     learners: Mapping[str, Learner], features: np.ndarray, pool: Pool, config: EvaluateConfig
 ) -> tuple[list[Row], dict[tuple[str, int, int], np.ndarray]]:
@@ -88,6 +108,7 @@ def measure(
         for shot in _numbers(config.shot):
             episodes = frozen(pool, way=way, shot=shot, queries=config.queries, count=config.episodes, seed=config.seed)
             name = digest(episodes)
+            fewer = there(episodes, shot, config.queries)
             for method, learner in learners.items():
                 values = run(learner, features, episodes)
                 single[method, way, shot] = values
@@ -105,6 +126,7 @@ def measure(
                         config.seed,
                         name,
                         config.precision,
+                        **fewer,
                     )
                 )
     return rows, single
@@ -123,6 +145,33 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _used(by_way: Mapping[int, int], asked: int) -> str:
+    """How many classes there were beside those of a task, which may be fewer than were asked for."""
+    if len(set(by_way.values())) < 2:
+        return str(next(iter(by_way.values()), asked))
+    return ", ".join(f"{count} at {way}-way" for way, count in by_way.items())
+
+
+def learned_from(artifact: Artifact, config: EvaluateConfig) -> str:
+    """What is to be said where the classes measured on may be those learned from."""
+    training = artifact.manifest.training
+    seen = (training.get("data"), training.get("split"))
+    if seen[0] == config.data.name and ("all" in (config.split, seen[1]) or config.split == seen[1]):
+        return f"The artifact learned from these classes ({seen[0]}, {seen[1]}): the figures say nothing of new ones."
+    if config.split == "train":
+        told = f"says that it learned from {seen[0]} ({seen[1]})" if seen[0] else "does not say what it learned from"
+        return f"--split train is for learning. The artifact {told}: of classes it has seen figures say nothing new."
+    return ""
+
+
+def too_few(row: Row) -> str:
+    """A line on what was not there of what a row's task asks for."""
+    means = {"examples": row.shots_mean, "questions": row.queries_mean}
+    there = [f"{mean:g} {what} a class" for what, mean in means.items() if mean is not None]
+    asked = f"{row.way}-way {row.shot}-shot with {row.queries} questions"
+    return f"{asked}: there were {' and '.join(there)} on average, for classes have too few.\n" if there else ""
+
+
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -139,7 +188,7 @@ def against(
         gain = single[row.method, row.way, row.shot] - exact[row.method, row.way, row.shot]
         lines.append(
             {
-                **asdict(row),
+                **known(row),
                 "experiment": f"{row.precision} against float32",
                 "difference": round(100 * float(gain.mean()), 3),
                 "difference_interval": round(100 * interval(gain), 3),
@@ -155,6 +204,12 @@ def main(config: EvaluateConfig) -> list[Row]:
         sys.exit(f"--views: {config.artifact} reads {artifact.kind}s.")
     if config.labelled < 1 and not config.unlabelled:
         sys.exit("--labelled is for --unlabelled, which takes the other images.")
+    if config.scores and not config.foreign:
+        sys.exit("--scores is for --foreign: what foreign classes are told by.")
+    if config.distractors and not config.unlabelled:
+        sys.exit("--distractors is for --unlabelled: classes that unlabelled images show besides.")
+    if config.only_distractors and not config.distractors:
+        sys.exit("--only-distractors is for --distractors: of how many classes?")
     extractor = seen(load_extractor(artifact, precision=config.precision), config.views)
     images = data.load(
         config.data, config.split, artifact.decoder(), per_class=config.per_class or None, group=config.group
@@ -170,15 +225,25 @@ def main(config: EvaluateConfig) -> list[Row]:
         sys.exit(f"--paired: {config.paired} is not among the learners measured: {', '.join(learners)}.")
     if max(_numbers(config.way)) > len(images.classes):
         sys.exit(f"--way: {config.data} has only {len(images.classes)} classes in its split '{config.split}'.")
+    for flag, wanted in (("foreign", config.foreign), ("distractors", config.distractors)):
+        if wanted and max(_numbers(config.way)) == len(images.classes):
+            sys.exit(
+                f"--{flag}: {config.data} has {len(images.classes)} classes in its split '{config.split}', which all "
+                f"are of a task at --way {len(images.classes)}. Fewer leave some."
+            )
+    if said := learned_from(artifact, config):
+        print(said, file=sys.stderr)
     print(
         f"{len(images)} {artifact.kind}s of {len(images.classes)} classes: {config.data} ({config.split})",
         file=sys.stderr,
     )
     labelled = data.named(images, config.labelled)
     features = embed(extractor, images.pixels)
-    pool = Pool.of(np.where(labelled, images.labels, -1), images.groups)
+    pool = Pool.of(np.where(labelled, images.labels, -1), images.groups, images.classes)
     rows, single = measure(learners, features, pool, config)
-    lines: list[raw.Line] = [{**asdict(row), "experiment": "accuracy"} for row in rows]
+    for said in dict.fromkeys(map(too_few, rows)):
+        print(said, end="", file=sys.stderr)
+    lines: list[raw.Line] = [{**known(row), "experiment": "accuracy"} for row in rows]
     print(
         f"\n{artifact.manifest.name} on {config.data.name} ({config.split}), {config.precision}, "
         f"{config.episodes} episodes, {config.queries} queries a class, 95 % intervals\n\n{table(rows)}\n"
@@ -197,22 +262,27 @@ def main(config: EvaluateConfig) -> list[Row]:
         lines += [{**asdict(row), "experiment": "paired"} for row in differences]
     if config.foreign:
         trust = honesty.measure(artifact, features, pool, config)
-        print(f"{config.foreign} foreign classes an episode, per cent\n\n{honesty.table(trust)}\n")
+        used = _used({row.way: row.foreign for row in trust}, config.foreign)
+        print(f"foreign classes an episode: {used}, per cent\n\n{honesty.table(trust)}\n")
         lines += [{**asdict(row), "experiment": "trust"} for row in trust]
     # What these measure with stands here, so they cannot be imported before.
     if config.scores:
         from training import scores
 
         told = scores.measure(artifact, features, pool, config)
-        print(f"ways to tell {config.foreign} foreign classes, per cent\n\n{scores.table(told)}\n")
+        used = _used({row.way: row.foreign for row in told}, config.foreign)
+        print(f"ways to tell foreign classes, an episode {used}, per cent\n\n{scores.table(told)}\n")
         lines += [{**asdict(row), "experiment": "rejection score"} for row in told]
     if config.unlabelled:
         from training import semi
 
-        others = None if labelled.all() else Pool.of(np.where(labelled, -1, images.labels), images.groups)
+        others = (
+            None if labelled.all() else Pool.of(np.where(labelled, -1, images.labels), images.groups, images.classes)
+        )
         found = semi.measure(learners, features, pool, config, others)
         print(
-            f"{config.unlabelled} unlabelled images a class, {config.distractors} distractor classes"
+            f"{config.unlabelled} unlabelled images a class, distractor classes: "
+            f"{_used({row.way: row.distractors for row in found}, config.distractors)}"
             f"{', of which alone they are' if config.only_distractors else ''}, per cent\n\n{semi.table(found)}\n"
         )
         lines += [{**asdict(row), "experiment": "semi-supervised"} for row in found]

@@ -7,10 +7,12 @@ disagree.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,11 @@ from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.learners import build
 from training import checkpoint, data, evaluate, inputs, metatrain, practice, probe, raw
-from training.calibrate import SHOTS, apart, calibrate
+from training.calibrate import SHOTS, apart, calibrate, limits
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
 from training.int8 import after_pool, int8_loss, quantise
-from training.pretrained import epochs, labelled, load_extractor
+from training.pretrained import digest, epochs, labelled, load_extractor
 
 MEASURED = {field.name for field in dataclasses.fields(evaluate.Row)}  # what the manifest keeps of a line
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
@@ -48,17 +50,70 @@ def _calibration_tasks(
     return tasks, images
 
 
+def check_default(name: str, known: Iterable[str]) -> None:
+    """Ends the process with a sentence where a default learner is none of those that there will be."""
+    names = list(known)
+    if name and name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        sys.exit(
+            f"--default: no learner '{name}'. " + (f"Is {near[0]} meant? " if near else "") + f"{', '.join(names)}."
+        )
+
+
+def figures(config: ExportConfig) -> list[raw.Line]:
+    """The lines of --metrics that are for the manifest, each once. Raises DataError for what is not of this artifact.
+
+    Of several views none are kept, for the manifest is of one.
+    """
+    found: list[raw.Line] = []
+    for file in filter(None, config.metrics.split(",")):
+        if not Path(file).is_file():
+            raise data.DataError(f"--metrics: {file} does not exist.")
+        for line in raw.read(Path(file)):
+            if line.get("experiment", "accuracy") != "accuracy" or "views" in line or line in found:
+                continue
+            if line.get("artifact", config.name) != config.name:
+                raise data.DataError(f"--metrics: {file} measured '{line['artifact']}', and this is '{config.name}'.")
+            if line.get("split", "test") not in ("test", "val"):
+                raise data.DataError(
+                    f"--metrics: {file} measured on the split '{line['split']}', which was learned from."
+                )
+            found.append(line)
+    return found
+
+
+def _kept(lines: Iterable[raw.Line], weights: str) -> list[raw.Line]:
+    """What the manifest keeps of them. Raises DataError where they were measured with other weights."""
+    kept: list[raw.Line] = []
+    for line in lines:
+        if line.get("weights_digest", weights) != weights:
+            raise data.DataError(
+                f"--metrics holds figures of other weights ({line['weights_digest']}) than these ({weights})."
+            )
+        own = {name: value for name, value in line.items() if name in MEASURED}
+        if own not in kept:  # measured twice
+            kept.append(own)
+    return kept
+
+
 def main(config: ExportConfig) -> Path:
     """Writes the artifact folder, whole or not at all, and returns it."""
     if config.out.exists():
         sys.exit(f"{config.out} exists; an artifact is never edited, choose another --out.")
+    measured = figures(config)
     extractor, pretrained = load_extractor(config.checkpoint)
     arrays = metatrain.load_learners(config.checkpoint)
+    metatrain.fits(config.checkpoint, digest(extractor))
+    check_default(config.default, arrays)
     learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]
     extractor = rounded(extractor)
     decoder, given = inputs.decoder(pretrained), inputs.described(pretrained)
     int8 = config.int8 and given["kind"] == "image"  # the trunk for texts is small, and not quantised
     tasks, images = _calibration_tasks(config, extractor, pretrained, decoder)
+    if config.tasks == "labels":
+        turns = 4 if config.rotations else 1
+        if lost := limits(tasks.pool, [name for name in images.classes for _ in range(turns)]):
+            print(lost, file=sys.stderr)
     kept = {method: {n: stored(v) for n, v in fields.items()} for method, fields in arrays.items()}
     learners = {method: build(method, fields) for method, fields in kept.items()}
     temperatures, rejections, scores = calibrate(
@@ -74,6 +129,7 @@ def main(config: ExportConfig) -> Path:
     proto = graph(extractor, decoder.shape, name=KINDS[given["kind"]])
     onnx.save(share_weights(proto, work / WEIGHTS), work / GRAPH)
     save_file({f"{m}/{n}": v for m, fields in kept.items() for n, v in fields.items()}, work / ARRAYS)
+    accuracy = _kept(measured, raw.weights({name: _sha(work / name) for name in (WEIGHTS, ARRAYS)}))
 
     rng = np.random.default_rng(config.seed)
     some = images.pixels[rng.choice(len(images), min(len(images), 384), replace=False)]
@@ -104,12 +160,7 @@ def main(config: ExportConfig) -> Path:
             "seed": pretrained.seed,
             "calibration": f"{config.tasks} of {config.calibration_split}",
         },
-        "accuracy": [
-            {name: value for name, value in line.items() if name in MEASURED}
-            for file in filter(None, config.metrics.split(","))
-            for line in raw.read(Path(file))
-            if line.get("experiment", "accuracy") == "accuracy" and "views" not in line  # the manifest is of one view
-        ],
+        "accuracy": accuracy,
         "int8": None,
     }
     artifact = seal(work, manifest)
@@ -145,9 +196,13 @@ def seal(folder: Path, manifest: dict[str, Any]) -> Artifact:
     files = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
     for name in files:  # whoever serves it may be another user than whoever trained it
         (folder / name).chmod(0o644)
-    manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
+    manifest["files"] = {name: _sha(folder / name) for name in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return Artifact.load(folder)
+
+
+def _sha(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _parity(artifact: Artifact, pixels: np.ndarray, expected: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from training.accuracy import distinct
 from training.raw import Line
-from training.tables import NOTHING, Commands, fits, half, markdown
+from training.tables import NOTHING, Commands, fits, half, markdown, seed_of, spread
 
 
 def goals_table(goals: Sequence[Line], lines: Sequence[Line], commands: Commands) -> str:
@@ -37,7 +37,7 @@ def _row(goal: Line, found: Sequence[Line], commands: Commands) -> list[str]:
         return [*start, "not measured", NOTHING, NOTHING, NOTHING]
     for _, other in beside:
         value = value - other if "less" in goal else value / other
-    width = half(mine[0], goal["field"]) if len(mine) == 1 and not beside else None
+    width = _width(goal, mine, [others for others, _ in beside])
     seeds = "" if len(mine) == 1 else f" (mean of {len(mine)} seeds)"
     ours = f"{value:.2f}" + ("" if width is None else f" ± {width:.2f}") + seeds
     episodes = f"{mine[0]['episodes']:,}" if "episodes" in mine[0] else NOTHING
@@ -50,6 +50,25 @@ def _mean(goal: Line, name: str, found: Sequence[Line]) -> tuple[list[Line], flo
     mine = [line for line in found if fits(line, goal[name])]
     mine = [line for line in mine if isinstance(line.get(goal["field"]), int | float)]
     return mine, statistics.mean(line[goal["field"]] for line in mine) if mine else math.nan
+
+
+def _width(goal: Line, mine: Sequence[Line], beside: Sequence[Sequence[Line]]) -> float | None:
+    """Half the width of the 95 % interval: over the seeds, where there are several, else over the episodes.
+
+    Of a difference or a ratio over the seeds that both sides have; None where they have not the same.
+    """
+    name = goal["field"]
+    if not beside:
+        return half(mine[0], name) if len(mine) == 1 else spread([line[name] for line in mine])
+    sides = [{repr(seed_of(line)): float(line[name]) for line in lines} for lines in (mine, *beside)]
+    if len(mine) < 2 or any(side.keys() != sides[0].keys() or len(side) < len(mine) for side in sides):
+        return None
+    values = []
+    for seed, value in sides[0].items():
+        for side in sides[1:]:
+            value = value - side[seed] if "less" in goal else value / side[seed]
+        values.append(value)
+    return spread(values)
 
 
 def _verdict(goal: Line, value: float, width: float) -> str:

@@ -53,10 +53,9 @@ def ece(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def auroc(genuine: np.ndarray, foreign: np.ndarray) -> float:
-    """The chance that a genuine image scores higher than a foreign one."""
-    order = np.argsort(np.concatenate([genuine, foreign]), kind="stable")
-    ranks = np.empty(len(order))
-    ranks[order] = np.arange(1, len(order) + 1)
+    """The chance that a genuine image scores higher than a foreign one; as high counts half."""
+    _, place, counts = np.unique(np.concatenate([genuine, foreign]), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # of equal scores the mean of their ranks
     n, m = len(genuine), len(foreign)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 

@@ -23,9 +23,9 @@ from models.images import ImageDecoder
 from models.learners import LEARNERS, build
 from training import data, evaluate, metatrain, onnx_file, probe
 from training.backbone import Backbone, Refused
-from training.calibrate import apart, calibrate
+from training.calibrate import apart, calibrate, limits
 from training.config import ImportConfig, MetatrainConfig
-from training.export import seal, stored
+from training.export import check_default, seal, stored
 from training.int8 import int8_loss, quantise
 from training.practice import Tasks, own_source
 from training.stepping import choose_device
@@ -137,6 +137,7 @@ def main(config: ImportConfig) -> Path:
         sys.exit(f"{config.out} exists; an artifact is never edited, choose another --out.")
     if not set(config.learners.split(",")) <= set(LEARNERS):
         sys.exit(f"--learners: known learners are {', '.join(LEARNERS)}.")
+    check_default(config.default, config.learners.split(","))
     backbone = read(config)
     if not backbone.raw and not backbone.preparation.known:
         print("no preprocessor_config.json: colours are prepared as for ImageNet (--mean, --std)", file=sys.stderr)
@@ -161,6 +162,8 @@ def _make(config: ImportConfig, backbone: Backbone, seen: data.Images, held_out:
     features = normalisation(vectors(work, held_out, dim))
     tasks = Tasks(normalisation(raw), seen.labels, seen.groups, plain=len(seen))
     check = Tasks(features, held_out.labels, held_out.groups, plain=len(held_out))
+    if lost := limits(check.pool, held_out.classes):
+        print(lost, file=sys.stderr)
     arrays = learn(config, tasks, check, work / "learners")
     shutil.rmtree(work / "learners")
     learners = {method: build(method, fields) for method, fields in arrays.items()}

@@ -51,7 +51,9 @@ class Run(Stepper):
         torch.manual_seed(config.seed)
         self.backbone = ByteNet(SHAPES[config.shape])
         if config.start is not None:
-            start, _ = load_extractor(config.start)
+            start, before = load_extractor(config.start)
+            if before.shape != config.shape:
+                raise data.DataError(f"--start: {config.start} is of --shape {before.shape}, not {config.shape}.")
             self.backbone.load_state_dict(start.backbone.state_dict())
         weights = dict(part.split("=") for part in config.objectives.split(","))
         self.weights = {name: float(weight) for name, weight in weights.items()}

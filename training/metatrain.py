@@ -13,9 +13,10 @@ come from is said in training/practice.py.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from models.episode import Support
+from models.extractor import Decoder
 from models.learners import LEARNERS, Learner, build
 from models.learners.lstm import EACH, NO_SCATTER, SEEN, SHARED
-from training import checkpoint, data, evaluate, inputs, memory
+from training import checkpoint, data, evaluate, inputs, memory, rows
 from training.config import MetatrainConfig
 from training.episodes import Indices, frozen, varied
 from training.practice import Source, Tasks, cached, practice, slots_of
-from training.pretrained import load_extractor
+from training.pretrained import digest, load_extractor
 from training.reptile import interpolate
 from training.stepping import choose_device
+from training.stopping import STATUS, Stop
 
 CHECKPOINT = "metatrain.safetensors"
 HIDDEN, STEPS = 32, 10
@@ -243,26 +246,71 @@ def main(config: MetatrainConfig) -> Path:
         sys.exit(f"--learners: known learners are {', '.join(LEARNERS)}.")
     device = choose_device(config.device)
     extractor, pretrained = load_extractor(config.out)
+    known = digest(extractor)
+    fits(config.out, known)
     extractor.to(device)
     decoder = inputs.decoder(pretrained)
+    trained_on = _trained_on(config, decoder)
     remembered, sources = practice(extractor, decoder, config, pretrained)
     check_images = data.load(config.data, "val", decoder, per_class=config.per_class or None)
     check_tasks = cached(extractor, check_images, config, pretrained, seed=config.seed + 1)
-    return train(config, remembered, sources, check_tasks, device)
+    return train(config, remembered, sources, check_tasks, device, {"extractor": known, "trained_on": trained_on})
+
+
+def fits(folder: Path, extractor: str) -> None:
+    """Raises DataError where the learners in a folder, if there are any, were trained on another extractor.
+
+    `extractor`: the digest of the one that is there now. Checkpoints from before it was kept do not tell.
+    """
+    path = folder / CHECKPOINT
+    if path.exists() and checkpoint.load(path).get("extractor", extractor) != extractor:
+        raise data.DataError(
+            f"{path} holds learners of another extractor than {folder} has now: delete it and run "
+            f"`python -m training metatrain --out {folder}` again."
+        )
+
+
+def _trained_on(config: MetatrainConfig, decoder: Decoder) -> dict[str, Any]:
+    """The census of what is learned from, in all folders, and of the classes that decide which step is kept."""
+    folders = [Path(name) for name in config.practise.split(",") if name]
+    parts = [(config.data, config.split), *((folder, "train") for folder in folders), (config.data, "val")]
+    return data.census(
+        {
+            f"{place} {name}": count
+            for place, (folder, split) in enumerate(parts)
+            for name, count in data.listed(folder, split, decoder, per_class=config.per_class or None).items()
+        }
+    )
 
 
 def train(
-    config: MetatrainConfig, remembered: Tasks, sources: Sequence[Source], check_tasks: Tasks, device: torch.device
+    config: MetatrainConfig,
+    remembered: Tasks,
+    sources: Sequence[Source],
+    check_tasks: Tasks,
+    device: torch.device,
+    known: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The same on features that are there already, by whatever extractor."""
+    """The same on features that are there already, by whatever extractor.
+
+    `known`: what the checkpoint is to say of extractor and data, and what one that is there is held to.
+    """
+    for pool in (*(pool for source in sources for pool in source.tasks.pools), *check_tasks.pools):
+        if len(pool.classes) < 2:
+            raise data.DataError(
+                f"{config.data} gives one class to learn from or one to validate on, and a task has two or more. "
+                "Where no image is sorted, --tasks pseudo makes each a class."
+            )
     episodes = held_out(check_tasks, config)
     path = config.out / CHECKPOINT
-    state: dict[str, Any] = {"config": config.model_dump(mode="json"), "learners": {}}
+    state: dict[str, Any] = {"config": config.model_dump(mode="json"), "learners": {}, **(known or {})}
     if path.exists():
         state = checkpoint.load(path)
         free = {"minutes", "device", "checkpoint_s", "data", "out"}
         if MetatrainConfig(**state["config"]).model_dump(exclude=free) != config.model_dump(exclude=free):
             sys.exit(f"{path} was made with other settings; delete it to start again.")
+        data.unchanged(state, (known or {}).get("trained_on", state.get("trained_on")), path)
+    rows.cut(config.out / "metatrain.jsonl", lambda line: _stays(line, state["learners"]))
     turns = []
     for source in sources:
         features = torch.from_numpy(source.tasks.features).to(device)
@@ -270,7 +318,7 @@ def train(
         for pool in source.tasks.pools:
             turns.append((source, features, pool, near if pool is source.tasks.pool else None))
     began = last = time.monotonic()
-    with (config.out / "metatrain.jsonl").open("a") as log:
+    with Stop() as stop, (config.out / "metatrain.jsonl").open("a") as log:
         for number, method in enumerate(config.learners.split(",")):
             arrays = start(method, remembered, config)
             if "log_shrink" in arrays:
@@ -305,13 +353,15 @@ def train(
                 loss = training.advance(features, drawn, source.kept(drawn))
                 if training.step % 20 == 0:
                     log.write(json.dumps({"learner": method, "step": training.step, "loss": round(loss, 5)}) + "\n")
-                late = config.minutes > 0 and time.monotonic() - began > 60 * config.minutes
+                late = stop.asked or (config.minutes > 0 and time.monotonic() - began > 60 * config.minutes)
                 if late or time.monotonic() - last > config.checkpoint_s:
                     state["learners"][method] = training.state()
                     checkpoint.save(path, state)
                     last = time.monotonic()
                 if late:
                     print("Stopped; run the same command to go on.", file=sys.stderr)
+                    if stop.asked:
+                        sys.exit(STATUS)
                     return path
             training.check(check_tasks, episodes)
             state["learners"][method] = training.state()
@@ -319,6 +369,13 @@ def train(
     state["done"] = True
     checkpoint.save(path, state)
     return path
+
+
+def _stays(line: Mapping[str, Any], learners: Mapping[str, Any]) -> bool:
+    """Whether a line of the log is of a step before the checkpoint; a step's look comes before the step."""
+    reached = learners.get(line.get("learner", ""), {"step": 0})["step"]
+    step = line.get("step", math.inf)
+    return bool(step < reached if "check" in line else step <= reached)
 
 
 def load_learners(folder: Path) -> dict[str, dict[str, np.ndarray]]:

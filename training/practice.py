@@ -35,6 +35,7 @@ class Tasks:
         *,
         plain: int,
         others: tuple[Pool, ...] = (),
+        names: Sequence[str] = (),
     ):
         """The first `plain` rows are what the covariance of a class is taken from; a negative label is none.
 
@@ -43,7 +44,7 @@ class Tasks:
         self.plain = plain
         self.features = features
         self.labels = labels
-        self.pool = Pool.of(labels, groups)
+        self.pool = Pool.of(labels, groups, names)
         self.pools = (self.pool, *others)
 
     def near(self) -> np.ndarray:
@@ -83,7 +84,7 @@ def cached(
         return Tasks(features, number, None, plain=len(features))
     count, views = len(images), config.views + 1
     if config.tasks == "labels":
-        return Tasks(features, np.tile(images.labels, views), number, plain=count)
+        return Tasks(features, np.tile(images.labels, views), number, plain=count, names=images.classes)
     fine, coarse = (
         np.tile(pseudo.clusters(features[:count], size, seed=seed), views) for size in (pseudo.FINE, pseudo.COARSE)
     )

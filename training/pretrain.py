@@ -10,18 +10,21 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from models.extractor import Decoder
 from models.learners.prototype import Prototype
-from training import checkpoint, data, evaluate, inputs, language, vision
+from training import checkpoint, data, evaluate, inputs, language, rows, vision
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
 from training.objectives import OBJECTIVES
 from training.pretrained import CHECKPOINT, embed
+from training.stopping import STATUS, Stop
 
 
 def main(config: PretrainConfig) -> Path:
@@ -46,8 +49,16 @@ def main(config: PretrainConfig) -> Path:
         sys.exit("--epochs 0 takes the weights of --start as they are: which?")
     decoder = inputs.decoder(config)
     images = data.load(config.data, config.split, decoder, labelled=config.labelled, per_class=config.per_class or None)
+    if config.split == "train":
+        _foreseen(config, decoder)
     if config.hold_out:
         images, _ = data.hold_out(images, config.hold_out)
+    asks = {part.split("=")[0] for part in config.objectives.split(",")} & {"supervised", "projected"}
+    if len(images.classes) * (4 if config.rotations else 1) < 2 and asks and config.labels == "classes":
+        raise data.DataError(
+            f"{config.data} has one class to learn from, '{images.classes[0]}': {' and '.join(sorted(asks))} tell "
+            "classes apart. Without labels learns --objectives contrastive=1."
+        )
     check = data.load(config.data, "val", decoder) if config.check_epochs else None
     if config.labels == "clusters" and text:
         sys.exit("--labels clusters is for images.")
@@ -56,6 +67,19 @@ def main(config: PretrainConfig) -> Path:
 
         return progressive.train(config, images, check)
     return train(config, images, check)
+
+
+def _foreseen(config: PretrainConfig, decoder: Decoder) -> None:
+    """Raises DataError where a command after this one would find too few classes, hours later."""
+    splits = data.split_classes(config.data, list(data.listed(config.data, "all", decoder)))
+    for split, needs in (("val", "metatrain and export"), ("test", "tasks of evaluate")):
+        if len(splits[split]) == 1 and not config.rotations:  # turned, one class is four
+            raise data.DataError(
+                f"{config.data} has one class in its split '{split}', '{splits[split][0]}'; {needs} take two or more. "
+                f"{len(splits['train'])} are to learn from: splits.json, see docs/training.md, deals them otherwise."
+            )
+        if not splits[split]:
+            print(f"{config.data} has no classes in its split '{split}', which {needs} will need.", file=sys.stderr)
 
 
 def may_mix(config: PretrainConfig) -> bool:
@@ -70,8 +94,19 @@ def same(before: PretrainConfig, config: PretrainConfig) -> bool:
     return before.model_dump(exclude=free) == config.model_dump(exclude=free)
 
 
-def train(config: PretrainConfig, images: data.Images, check: data.Images | None) -> Path:
-    """Trains on these images, or goes on, and looks at others now and then; returns the path of the checkpoint."""
+def train(
+    config: PretrainConfig,
+    images: data.Images,
+    check: data.Images | None,
+    *,
+    trained_on: Mapping[str, Any] | None = None,
+) -> Path:
+    """Trains on these images, or goes on, and looks at others now and then; returns the path of the checkpoint.
+
+    `trained_on`: the census that a resumed training is held to, where it is not that of these images. Asked to end, it
+    does so after the step, with a checkpoint and STATUS.
+    """
+    known = trained_on or data.census(data.counted(images))
     run = language.Run(config, images) if inputs.kind(config.shape) == "text" else vision.Run(config, images)
     path = config.out / CHECKPOINT
     config.out.mkdir(parents=True, exist_ok=True)
@@ -79,11 +114,16 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
         state = checkpoint.load(path)
         if not same(PretrainConfig(**state["config"]), config):
             sys.exit(f"{path} was made with other settings; choose another --out or delete it.")
+        data.unchanged(state, known, path)
+        if "extractor" in state:  # made anew it might differ in a last bit, and the learners would not fit it any more
+            return path
         run.restore(state)
     elif run.precision == "auto":
         run.precision = run.time_precision()
+    rows.cut(config.out / "pretrain.jsonl", lambda line: line.get("step", math.inf) <= run.step)
     start = last = time.monotonic()
     with (
+        Stop() as stop,
         (config.out / "pretrain.jsonl").open("a") as log,
         tqdm(total=run.steps, initial=run.step, mininterval=2) as bar,
     ):
@@ -98,7 +138,7 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
             found = run.take_step()
             bar.update()
             done = run.step == run.steps
-            late = config.minutes > 0 and time.monotonic() - start > 60 * config.minutes
+            late = stop.asked or (config.minutes > 0 and time.monotonic() - start > 60 * config.minutes)
             save = done or late or time.monotonic() - last > config.checkpoint_s
             if run.step % 20 == 0 or save:
                 losses = {name: loss.item() for name, loss in found.items()}
@@ -119,19 +159,21 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
             if check is not None and at == 0 and epoch % config.check_epochs == 0:
                 write(check=quick_look(run, check))
             if save:
-                checkpoint.save(path, run.state())
+                checkpoint.save(path, {**run.state(), "trained_on": known})
                 last = time.monotonic()
             if late and not done:
                 print(f"Stopped at step {run.step} of {run.steps}; run the same command to go on.", file=sys.stderr)
+                if stop.asked:
+                    sys.exit(STATUS)
                 return path
-    finish(run, path)
+    finish(run, path, known)
     return path
 
 
-def finish(run: vision.Run | language.Run, path: Path) -> None:
-    """Adds the finished extractor, in float32, to the checkpoint."""
+def finish(run: vision.Run | language.Run, path: Path, known: Mapping[str, Any] | None = None) -> None:
+    """Adds the finished extractor, in float32, to the checkpoint; `known`: what it was trained on."""
     extractor = run.extractor()
-    state = run.state()
+    state = {**run.state(), **({"trained_on": dict(known)} if known else {})}
     state["extractor"] = dict(extractor.state_dict())
     checkpoint.save(path, state)
 
@@ -140,7 +182,7 @@ def quick_look(run: vision.Run | language.Run, images: data.Images) -> dict[str,
     """5-way accuracy of prototypes on 600 episodes of the validation classes: a look, not a result."""
     extractor = run.extractor()
     features = embed(extractor, images.pixels, run.device)
-    pool = Pool.of(images.labels)
+    pool = Pool.of(images.labels, names=images.classes)
     learner = Prototype(np.float32(2.0))
     way = min(5, len(images.classes))
     return {

@@ -5,10 +5,12 @@ Knows nothing of how it was trained.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.artifact import Artifact
@@ -29,14 +31,25 @@ def load_extractor(folder: Path) -> tuple[inputs.Network, PretrainConfig]:
     if "extractor" not in state:
         raise data.DataError(f"{path} is not finished: run the same `pretrain` command again, it goes on.")
     # With the precision that was decided on, where it was to be timed.
-    config = PretrainConfig(**{**state["config"], "precision": state["precision"]})
+    try:
+        config = PretrainConfig(**{**state["config"], "precision": state["precision"]})
+    except (KeyError, ValidationError):
+        raise data.DataError(f"{path} is no pretraining, or one of another version.") from None
     extractor = inputs.network(config.shape)
     extractor.load_state_dict(state["extractor"])
     return extractor.eval(), config
 
 
+def digest(extractor: nn.Module) -> str:
+    """Names the weights of an extractor: learners fit no other one."""
+    found = hashlib.sha256()
+    for name, value in extractor.state_dict().items():
+        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def starting(folder: Path, pixels: Tensor) -> nn.Module:
-    """The backbone of a finished pretraining, or of an artifact."""
+    """The backbone of a finished pretraining, or of an artifact. Raises DataError for what is neither."""
     if is_artifact(folder):
         return from_artifact(Artifact.load(folder), pixels)
     return load_extractor(folder)[0].backbone

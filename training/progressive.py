@@ -13,7 +13,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,8 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
     if config.rotations:
         images = evaluate.turned(images)
     path, began = config.out / pretrained.CHECKPOINT, time.monotonic()
+    # Of the images as they came: clusters are found again, on another computer perhaps with an image more or less.
+    known = data.census(data.counted(images))
     start = config.start
     for number in range(1, config.rounds + 1):
         left = config.minutes - (time.monotonic() - began) / 60 if config.minutes else 0.0
@@ -42,22 +46,25 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
                 "seed": config.seed + number - 1,
             }
         )
-        if not finished(own):
-            pretrain.train(own, clustered(own, images), check)
-        if not finished(own):
+        if not finished(own, known):
+            pretrain.train(own, clustered(own, images), check, trained_on=known)
+        if not finished(own, known):
             return path
         start = own.out
     shutil.copyfile(start / pretrained.CHECKPOINT, path)
     return path
 
 
-def finished(config: PretrainConfig) -> bool:
-    """Whether a round with these settings is done."""
+def finished(config: PretrainConfig, known: Mapping[str, Any]) -> bool:
+    """Whether a round with these settings is done. Raises DataError where it was done on other images."""
     path = config.out / pretrained.CHECKPOINT
     if not path.exists():
         return False
     state = checkpoint.load(path)
-    return "extractor" in state and pretrain.same(PretrainConfig(**state["config"]), config)
+    if "extractor" not in state or not pretrain.same(PretrainConfig(**state["config"]), config):
+        return False
+    data.unchanged(state, known, path)
+    return True
 
 
 def clustered(config: PretrainConfig, images: data.Images) -> data.Images:

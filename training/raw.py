@@ -7,12 +7,13 @@ training took (`seconds`, null where nobody wrote it down) and `command`. Knows 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.artifact import Artifact
+from models.artifact import ARRAYS, WEIGHTS, Artifact
 from training.config import Config
 from training.data import DataError
 
@@ -44,11 +45,17 @@ def made_with(artifact: Artifact) -> Line:
     return {
         "artifact": artifact.manifest.name,
         "digest": artifact.digest.removeprefix("sha256:")[:16],
+        "weights_digest": weights(artifact.manifest.files),
         "labels": "training classes" if training.get("labels_used") else "none",
         "trained_on": f"{training.get('data')} ({training.get('split')})",
         "training_seed": training.get("seed"),
         "seconds": training.get("seconds"),
     }
+
+
+def weights(files: Mapping[str, str]) -> str:
+    """Names extractor and learners by the digests of their files: a draft has those of the artifact made after it."""
+    return hashlib.sha256("".join(files.get(name, "") for name in (WEIGHTS, ARRAYS)).encode()).hexdigest()[:16]
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -225,7 +225,8 @@ def page(lines: Sequence[Line], published: Sequence[Line], goals: Sequence[Line]
 
 ON_COMMANDS = """One a row, by number; `DATA` is the folder of the data sets. Artifacts in `runs/` are made by
 `deploy/train.sh`, but for `photos-84`, which shipped until `photos` learned from eighty classes:
-`git archive 0dce4a2 models/pretrained/photos` has it.
+`git archive 0dce4a2 models/pretrained/photos` has it. Where `compare-objectives` and `pretext` say no `--split`, it was
+`test`, their default then; now it is `val`.
 
 """
 ON_GOALS = """A headline asks for three training seeds; where nothing is said of seeds, there was one. "Not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,28 @@ def command(name: str, config: Config) -> str:
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cut(path: Path, last: Callable[[dict[str, Any]], bool]) -> None:
+    """Takes out of a log what a run that goes on from a checkpoint will write again, and what a kill left half written.
+
+    `last` tells of a line whether it stays.
+    """
+    if not path.exists():
+        return
+    before = path.read_text()
+    kept = []
+    for text in before.splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and last(line):
+            kept.append(text + "\n")
+    if "".join(kept) != before:
+        partial = path.with_suffix(".partial-log")
+        partial.write_text("".join(kept))
+        partial.replace(path)
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

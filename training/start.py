@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.artifact import MANIFEST, WEIGHTS, Artifact
-from models.resnet import ImageExtractor, ResNet, Shape, fold
+from models.resnet import SHAPES, ImageExtractor, ResNet, Shape, fold
+from training.data import DataError
 
 ENOUGH = 2048  # images that the statistics are taken from
 EPSILON = 1e-5  # that torch adds to a variance
@@ -42,6 +43,10 @@ def convolutions(backbone: ResNet) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
 def from_artifact(artifact: Artifact, pixels: Tensor) -> ResNet:
     """The backbone of an artifact with its batch normalisation put back; pixels: uint8 [n, H, W, C] of its kind."""
     values = {**artifact.manifest.shape}
+    if artifact.kind != "image" or not artifact.manifest.portable:
+        raise DataError(
+            f"--start: {artifact.path} holds no network of {', '.join(SHAPES)}, and none else can be trained."
+        )
     shape = Shape(**{**values, **{name: tuple(values[name]) for name in ("blocks", "strides")}})
     folded = ImageExtractor(fold(ResNet(shape))).eval()
     folded.load_state_dict({name: value.float() for name, value in load_file(artifact.path / WEIGHTS).items()})

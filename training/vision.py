@@ -37,7 +37,10 @@ class Run(Stepper):
         torch.manual_seed(config.seed)
         self.backbone = ResNet(SHAPES[config.shape])
         if config.start is not None:
-            self.backbone.load_state_dict(starting(config.start, self.pixels).state_dict())
+            begun = starting(config.start, self.pixels)
+            if getattr(begun, "shape", None) != self.backbone.shape:
+                raise data.DataError(f"--start: {config.start} is of another --shape than {config.shape}.")
+            self.backbone.load_state_dict(begun.state_dict())
         if self.device.type == "cuda":
             self._move_pixels()
         weights = dict(part.split("=") for part in config.objectives.split(","))

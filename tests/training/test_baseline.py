@@ -213,3 +213,21 @@ def test_a_run_does_not_go_on_with_another_artifact_wherever_it_lies(demo: Path,
     (moved / "manifest.json").write_text(json.dumps({**manifest, "description": "another"}))
     with pytest.raises(SystemExit, match="made with other settings"):
         baseline.main(asked.model_copy(update={"artifact": moved}))
+
+
+def test_too_few_classes_are_said_before_any_training(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=r"--way: .* has only 2 classes in its split 'test'"):
+        baseline.main(config(shapes, tmp_path / "run", way=3))
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_going_on_with_other_data_is_refused(shapes: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "shapes"
+    shutil.copytree(shapes, copy)
+    asked = config(copy, tmp_path / "run")
+    baseline.main(asked)
+    baseline.main(asked.model_copy(update={"data": shapes}))
+    name = data.split_classes(copy, [path.name for path in copy.iterdir()])["test"][0]
+    next((copy / name).iterdir()).unlink()
+    with pytest.raises(data.DataError, match="was trained on other data"):
+        baseline.main(asked)

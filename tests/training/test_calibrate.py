@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
+import pytest
 
 from models.calibration import Temperature
+from models.learners.prototype import Prototype
+from training import calibrate
 from training.calibrate import LOG_TEMPERATURES, apart, fit_temperature
 from training.episodes import Pool
 
@@ -72,3 +77,22 @@ def test_pictures_of_one_thing_do_not_count_as_different() -> None:
 
 def test_of_few_pairs_nothing_is_told() -> None:
     assert apart(*cloud(3, 20)) == 0
+
+
+@pytest.mark.parametrize(
+    ("least", "said"),
+    [
+        (11, ""),
+        (5, "'oak' has 5 .* of more than 4 examples"),
+        (2, "'oak' has 2 .* no learner will say \"none of these\""),
+    ],
+)
+def test_the_class_that_limits_the_calibration_is_named_with_what_is_lost(least: int, said: str) -> None:
+    pool = Pool.of(np.repeat([0, 1], [20, least]))
+    found = calibrate.limits(pool, ["elm", "oak"])
+    assert re.search(said, found)
+    assert bool(found) == bool(said)
+    learners = {"prototype": Prototype(np.float32(2.0))}
+    features = np.random.default_rng(0).normal(size=(20 + least, 4)).astype(np.float32)
+    _, rejections, _ = calibrate.calibrate(learners, features, pool, episodes=10, queries=2, seed=0)
+    assert bool(rejections["prototype"]) == (least > 2)

@@ -15,9 +15,10 @@ pytestmark = pytest.mark.torch
 needs("torch")
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from training import checkpoint
+from training.data import DataError
 
 
 def there_and_back(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -160,3 +161,18 @@ def test_what_is_neither_tensor_nor_plain_value_is_refused(tmp_path: Path) -> No
     with pytest.raises(TypeError):
         checkpoint.save(tmp_path / "state.safetensors", {"path": tmp_path})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.safetensors"
+    checkpoint.save(path, {"step": 1})
+
+    def full(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(DataError, match="cannot be written: I/O error: No space left on device"):
+        checkpoint.save(path, {"step": 2})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert checkpoint.load(path) == {"step": 1}

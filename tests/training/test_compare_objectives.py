@@ -12,7 +12,8 @@ pytestmark = pytest.mark.torch
 needs("torch")
 
 from training import compare_objectives, pretrained, vision
-from training.config import CompareObjectivesConfig, PretrainConfig
+from training.config import CompareObjectivesConfig, PretextConfig, PretrainConfig
+from training.data import DataError
 from training.synthetic import write
 
 ARMS = ["uniform", "learned", "uncertainty", "clusters", "rotation"]
@@ -118,3 +119,16 @@ def test_unknown_objectives_end_with_a_sentence(many: Path, tmp_path: Path) -> N
     with pytest.raises(SystemExit, match="Known objectives: contrastive"):
         compare_objectives.main(config(many, tmp_path, objectives="clusters,magic"))
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_what_is_chosen_is_chosen_on_validation_classes() -> None:
+    given = {"data": Path("d"), "extractors": "a=b"}
+    assert CompareObjectivesConfig(data=Path("d"), out=Path("o")).split == PretextConfig(**given).split == "val"
+
+
+def test_too_few_classes_are_said_before_any_training(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(compare_objectives, "_run")
+    with pytest.raises(DataError, match="2 classes in its split 'val': 5 are asked at a time"):
+        compare_objectives.main(config(shapes, tmp_path))

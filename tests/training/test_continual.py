@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +116,23 @@ def test_what_cannot_be_done_is_said(shapes: Path) -> None:
         continual.main(config(data=shapes, split="train", classes=6, removed=5, every=2))
     with pytest.raises(SystemExit, match=r"--learners: .* has prototype, ridge"):
         continual.main(config(data=shapes, split="train", classes=6, removed=2, learners="magic"))
+
+
+def test_the_first_ten_stay_the_same_when_some_of_them_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others do not move up: here the first ten go before the rest."""
+    features, pool = clouds()
+
+    def course(asked: ContinualConfig, order: int) -> Iterator[tuple[str, list[int]]]:
+        for count in range(1, 21):
+            yield "adding", list(range(count))
+        for gone in range(1, 16):
+            yield "removing", list(range(gone, 20))
+
+    monkeypatch.setattr(continual, "course", course)
+    rows = continual.measure({"prototype": learner("prototype")}, features, pool, config(removed=15))
+    early = {(row.phase, row.way): row.early for row in rows if row.method == "prototype"}
+    assert early["removing", 15] > 80
+    assert np.isnan([early["removing", 10], early["removing", 5]]).all()
+    assert "– |" in continual.table(rows)
+    (last,) = [row for row in rows if (row.method, row.way, row.phase) == ("prototype", 5, "removing")]
+    assert continual.known(last)["early"] is None

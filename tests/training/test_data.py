@@ -292,3 +292,53 @@ def test_the_order_of_files_on_disk_does_not_matter(folder: Path, tmp_path: Path
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / f"class{label}" / f"{number}.png", target)
     assert same(data.load(folder, "train", DECODER), data.load(tmp_path / "copy", "train", DECODER))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"train": [', "splits.json is no JSON"),
+        ('["class1"]', "no JSON object such as"),
+        ('{"train": "class1"}', "'train' is no list of names"),
+        ('{"train": ["class1"], "test": ["class2", "class1"]}', "'train' and 'test' share class1: what is learned"),
+    ],
+    ids=["syntax", "list", "text", "overlap"],
+)
+def test_a_splits_json_that_cannot_be_meant_is_a_sentence(folder: Path, text: str, sentence: str) -> None:
+    (folder / "splits.json").write_text(text)
+    with pytest.raises(data.DataError, match=sentence):
+        data.load(folder, "train", DECODER)
+
+
+def test_names_without_a_folder_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "splits.json").write_text(json.dumps({"train": ["class1", "clas2", "b", "c", "d"]}))
+    data.load(folder, "train", DECODER)
+    assert f"classes that {folder} does not have: b, c, clas2 and 1 more." in capsys.readouterr().err
+    assert data.listed(folder, "train", DECODER, per_class=2) == {"class1": 2}
+    assert capsys.readouterr().err == ""
+
+
+def test_a_zip_beside_class_folders_is_named(folder: Path, tmp_path: Path) -> None:
+    zipped(folder, folder / "backup.zip")
+    with pytest.raises(data.DataError, match=r"has class folders, .* and backup.zip beside them"):
+        data.load(folder, "train", DECODER)
+    (folder / "backup.zip").unlink()
+    with zipfile.ZipFile(folder / "backup.zip", "w") as archive:
+        archive.writestr("notes.txt", "nothing to see")
+    with pytest.raises(data.DataError, match=r"has class folders, .* and backup.zip beside them"):
+        data.load(folder, "train", DECODER)
+
+
+def test_what_is_trained_on_is_told_from_anything_else_wherever_it_lies(folder: Path, tmp_path: Path) -> None:
+    images = data.load(folder, "all", DECODER)
+    known = data.census(data.counted(images))
+    assert known == data.census(data.listed(folder, "all", DECODER))
+    assert known["classes"] == len(images.classes)
+    assert known["examples"] == len(images)
+    others = [{"class0": 4}, {"class0": 3, "class1": 1}, {"class1": 4}]
+    assert len({data.census(other)["digest"] for other in others}) == 3
+    path = tmp_path / "x"
+    data.unchanged({}, known, path)
+    data.unchanged({"trained_on": known}, known, path)
+    with pytest.raises(data.DataError, match="was trained on other data: 4 examples of 1 classes"):
+        data.unchanged({"trained_on": data.census({"a": 4})}, known, path)

@@ -203,3 +203,8 @@ def test_every_second_training_episode_takes_classes_that_are_alike() -> None:
     assert np.mean(mixed[::2]) > 0.5
     first = [int(labels()[episode.support[0]]) for episode in episodes[1::2]]
     assert len(set(first)) == 8  # whichever class the others are like
+
+
+def test_a_class_of_one_thing_is_called_by_its_name() -> None:
+    with pytest.raises(DataError, match="Class 'birch' shows 1 thing; "):
+        Pool.of(np.array([0, 0, 1]), names=("beech", "birch"))

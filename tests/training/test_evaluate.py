@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,7 +153,8 @@ def measured(out: Path) -> list[evaluate.Row]:
     """The rows of accuracy in a file of raw results."""
     names = [field.name for field in dataclasses.fields(evaluate.Row)]
     found = [json.loads(line) for line in out.read_text().splitlines()]
-    return [evaluate.Row(**{name: line[name] for name in names}) for line in found if line["experiment"] == "accuracy"]
+    rows = [{name: line[name] for name in names if name in line} for line in found if line["experiment"] == "accuracy"]
+    return [evaluate.Row(**row) for row in rows]
 
 
 @pytest.fixture
@@ -308,3 +311,80 @@ def test_an_artifact_from_disk_is_measured(
 def test_a_folder_that_is_no_artifact_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactInvalid, match="nothing"):
         evaluate.main(config(artifact=tmp_path / "nothing"))
+
+
+def test_examples_and_questions_that_were_not_there_are_said(
+    shapes: Path, fake: MeanColour, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures.jsonl"
+    given = {"data": shapes, "split": "train", "way": "3", "per_class": 4, "learners": "ridge", "json_out": out}
+    rows = evaluate.main(config(**given, shot="1,3,5", queries=1))
+    assert [(row.shots_mean, row.queries_mean) for row in rows] == [(None, None), (None, None), (3, None)]
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    assert ["shots_mean" in line for line in lines] == [False, False, True]
+    assert all("queries_mean" not in line for line in lines)
+    said = [line for line in capsys.readouterr().err.splitlines() if "-shot" in line]
+    assert said == [
+        "3-way 5-shot with 1 questions: there were 3 examples a class on average, for classes have too few."
+    ]
+    (row,) = evaluate.main(config(**given, shot="3", queries=2, paired="ridge"))
+    assert (row.shots_mean, row.queries_mean) == (None, 1)
+    assert "there were 1 questions a class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"way": "2,6", "foreign": 5}, "--foreign: .* has 6 classes"),
+        ({"way": "6", "unlabelled": 1, "distractors": 2}, "--distractors: .* has 6 classes"),
+        ({"way": "3", "scores": True}, "--scores is for --foreign"),
+        ({"way": "3", "distractors": 2}, "--distractors is for --unlabelled"),
+        ({"way": "3", "unlabelled": 2, "only_distractors": True}, "--only-distractors is for --distractors"),
+    ],
+    ids=["foreign", "distractors", "scores", "nothing unlabelled", "no distractors"],
+)
+def test_what_would_measure_nothing_is_refused(
+    shapes: Path, fake: MeanColour, given: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        evaluate.main(config(data=shapes, split="train", shot="1", **given))
+    assert not fake.batches
+
+
+def test_headers_show_the_classes_that_there_were(
+    shapes: Path, fake: MeanColour, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"data": shapes, "split": "train", "shot": "1", "queries": 2}
+    evaluate.main(config(**given, way="5", foreign=5, unlabelled=1, distractors=4))
+    printed = capsys.readouterr().out
+    assert "foreign classes an episode: 1, per cent" in printed
+    assert "1 unlabelled images a class, distractor classes: 1, per cent" in printed
+    evaluate.main(config(**given, way="2,5", foreign=5))
+    assert "foreign classes an episode: 4 at 2-way, 1 at 5-way, per cent" in capsys.readouterr().out
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    class Broken(MeanColour):
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            return np.where(batch[:, :1, 0, 0] == batch[0, 0, 0, 0], np.nan, super().__call__(batch))
+
+    with pytest.raises(data.DataError, match="not finite"):
+        evaluate.embed(Broken(), noise(2, 2).pixels)
+
+
+@pytest.mark.parametrize(
+    ("trained", "split", "said"),
+    [
+        ({"data": "d", "split": "train"}, "test", ""),
+        ({"data": "d", "split": "val"}, "val", "The artifact learned from these classes (d, val)"),
+        ({"data": "d", "split": "all"}, "test", "The artifact learned from these classes (d, all)"),
+        ({"data": "e", "split": "val"}, "val", ""),
+        ({"data": "e", "split": "train"}, "train", "--split train is for learning. The artifact says that it learned"),
+        ({}, "train", "--split train is for learning. The artifact does not say"),
+    ],
+)
+def test_classes_that_were_learned_from_are_said_to_be(trained: dict[str, str], split: str, said: str) -> None:
+    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(training=trained))
+    found = evaluate.learned_from(artifact, config(split=split))
+    assert found.startswith(said)
+    assert bool(found) == bool(said)

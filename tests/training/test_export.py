@@ -34,7 +34,7 @@ from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.report import held_out, without_own
 from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain, pretrained, probe
+from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain, pretrained, probe, raw
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Pool, frozen
 
@@ -568,3 +568,48 @@ def test_the_epochs_of_what_was_started_from_count(artifact: Artifact, demo: Pat
     assert pretrained.epochs(settings.model_copy(update={"start": demo / "run", "epochs": 2})) == settings.epochs + 2
     assert pretrained.epochs(settings.model_copy(update={"start": artifact.path, "epochs": 1})) == settings.epochs + 1
     assert pretrained.epochs(settings.model_copy(update={"start": tmp_path, "epochs": 3})) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (None, "figures.jsonl does not exist"),
+        ([{"artifact": "other"}], "measured 'other', and this is 'mine'"),
+        ([{"artifact": "mine", "split": "train"}], "on the split 'train', which was learned from"),
+    ],
+    ids=["missing", "name", "split"],
+)
+def test_figures_of_something_else_are_refused_before_any_work(
+    lines: list[dict[str, Any]] | None, sentence: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "figures.jsonl"
+    if lines is not None:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ExportConfig(checkpoint=tmp_path, data=tmp_path, out=tmp_path / "made", name="mine", metrics=str(file))
+    with pytest.raises(data.DataError, match=sentence):
+        export.main(asked)
+
+
+def test_figures_are_of_these_weights_and_stand_once(tmp_path: Path) -> None:
+    row = {"artifact": "mine", "split": "test", "accuracy": 50.0, "way": 5}
+    file = tmp_path / "figures.jsonl"
+    file.write_text("".join(json.dumps({**row, "measured_in_s": seconds}) + "\n" for seconds in (1, 2)))
+    asked = ExportConfig(checkpoint=tmp_path, data=tmp_path, out=tmp_path / "made", name="mine", metrics=str(file))
+    found = export.figures(asked)
+    assert export._kept(found, "abc") == [{"split": "test", "accuracy": 50.0, "way": 5}]
+    assert export._kept([{**row, "weights_digest": "abc"}], "abc") != []
+    with pytest.raises(data.DataError, match=r"figures of other weights \(abc\) than these \(def\)"):
+        export._kept([{**row, "weights_digest": "abc"}], "def")
+
+
+@pytest.mark.slow
+def test_a_row_names_the_weights_by_what_lies_in_the_artifact(artifact: Artifact) -> None:
+    files = {name: hashlib.sha256((artifact.path / name).read_bytes()).hexdigest() for name in (WEIGHTS, ARRAYS)}
+    assert raw.made_with(artifact)["weights_digest"] == raw.weights(files)
+
+
+def test_a_default_that_is_none_of_the_learners_is_named_with_the_nearest() -> None:
+    export.check_default("", ["ridge"])
+    export.check_default("ridge", ["ridge"])
+    with pytest.raises(SystemExit, match=r"no learner 'whitend'. Is whitened meant\? prototype, whitened"):
+        export.check_default("whitend", ["prototype", "whitened"])

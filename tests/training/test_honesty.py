@@ -49,3 +49,10 @@ def test_what_a_tasks_own_examples_say_is_measured_too(monkeypatch: pytest.Monke
     (before,) = honesty.measure(artifact, features, Pool.of(labels), config)
     assert found.ece < 0.7 * before.ece
     assert found.auroc != before.auroc  # energies are read with it
+
+
+def test_scores_that_are_the_same_count_half() -> None:
+    same = np.array([1.0, 2.0, 3.0])
+    assert honesty.auroc(np.zeros(3), np.zeros(4)) == 0.5
+    assert honesty.auroc(same, same) == 0.5
+    assert honesty.auroc(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == pytest.approx(3.5 / 4)

@@ -84,3 +84,18 @@ def test_the_demo_goes_from_data_to_a_table(demo: Path) -> None:
     lines = (demo / "printed.md").read_text().splitlines()
     assert "| learner | 5-way 1-shot | 5-way 5-shot |" in lines
     assert {line.split()[1] for line in lines[-7:-1]} == {*LEARNERS}
+
+
+def test_a_full_disk_and_ctrl_c_are_sentences(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raised: list[BaseException] = [OSError(28, "No space left on device", "x.jsonl"), KeyboardInterrupt()]
+
+    def failing(config: object) -> None:
+        raise raised.pop(0)
+
+    monkeypatch.setattr("training.results.main", failing)
+    assert commands.main(["results"]) == 2
+    assert capsys.readouterr().err == "results: [Errno 28] No space left on device: 'x.jsonl'\n"
+    assert commands.main(["results"]) == 130
+    assert capsys.readouterr().err == "\nresults: stopped.\n"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -449,3 +450,71 @@ def test_a_run_killed_three_times_ends_bit_for_bit_like_the_unbroken_one(
     metatrain.main(parse(MetatrainConfig, arguments(unbroken), prog="x"))
     assert step() == 120
     assert same(out, unbroken)
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_learners_of_another_extractor_are_refused(shapes: Path, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    out = folder("run")
+    given = MetatrainConfig(data=shapes, out=out, **SHORT, learners="prototype")
+    metatrain.main(given)
+    (out / pretrained.CHECKPOINT).unlink()
+    small = {"shape": "tiny", "size": 32, "batch": 24, "precision": "float32", "device": "cpu"}
+    pretrain.main(PretrainConfig(data=shapes, out=out, **small, epochs=1, seed=1))
+    before = (out / metatrain.CHECKPOINT).read_bytes()
+    with pytest.raises(data.DataError, match="holds learners of another extractor"):
+        metatrain.main(given)
+    from training import export  # onnx may be absent
+    from training.config import ExportConfig
+
+    with pytest.raises(data.DataError, match="holds learners of another extractor"):
+        export.main(ExportConfig(checkpoint=out, data=shapes, out=tmp_path / "artifact", name="x"))
+    assert (out / metatrain.CHECKPOINT).read_bytes() == before
+    state = checkpoint.load(out / metatrain.CHECKPOINT)
+    del state["extractor"]
+    checkpoint.save(out / metatrain.CHECKPOINT, state)
+    metatrain.main(given)  # of an older one nothing is known
+
+
+def fewer(shapes: Path, copy: Path) -> Path:
+    """The same data under another path, without one image of a training class."""
+    shutil.copytree(shapes, copy)
+    name = data.split_classes(copy, [path.name for path in copy.iterdir()])["train"][0]
+    next((copy / name).iterdir()).unlink()
+    return copy
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_going_on_with_other_data_is_refused(shapes: Path, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    out = folder("run")
+    given = MetatrainConfig(data=shapes, out=out, **SHORT, learners="prototype")
+    metatrain.main(given)
+    moved = tmp_path / "moved"
+    moved.symlink_to(shapes)
+    metatrain.main(given.model_copy(update={"data": moved}))
+    other = given.model_copy(update={"data": fewer(shapes, tmp_path / "fewer")})
+    with pytest.raises(data.DataError, match="was trained on other data: 96 examples of 8 classes"):
+        metatrain.main(other)
+    state = checkpoint.load(out / metatrain.CHECKPOINT)
+    del state["trained_on"]
+    checkpoint.save(out / metatrain.CHECKPOINT, state)
+    metatrain.main(other)
+
+
+def test_one_class_is_refused_with_what_it_takes(tmp_path: Path) -> None:
+    tasks = practice.Tasks(np.eye(4, dtype=np.float32), np.zeros(4, int), None, plain=4)
+    with pytest.raises(data.DataError, match="--tasks pseudo"):
+        metatrain.train(config(out=tmp_path), tasks, [practice.Source(tasks)], clouds(), CPU)
+    with pytest.raises(data.DataError, match="one to validate on"):
+        metatrain.train(config(out=tmp_path), clouds(), [practice.Source(clouds())], tasks, CPU)
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_log_holds_each_step_once_after_a_kill(shapes: Path, folder: Callable[[str], Path]) -> None:
+    unbroken, broken = folder("unbroken"), folder("broken")
+    given = {"data": shapes, **SHORT, "steps": 21, "learners": "prototype"}
+    metatrain.main(MetatrainConfig(**given, out=unbroken))
+    metatrain.main(MetatrainConfig(**given, out=broken, minutes=1e-9))
+    with (broken / "metatrain.jsonl").open("a") as log:  # what came after the checkpoint, and half a line
+        log.write('{"learner": "prototype", "step": 2, "check": 0.5}\n{"learner": "prototype", "st')
+    metatrain.main(MetatrainConfig(**given, out=broken))
+    assert (broken / "metatrain.jsonl").read_text() == (unbroken / "metatrain.jsonl").read_text()

@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ pytestmark = pytest.mark.torch
 needs("torch")
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.training.runs import MIX, TINY, config, differing, tensors
-from training import checkpoint, data, pretrain, pretrained
+from training import __main__ as commands
+from training import checkpoint, data, pretrain, pretrained, synthetic, vision
 from training.config import PretrainConfig, parse
 
 
@@ -187,3 +190,105 @@ def test_runs_killed_three_times_end_bit_for_bit_like_unbroken_ones(
         assert step(name) == 108
         pretrain.main(parse(PretrainConfig, arguments(name, tmp_path / f"unbroken {name}"), prog="x"))
         assert differing(whole(tmp_path / f"unbroken {name}"), whole(tmp_path / name)) == []
+
+
+def copied(shapes: Path, copy: Path) -> tuple[Path, list[Path]]:
+    """The data under another path, and its folders of the training classes."""
+    shutil.copytree(shapes, copy)
+    names = data.split_classes(copy, [path.name for path in copy.iterdir()])["train"]
+    return copy, [copy / name for name in names]
+
+
+def test_going_on_with_other_data_is_refused(shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = PretrainConfig(data=shapes, out=out, **TINY, epochs=2)
+    pretrain.main(given.model_copy(update={"minutes": 1e-9}))
+    fewer, classes = copied(shapes, tmp_path / "fewer")
+    next(classes[0].iterdir()).unlink()
+    other = given.model_copy(update={"data": fewer})
+    with pytest.raises(data.DataError, match="72 examples of 6 classes, where --data now has 71 of 6"):
+        pretrain.main(other)
+    renamed, classes = copied(shapes, tmp_path / "renamed")
+    classes[0].rename(classes[0].with_name("zebra"))
+    (renamed / "splits.json").write_text(json.dumps({"train": ["zebra", *(path.name for path in classes[1:])]}))
+    with pytest.raises(data.DataError, match="72 of 6, or others"):
+        pretrain.main(given.model_copy(update={"data": renamed}))
+    state = checkpoint.load(out / pretrained.CHECKPOINT)
+    del state["trained_on"]
+    checkpoint.save(out / pretrained.CHECKPOINT, state)
+    pretrain.main(other.model_copy(update={"minutes": 1e-9}))  # an older one does not tell
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_asks_it_to_end_finds_a_checkpoint_of_the_last_step(
+    number: signal.Signals,
+    shapes: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["pretrain", *(f"--{name}={value}" for name, value in {"data": shapes, "out": tmp_path, **TINY}.items())]
+    take_step = vision.Run.take_step
+
+    def asked(run: vision.Run) -> Any:
+        if run.step == 4:
+            signal.raise_signal(number)
+        return take_step(run)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(vision.Run, "take_step", asked)
+        with pytest.raises(SystemExit) as ended:
+            commands.main([*given, "--epochs=2"])
+    assert ended.value.code == 130
+    assert signal.getsignal(number) == before
+    assert "Stopped at step 5 of 18; run the same command to go on." in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / pretrained.CHECKPOINT)["step"] == 5
+    assert commands.main([*given, "--epochs=2"]) == 0
+    assert differing(whole(unbroken), whole(tmp_path)) == []
+
+
+def test_steps_after_the_checkpoint_stand_in_the_log_once(shapes: Path, tmp_path: Path) -> None:
+    given = PretrainConfig(data=shapes, out=tmp_path, **TINY, epochs=3)
+    pretrain.main(given.model_copy(update={"minutes": 1e-9}))
+    (tmp_path / "pretrain.jsonl").write_text('{"step": 1}\n{"step": 20}\n{"st')  # a kill at step 21, none saved
+    pretrain.main(given)
+    lines = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 20]
+    assert "losses" in lines[1]
+
+
+def test_too_few_classes_are_said_before_hours_of_training(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    five = synthetic.write(tmp_path / "five", classes=5, images=4)
+    with pytest.raises(data.DataError, match=r"one class in its split 'val', .* metatrain and export take two"):
+        pretrain.main(config(data=five, out=tmp_path))
+    names = sorted(path.name for path in five.iterdir())
+    (five / "splits.json").write_text(json.dumps({"train": names[:1], "val": names[1:3]}))
+    with pytest.raises(data.DataError, match=f"one class to learn from, '{names[0]}': supervised"):
+        pretrain.main(config(data=five, out=tmp_path, objectives="supervised=1"))
+    assert "has no classes in its split 'test', which tasks of evaluate will need" in capsys.readouterr().err
+
+
+def test_a_start_of_another_shape_is_refused(shapes: Path, unbroken: Path, tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="is of another --shape than tiny-grey"):
+        pretrain.main(config(data=shapes, out=tmp_path, shape="tiny-grey", start=unbroken))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK of something else" * 9, None], ids=["empty", "foreign", "truncated"])
+def test_a_checkpoint_that_is_none_is_named(unbroken: Path, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / pretrained.CHECKPOINT
+    path.write_bytes((unbroken / pretrained.CHECKPOINT).read_bytes()[:3000] if content is None else content)
+    with pytest.raises(data.DataError, match=f"{path} is no checkpoint of this program, or a damaged one"):
+        pretrained.load_extractor(tmp_path)
+
+
+def test_safetensors_of_somebody_else_are_no_checkpoint(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / pretrained.CHECKPOINT)
+    with pytest.raises(data.DataError, match="is no checkpoint of this program"):
+        pretrained.load_extractor(tmp_path)
+    checkpoint.save(tmp_path / pretrained.CHECKPOINT, {"extractor": {}, "precision": "auto", "config": {"magic": 1}})
+    with pytest.raises(data.DataError, match="is no pretraining, or one of another version"):
+        pretrained.load_extractor(tmp_path)

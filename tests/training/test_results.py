@@ -316,3 +316,28 @@ def test_every_command_of_the_committed_lines_is_one_that_its_program_takes() ->
             flags = [word.removeprefix("--") for word in words if word.startswith("--")]
             assert all(f'"{flag}"' in script or f'"--{flag}"' in script for flag in flags), command
     assert sum(command.startswith("python -m training evaluate") for command in asked) > 40
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ((98.0, 99.0, 100.0), "| 99.00 ± 2.48 (mean of 3 seeds) | 2,000 | yes, within the interval of the aim |"),
+        ((97.0, 98.0, 99.0), "| 98.00 ± 2.48 (mean of 3 seeds) | 2,000 | no, by 0.50 (within the interval) |"),
+        ((99.0, 99.1, 99.2), "| 99.10 ± 0.25 (mean of 3 seeds) | 2,000 | yes |"),
+    ],
+)
+def test_a_goal_over_seeds_is_judged_with_their_interval(values: tuple[float, ...], told: str) -> None:
+    lines = [ours(training_seed=seed, accuracy=value) for seed, value in enumerate(values)]
+    goal = {"goal": "M", "text": "t", "least": 98.5, "where": {"way": 5}, "field": "accuracy"}
+    assert told in goals.goals_table([goal], lines, tables.Commands())
+
+
+def test_a_difference_over_seeds_is_paired_by_them() -> None:
+    lines = [
+        *(ours(training_seed=seed, accuracy=value) for seed, value in enumerate((60.0, 70.0, 80.0))),
+        *(ours(training_seed=seed, accuracy=value, method="lstm") for seed, value in enumerate((58.0, 69.0, 77.0))),
+    ]
+    where, other = {"method": ours()["method"]}, {"method": "lstm"}
+    goal = {"goal": "M", "text": "t", "least": 3, "where": where, "less": other, "field": "accuracy"}
+    told = "| 2.00 ± 2.48 (mean of 3 seeds) | 2,000 | no, by 1.00 (within the interval) |"
+    assert told in goals.goals_table([goal], lines, tables.Commands())
