@@ -47,7 +47,8 @@ def calibrate(
     for way in ways:
         for shot in [shot for shot in SHOTS if shot <= most]:
             count = max(10, episodes * 5 // max(5, way))
-            cells.append((way, shot, frozen(pool, way=way, shot=shot, queries=queries, count=count, seed=seed)))
+            tasks = frozen(pool, way=way, shot=shot, queries=queries, count=count, seed=seed, spread=True)
+            cells.append((way, shot, tasks))
     temperatures, rejections, scores = {}, {}, {}
     for method, learner in learners.items():
         found = [_answered(learner, features, task, cell) for cell, (_, _, tasks) in enumerate(cells) for task in tasks]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -56,11 +57,20 @@ class Pool:
         return cls(tuple(found))
 
     def episode(
-        self, rng: np.random.Generator, *, way: int, shots: np.ndarray, queries: int, chosen: np.ndarray | None = None
+        self,
+        rng: np.random.Generator,
+        *,
+        way: int,
+        shots: np.ndarray,
+        queries: int,
+        chosen: np.ndarray | None = None,
+        spread: bool = False,
     ) -> Indices:
         """`shots[k]` examples of class k and up to `queries` questions, at least one, of other groups.
 
-        A class whose groups are too few gives fewer examples rather than share a group with the questions.
+        A class whose groups are too few gives fewer examples rather than share a group with the questions. Examples
+        fill one group before the next; with `spread` they are of as many groups as they can be, as those of a person
+        are: five views of one image are no five examples. Where each group is one row both are the same.
         """
         if chosen is None:
             chosen = rng.choice(len(self.classes), way, replace=False)
@@ -69,10 +79,15 @@ class Pool:
             groups = self.classes[index]
             order = rng.permutation(len(groups))
             mine: list[int] = []
-            at = 0
-            while len(mine) < shots[label] and at < len(groups) - 1:
-                mine.extend(int(row) for row in rng.permutation(groups[order[at]]))
-                at += 1
+            if spread:
+                at = min(int(shots[label]), len(groups) - 1)
+                turns = [rng.permutation(groups[g]) for g in order[:at]]
+                mine.extend(int(row) for turn in zip_longest(*turns) for row in turn if row is not None)
+            else:
+                at = 0
+                while len(mine) < shots[label] and at < len(groups) - 1:
+                    mine.extend(int(row) for row in rng.permutation(groups[order[at]]))
+                    at += 1
             rest = np.concatenate([groups[g] for g in order[at:]])
             mine = mine[: shots[label]]
             asked = rng.permutation(rest)[:queries]
@@ -83,11 +98,13 @@ class Pool:
         return Indices(np.array(support), np.array(labels), np.array(query), np.array(answers), way)
 
 
-def frozen(pool: Pool, *, way: int, shot: int, queries: int, count: int, seed: int) -> list[Indices]:
+def frozen(
+    pool: Pool, *, way: int, shot: int, queries: int, count: int, seed: int, spread: bool = False
+) -> list[Indices]:
     """The same list for the same arguments, for ever."""
     rng = np.random.default_rng([seed, way, shot, queries])
     shots = np.full(way, shot)
-    return [pool.episode(rng, way=way, shots=shots, queries=queries) for _ in range(count)]
+    return [pool.episode(rng, way=way, shots=shots, queries=queries, spread=spread) for _ in range(count)]
 
 
 def digest(episodes: list[Indices]) -> str:
@@ -125,4 +142,4 @@ def varied(
             first = int(rng.integers(len(pool.classes)))
             noisy = near[first] + rng.gumbel(scale=0.1, size=len(near))
             chosen = rng.permutation(np.argsort(-noisy)[:way])
-        yield pool.episode(rng, way=way, shots=shots, queries=queries, chosen=chosen)
+        yield pool.episode(rng, way=way, shots=shots, queries=queries, chosen=chosen, spread=True)

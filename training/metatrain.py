@@ -117,6 +117,7 @@ def held_out(tasks: Tasks, config: MetatrainConfig) -> list[Indices]:
             queries=config.queries,
             count=count // len(tasks.pools),
             seed=config.seed + 1,
+            spread=True,
         )
     ]
 

@@ -62,8 +62,9 @@ def cached(
 ) -> Tasks:
     """Features of each image and of `views` augmentations of it.
 
-    With labels, a class is a class, and all views of one image are one group; in pseudo-tasks, an image is a class. A
-    cluster of images is a class as well, one of similar images as of less similar ones: fine and coarse.
+    With labels, a class is a class, and all views of one image, or of one thing, are one group; in pseudo-tasks, an
+    image is a class. A cluster of images is a class as well, one of similar images as of less similar ones: fine and
+    coarse.
     """
     if config.rotations:
         images = evaluate.turned(images)
@@ -80,18 +81,21 @@ def cached(
             parts[view].append(extractor.normalise(pooled.float()).cpu())
     features = torch.cat([torch.cat(part) for part in parts]).numpy()
     number = np.tile(np.arange(len(images)), config.views + 1)
+    # Views of one image are one thing, and so are images of one thing, where that is known.
+    things = np.where(images.groups < 0, images.groups.max(initial=-1) + 1 + np.arange(len(images)), images.groups)
+    things = np.tile(things, config.views + 1)
     if config.tasks == "pseudo":
         return Tasks(features, number, None, plain=len(features))
     count, views = len(images), config.views + 1
     if config.tasks == "labels":
-        return Tasks(features, np.tile(images.labels, views), number, plain=count, names=images.classes)
+        return Tasks(features, np.tile(images.labels, views), things, plain=count, names=images.classes)
     fine, coarse = (
         np.tile(pseudo.clusters(features[:count], size, seed=seed), views) for size in (pseudo.FINE, pseudo.COARSE)
     )
-    others = [Pool.of(coarse, number)]
+    others = [Pool.of(coarse, things)]
     if config.tasks == "mixed":
         others.append(Pool.of(number))
-    return Tasks(features, fine, number, plain=count, others=tuple(others))
+    return Tasks(features, fine, things, plain=count, others=tuple(others))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ cost. Knows nothing of how unlabelled examples are used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,8 +50,13 @@ class SemiRow:
     precision: str
 
 
-def split(episode: Indices, way: int, queries: int, *, only_distractors: bool = False) -> tuple[Indices, np.ndarray]:
-    """The episode of the first `way` classes with at most `queries` questions each, and the unlabelled rows [u]."""
+def split(
+    episode: Indices, way: int, queries: int, things: np.ndarray, *, only_distractors: bool = False
+) -> tuple[Indices, np.ndarray]:
+    """The episode of the first `way` classes with at most `queries` questions each, and the unlabelled rows [u].
+
+    `things` [rows]: what each row shows; none that is asked about is among the unlabelled.
+    """
     mine = episode.labels < way
     asked: list[np.ndarray] = []
     extra: list[np.ndarray] = []
@@ -60,10 +65,18 @@ def split(episode: Indices, way: int, queries: int, *, only_distractors: bool = 
         if label < way:
             asked.append(rows[:queries])
         if label >= way or not only_distractors:
-            extra.append(rows[queries:])
+            rest = rows[queries:]
+            extra.append(rest[~np.isin(things[rest], things[rows[:queries]])] if label < way else rest)
     answers = np.repeat(np.arange(way), [len(rows) for rows in asked])
     own = Indices(episode.support[mine], episode.labels[mine], np.concatenate(asked), answers, way)
     return own, np.concatenate(extra)
+
+
+def _things(rows: int, classes: Iterable[tuple[np.ndarray, ...]]) -> np.ndarray:
+    found = np.full(rows, -1)
+    for number, group in enumerate(group for groups in classes for group in groups):
+        found[group] = number
+    return found
 
 
 def drawn(pool: Pool, unlabelled: Pool | None, way: int, shot: int, config: EvaluateConfig) -> list[Indices]:
@@ -114,11 +127,12 @@ def measure(
     `unlabelled`: the same classes, of which unlabelled images are then drawn; without it they are of `pool` as well.
     """
     rows = []
+    things = _things(len(features), [*pool.classes, *(unlabelled.classes if unlabelled else ())])
     for way in [int(part) for part in config.way.split(",")]:
         distractors = min(config.distractors, len(pool.classes) - way)
         for shot in [int(part) for part in config.shot.split(",")]:
             episodes = drawn(pool, unlabelled, way + distractors, shot, config)
-            parts = [split(e, way, config.queries, only_distractors=config.only_distractors) for e in episodes]
+            parts = [split(e, way, config.queries, things, only_distractors=config.only_distractors) for e in episodes]
             for method, learner in learners.items():
                 if method != "ridge":
                     without, with_them = accuracies(learner, features, parts)

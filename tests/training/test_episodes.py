@@ -116,6 +116,31 @@ def test_too_few_groups_give_fewer_examples_rather_than_share_one() -> None:
         assert not set(group[episode.support]) & set(group[episode.query])
 
 
+def test_examples_may_be_spread_over_as_many_things_as_there_are() -> None:
+    group = np.tile(np.repeat(np.arange(4), 3), 2)  # four things of three images in each of two classes
+    pool = Pool.of(np.repeat([0, 1], 12), group)
+    for shot, things in ((1, 1), (2, 2), (3, 3), (5, 3), (9, 3)):
+        for packed, spread in zip(*lists_of(pool, shot), strict=True):
+            for label in (0, 1):
+                mine = group[spread.support[spread.labels == label]]
+                assert len(mine) == shot
+                counts = np.unique(mine, return_counts=True)[1]
+                assert len(counts) == things
+                assert counts.max() - counts.min() <= 1
+                assert not set(mine) & set(group[spread.query[spread.answers == label]])
+                assert len(set(group[packed.support[packed.labels == label]])) == -(-shot // 3)
+
+
+def lists_of(pool: Pool, shot: int) -> list[list[Indices]]:
+    return [frozen(pool, way=2, shot=shot, queries=3, count=10, seed=1, spread=spread) for spread in (False, True)]
+
+
+def test_where_each_image_shows_another_thing_nothing_is_spread() -> None:
+    pool = Pool.of(labels())
+    packed, spread = (frozen(pool, way=4, shot=3, queries=5, count=20, seed=2, spread=s) for s in (False, True))
+    assert digest(packed) == digest(spread)
+
+
 def test_as_many_questions_as_are_left_when_more_are_asked_for() -> None:
     for episode in frozen(Pool.of(labels(4, 6)), way=4, shot=4, queries=15, count=5, seed=0):
         assert np.bincount(episode.answers).tolist() == [2] * 4

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def test_with_labels_the_views_of_one_image_are_one_thing(extractor: ImageExtrac
     for label, things in enumerate(tasks.pool.classes):
         assert [set((rows % 12).tolist()) for rows in things] == [{4 * label + k} for k in range(4)]
         assert {len(rows) for rows in things} == {3}
+
+
+def test_images_of_one_thing_are_one_thing_with_all_their_views(extractor: ImageExtractor) -> None:
+    images = replace(noise(3, 4), groups=np.tile([7, 7, -1, -1], 3))
+    tasks = practice.cached(extractor, images, config(views=2), PRETRAINED, seed=0)
+    for label, things in enumerate(tasks.pool.classes):
+        shown = sorted(sorted(set((rows % 12 - 4 * label).tolist())) for rows in things)
+        assert shown == [[0, 1], [2], [3]]
 
 
 def test_in_pseudo_tasks_an_image_is_a_class_and_its_views_are_its_examples(extractor: ImageExtractor) -> None:

@@ -36,7 +36,7 @@ def config(**given: object) -> EvaluateConfig:
 def test_an_episode_falls_into_examples_questions_and_unlabelled_images(only: bool) -> None:
     _, pool = clouds()
     (episode,) = frozen(pool, way=6, shot=2, queries=25, count=1, seed=0)
-    own, extra = semi.split(episode, 4, 10, only_distractors=only)
+    own, extra = semi.split(episode, 4, 10, np.arange(CLASSES * IMAGES), only_distractors=only)
     classes = episode.support[::2] // IMAGES
     assert own.way == 4
     assert np.array_equal(own.support // IMAGES, np.repeat(classes[:4], 2))
@@ -56,7 +56,7 @@ def test_where_a_share_is_labelled_examples_and_questions_come_from_it_and_the_u
     episodes = semi.drawn(pool, rest, 6, 2, given)
     assert [e.query.tolist() for e in semi.drawn(pool, rest, 6, 2, given)] == [e.query.tolist() for e in episodes]
     for episode in episodes:
-        own, extra = semi.split(episode, 4, 10)
+        own, extra = semi.split(episode, 4, 10, np.arange(CLASSES * IMAGES))
         assert labelled[own.support].all()
         assert labelled[own.query].all()
         assert np.bincount(own.answers).tolist() == [10] * 4
@@ -64,6 +64,20 @@ def test_where_a_share_is_labelled_examples_and_questions_come_from_it_and_the_u
         classes = episode.support[::2] // IMAGES
         assert np.array_equal(extra // IMAGES, np.repeat(classes, 15))
         assert len(set(extra)) == len(extra)
+
+
+def test_what_is_asked_about_is_not_shown_again_among_the_unlabelled() -> None:
+    """Another frame of the very thing would be no example of what else there is."""
+    labels = np.repeat(np.arange(CLASSES), IMAGES)
+    things = np.arange(len(labels)) // 5
+    pool = Pool.of(labels, things)
+    shown = semi._things(len(labels), pool.classes)
+    met = 0
+    for episode in frozen(pool, way=6, shot=2, queries=25, count=20, seed=0):
+        own, extra = semi.split(episode, 4, 10, shown)
+        assert not set(things[extra]) & set(things[own.query])
+        met += len(extra)
+    assert met > 20 * 40
 
 
 def test_more_questions_than_are_labelled_are_refused() -> None:
