@@ -36,7 +36,7 @@ import sys
 from service.__main__ import main
 sys.exit(main())
 """
-UNBOUNDED = {"max_waiting": 10**9, "max_wait_s": 10**6}
+UNBOUNDED = {"max_waiting": 10**9, "max_wait_s": 86_400}
 LONG = 5  # from this n on
 LEAST_IN_STORM = 0.25  # of the peak: the event loop has more to do than the lanes
 NORMAL_S = 10  # after which all is as before
