@@ -11,7 +11,7 @@ from training import svg
 from training.raw import Line
 from training.tables import NOTHING, Commands, fits, half, markdown, over_seeds, shown, task
 
-SETTING = ("data", "split", "rotations", "artifact", "trained_on", "precision", "views")
+SETTING = ("data", "split", "rotations", "artifact", "trained_on", "precision", "views", "spread")
 # What may differ between two lines of the same measurement, beside what was measured.
 FREE = {"episodes", "digest", "weights_digest", "command", "episode_list", "measured_in_s", "seconds", "default"}
 
@@ -59,7 +59,8 @@ def name_of(line: Line) -> str:
 
 
 def seen(line: Line) -> str:
-    return f", {line['views']} views an image" if "views" in line else ""
+    views = f", {line['views']} views an image" if "views" in line else ""
+    return views + (", examples of different things" if "spread" in line else "")
 
 
 def facts(lines: Sequence[Line]) -> str:
@@ -117,7 +118,7 @@ def learning_curves(lines: Sequence[Line], *, least: int = 4) -> dict[str, tuple
     pictures: dict[str, tuple[str, str]] = {}
     settings: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
-        if line.get("precision", "float32") == "float32" and "views" not in line:
+        if line.get("precision", "float32") == "float32" and not {"views", "spread"} & set(line):
             settings.setdefault((*(shown(line.get(n)) for n in SETTING), f"{line['way']:03d}"), []).append(line)
     for key in sorted(settings):
         group = settings[key]

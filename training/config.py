@@ -141,6 +141,10 @@ class EvaluateConfig(Config):
         1, gt=0, le=1, description="share of the images of each class that are labelled: --unlabelled takes the others"
     )
     group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
+    spread: bool = Field(
+        False,
+        description="the examples of a class show as many things as they can, and not one after the other in full",
+    )
     precision: Literal["float32", "int8"] = "float32"
     views: int = Field(1, ge=1, le=3, description="of each image: 2 = its middle too, 3 = mirrored too")
     against_float32: bool = Field(False, description="also the difference to float32, paired on the same episodes")

@@ -106,7 +106,15 @@ def measure(
     single: dict[tuple[str, int, int], np.ndarray] = {}
     for way in _numbers(config.way):
         for shot in _numbers(config.shot):
-            episodes = frozen(pool, way=way, shot=shot, queries=config.queries, count=config.episodes, seed=config.seed)
+            episodes = frozen(
+                pool,
+                way=way,
+                shot=shot,
+                queries=config.queries,
+                count=config.episodes,
+                seed=config.seed,
+                spread=config.spread,
+            )
             name = digest(episodes)
             fewer = there(episodes, shot, config.queries)
             for method, learner in learners.items():
@@ -291,6 +299,7 @@ def main(config: EvaluateConfig) -> list[Row]:
             **raw.made_with(artifact),
             "rotations": config.rotations,
             **({"views": config.views} if config.views > 1 else {}),
+            **({"spread": True} if config.spread else {}),
             **({"labelled": round(100 * config.labelled)} if config.labelled < 1 else {}),
             "command": raw.command("evaluate", config),
             "measured_in_s": round(time.perf_counter() - begun, 1),

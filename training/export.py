@@ -70,7 +70,7 @@ def figures(config: ExportConfig) -> list[raw.Line]:
         if not Path(file).is_file():
             raise data.DataError(f"--metrics: {file} does not exist.")
         for line in raw.read(Path(file)):
-            if line.get("experiment", "accuracy") != "accuracy" or "views" in line or line in found:
+            if line.get("experiment", "accuracy") != "accuracy" or {"views", "spread"} & set(line) or line in found:
                 continue
             if line.get("artifact", config.name) != config.name:
                 raise data.DataError(f"--metrics: {file} measured '{line['artifact']}', and this is '{config.name}'.")

@@ -70,7 +70,13 @@ def measure(artifact: Artifact, features: np.ndarray, pool: Pool, config: Evalua
         foreign = min(config.foreign, len(pool.classes) - way)
         for shot in [int(part) for part in config.shot.split(",")]:
             episodes = frozen(
-                pool, way=way + foreign, shot=shot, queries=config.queries, count=config.episodes, seed=config.seed
+                pool,
+                way=way + foreign,
+                shot=shot,
+                queries=config.queries,
+                count=config.episodes,
+                seed=config.seed,
+                spread=config.spread,
             )
             rows += [_row(artifact, method, features, episodes, way, shot, foreign, config) for method in methods]
     return rows

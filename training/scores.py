@@ -91,7 +91,13 @@ def measure(artifact: Artifact, features: np.ndarray, pool: Pool, config: Evalua
         foreign = min(config.foreign, len(pool.classes) - way)
         for shot in [int(part) for part in config.shot.split(",")]:
             episodes = frozen(
-                pool, way=way + foreign, shot=shot, queries=config.queries, count=config.episodes, seed=config.seed
+                pool,
+                way=way + foreign,
+                shot=shot,
+                queries=config.queries,
+                count=config.episodes,
+                seed=config.seed,
+                spread=config.spread,
             )
             temperature = artifact.manifest.methods["whitened"].at(way, (shot,) * way)
             areas: dict[str, list[float]] = {}

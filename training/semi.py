@@ -82,7 +82,9 @@ def _things(rows: int, classes: Iterable[tuple[np.ndarray, ...]]) -> np.ndarray:
 def drawn(pool: Pool, unlabelled: Pool | None, way: int, shot: int, config: EvaluateConfig) -> list[Indices]:
     """The frozen episodes; their questions and unlabelled rows as `split` takes them apart, class by class."""
     queries = config.queries + (0 if unlabelled else config.unlabelled)
-    episodes = frozen(pool, way=way, shot=shot, queries=queries, count=config.episodes, seed=config.seed)
+    episodes = frozen(
+        pool, way=way, shot=shot, queries=queries, count=config.episodes, seed=config.seed, spread=config.spread
+    )
     if unlabelled is None:
         return episodes
     class_of = {int(row): label for label, groups in enumerate(pool.classes) for rows in groups for row in rows}

@@ -75,8 +75,8 @@ def quantity(line: Line, name: str) -> str:
 
 
 def fits(line: Line, where: Line) -> bool:
-    """Whether a line is what a goal asks for: in one view an image, unless it names more."""
-    return all(line.get(key) == value for key, value in {"views": None, **where}.items())
+    """Whether a line is what a goal asks for: in one view an image, its examples not spread, unless it says so."""
+    return all(line.get(key) == value for key, value in {"views": None, "spread": None, **where}.items())
 
 
 def spread(values: Sequence[float]) -> float:

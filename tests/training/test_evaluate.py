@@ -199,6 +199,22 @@ def test_a_line_says_what_was_measured_with_what_and_by_which_command(
     assert (line["artifact"], line["labels"], line["seconds"], line["rotations"]) == ("tiny", "none", None, False)
 
 
+def test_a_line_whose_examples_are_spread_says_so_and_is_of_other_episodes(
+    shapes: Path, fake: MeanColour, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.jsonl"
+    given = {"data": shapes, "split": "train", "way": "3", "shot": "2", "learners": "prototype", "json_out": out}
+    twos = r"\d(?=\.)"  # 00 and 10 are one thing, 01 and 11 another
+    for spread, group in ((False, twos), (True, twos), (False, ""), (True, "")):
+        evaluate.main(config(**given, group=group, spread=spread))
+    packed, spread, alone, same = [json.loads(text) for text in out.read_text().splitlines()]
+    assert "spread" not in packed
+    assert spread["spread"] is True
+    assert spread["command"].endswith("--spread")
+    assert packed["episode_list"] != spread["episode_list"]
+    assert alone["episode_list"] == same["episode_list"]  # each image shows another thing
+
+
 def test_a_line_of_several_views_says_how_many_they_were(shapes: Path, fake: MeanColour, tmp_path: Path) -> None:
     out = tmp_path / "figures.jsonl"
     given = {"data": shapes, "split": "train", "way": "3", "shot": "2", "learners": "prototype", "json_out": out}

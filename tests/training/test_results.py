@@ -187,6 +187,15 @@ def test_a_goal_is_reached_or_missed_by_so_much(
     assert table.splitlines()[-1].split(" | ")[5] == said
 
 
+def test_figures_of_spread_examples_stand_apart(tmp_path: Path) -> None:
+    lines = [ours(shot=5, accuracy=30.0), ours(shot=5, accuracy=39.0, spread=True)]
+    aim = {"goal": "M", "text": "t", "least": 35, "where": {"way": 5}, "field": "accuracy"}
+    assert "30.00 ± 0.40 | 2,000 | no" in goals.goals_table([aim], lines, tables.Commands())
+    text = made(tmp_path, lines)
+    assert "artifact `small`, examples of different things\n" in text
+    assert "39.00 ± 0.40" in text
+
+
 def test_what_was_seen_in_several_views_stands_apart_and_answers_no_goal_that_does_not_say_so(tmp_path: Path) -> None:
     lines = [ours(shot=10, accuracy=79.0), ours(shot=10, accuracy=82.0, views=3)]
     aims = [
