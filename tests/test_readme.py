@@ -116,7 +116,9 @@ def cross_table() -> str:
     """The default learner of `photos` on domains that it never saw."""
     lines = [line for line in measured("accuracy") if line["data"] in ("trashnet", "magnetic_tile", "gtsrb")]
     values = {
-        (line["data"], line["shot"], line.get("views", 1)): f"{line['accuracy']:.1f} ± {line['interval']:.1f}"
+        (line["data"], line["shot"], "spread" if "spread" in line else line.get("views", 1)): (
+            f"{line['accuracy']:.1f} ± {line['interval']:.1f}"
+        )
         for line in lines
         if line["way"] == 5
     }
@@ -128,8 +130,12 @@ def cross_table() -> str:
     ]
     for name in ("trashnet", "magnetic_tile", "gtsrb"):
         parts.append(f"| {NAMES[name]} | " + " | ".join(values[name, shot, 1] for shot in shots) + " |")
-        seen = " | ".join(values[name, shot, 2] for shot in shots)
-        parts.append(f"| the same in two views an image (`FEWSHOT_VIEWS=2`) | {seen} |")
+        for how, words in (
+            (2, "the same in two views an image (`FEWSHOT_VIEWS=2`)"),
+            ("spread", "the same, each example of another thing (`evaluate --spread`)"),
+        ):
+            if (name, 1, how) in values:
+                parts.append(f"| {words} | " + " | ".join(values[name, shot, how] for shot in shots) + " |")
     return "\n".join(parts)
 
 
@@ -141,7 +147,7 @@ def trust_table() -> str:
         "| foreign images turned away | AUROC |",
         "|---|---|---|---|---|---|",
     ]
-    for line in [line for line in measured("trust") if "views" not in line]:
+    for line in [line for line in measured("trust") if not {"views", "spread"} & set(line)]:
         parts.append(
             f"| {line['artifact']}, {NAMES[line['data']]} | {line['way']}-way {line['shot']}-shot "
             f"| {line['ece']:.1f} | "
