@@ -153,9 +153,11 @@ class Connection(HttpToolsProtocol):
 
     door: ClassVar[Door]
     head = 0  # bytes of a head that does not end; the read it began in counts as one
-    in_body = False  # from the end of a head to the next one
-    came = 0  # bytes since that head began, and those of them that are its body
+    in_body = False  # from the end of a head to that of its request
+    # Bytes since a request began with nothing before it, those of them that are bodies, and how many requests they are.
+    came = 0
     body = 0
+    begun = 0
     # What the sweep saw. A request touches none of it.
     silent_since = 0.0
     after: object = None  # the request that the silence follows
@@ -173,6 +175,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        if not self.in_body:
+            self.came = self.body = self.begun = 0
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -187,12 +191,17 @@ class Connection(HttpToolsProtocol):
             elif self.in_body:
                 self.came += len(data)
                 # Extensions and trailers of chunks are neither body nor head; a chunk of one byte takes six.
-                if self.came > 2 * MAX_HEAD_BYTES + MOST_FRAMING * self.body:
+                if self.came > 2 * MAX_HEAD_BYTES * max(1, self.begun) + MOST_FRAMING * self.body:
                     self._refuse(INVALID)
 
     def on_message_begin(self) -> None:
-        self.in_body, self.came, self.body = False, 0, 0
+        self.in_body = False
+        self.begun += 1
         super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self.in_body = False
+        super().on_message_complete()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_body:  # else it is of a trailer, which nobody asked for and nobody checks (RFC 9110, 6.5.1)

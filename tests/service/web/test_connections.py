@@ -222,6 +222,17 @@ def test_chunks_of_a_byte_each_are_a_body_like_any_other(port: int) -> None:
     assert answer.endswith(b"/x:" + body)
 
 
+def test_many_requests_in_one_piece_may_have_bodies(port: int) -> None:
+    """Of the last of them little has come when what came with it is counted."""
+    body = bytes(range(97, 123)) * 150
+    request = b"POST /many HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    whole = (request + body) * 12 + request + body[:10]
+    client = connected(port, whole)
+    time.sleep(0.2)
+    client.sendall(body[10:] + LAST)
+    assert everything(client).count(b"/many:" + body) == 13
+
+
 def test_a_trailer_is_no_header(port: int) -> None:
     chunks = b"\r\n3\r\nabc\r\n0\r\nauthorization: Bearer x\r\ncontent-type: image/png\r\n\r\n"
     asked = POST.replace(b"POST / ", b"POST /headers ") + CHUNKED + chunks
