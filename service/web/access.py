@@ -25,7 +25,7 @@ TENANT = "default"  # whose tasks they are where no keys are configured
 
 # What a method on a path needs: the first line that fits.
 PUBLIC = "public"
-READ = "GET HEAD"
+READ = "GET"
 TABLE = [
     ("POST", r"/v1/tasks/[^/]+/classify", "classify"),
     (READ, r"/|/healthz|/readyz|/v2/health/(live|ready)|/openapi\.json|/docs(/[^/]+)?|/(page|offline)/[^/]+", PUBLIC),

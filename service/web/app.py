@@ -167,7 +167,7 @@ def create_app(
             allowed = {
                 m for route in routes if route.matches(request.scope)[0] != Match.NONE for m in route.methods or ()
             }
-            headers["Allow"] = ", ".join(sorted(allowed))
+            headers["Allow"] = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
         return problems.of_status(
             error.status_code,
             str(error.detail),

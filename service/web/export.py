@@ -102,7 +102,7 @@ def create_router(engine: Engine, *, precision: str, reject: float, views: int) 
 
     if runtime_is_there():
 
-        @router.api_route("/offline/{name}", methods=["GET", "HEAD"], include_in_schema=False)
+        @router.get("/offline/{name}", include_in_schema=False)
         async def offline(name: str) -> Response:
             if name not in RUNTIME:
                 raise HTTPException(404)

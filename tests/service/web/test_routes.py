@@ -150,6 +150,17 @@ def test_one_call_learns_and_answers(http: httpx.Client, nothing_stored: None) -
     assert http.post("/v1/classify", json=body).json()["predictions"][0]["label"] == "red"
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/tasks", "/v1/tasks/headed", "/openapi.json", "/nowhere"])
+def test_who_asks_for_the_head_of_an_answer_gets_that(http: httpx.Client, path: str) -> None:
+    taught(http, "headed")
+    head, whole = http.head(path), http.get(path)
+    assert head.status_code == whole.status_code
+    assert head.content == b""
+    assert set(head.headers) == set(whole.headers)
+    for name in ("content-type", "etag"):
+        assert head.headers.get(name) == whole.headers.get(name)
+
+
 def test_what_forms_escape_in_a_label_is_undone(http: httpx.Client, nothing_stored: None) -> None:
     """Clients write a quotation mark in the name of a field so, and nothing else, a percent sign neither."""
     files = [('mug 3"', picture("red")), ("50%", picture("blue")), ("query", RED)]
