@@ -28,6 +28,7 @@ from service.web import problems
 log = logging.getLogger("fewshot.access")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
 LEFT = 499  # in log and metrics, as of nginx: who asked has hung up, or was let go within a body that broke HTTP
+TOO_SLOW = 408
 LINGER_S = 5.0  # for who still sends a body that was refused
 PROCESS = os.urandom(10).hex()
 NUMBERS = itertools.count(1)
@@ -109,7 +110,7 @@ class Boundary:
                 if cut:
                     headers.append((b"connection", b"close"))  # the rest of the body is no use
                 message = {**message, "headers": headers}
-            elif cut and not message.get("more_body"):
+            elif cut and status != TOO_SLOW and not message.get("more_body"):
                 await send({**message, "more_body": True})  # all of it: who sent no more than a head reads it now
                 await _rest_of_body(receive)
                 message = {"type": "http.response.body"}
