@@ -231,6 +231,15 @@ def bars(page: Page) -> dict[str, int]:
     return {label: int(value.removesuffix(" %")) for label, value in texts}
 
 
+def at_rest(page: Page, thing: Locator) -> Locator:
+    """Once it stays where it is: what was learned is told above it, a moment later on a busy computer."""
+    before = None
+    while (now := thing.bounding_box()) != before:
+        before = now
+        page.wait_for_timeout(400)
+    return thing
+
+
 def picture_of(page: Page, name: str, *, full: bool = True) -> None:
     """A screenshot, where somebody wants to look at it."""
     folder = os.environ.get("FEWSHOT_TEST_SCREENSHOTS")
@@ -697,7 +706,7 @@ def test_the_camera_teaches_and_asks(watched: Watched, service: httpx.Client) ->
     page.wait_for_timeout(1000)
     take.press("Enter")
     box(page, 1).locator(".photo.learned").first.wait_for()
-    take.hover()
+    at_rest(page, take).hover()
     page.mouse.down()
     box(page, 1).locator(".photo").nth(3).wait_for()
     page.mouse.up()
