@@ -33,14 +33,19 @@ NUMBERS = itertools.count(int(time.time()) << 20)
 
 
 def pictures(count: int, *, seed: int) -> list[bytes]:
-    """JPEGs of 240 x 180 pixels with structure at several scales, so that they decode like photographs."""
+    """JPEGs of 240 x 180 pixels with structure at several scales, so that they decode like photographs.
+
+    Each has more of one scale than of another, and colours of its own: to an extractor they are no twins of each other.
+    """
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(count):
         image = np.zeros((180, 240, 3))
-        for cells in (3, 12, 48):
+        darkest, lightest = np.sort(rng.integers(0, 255, (2, 3)), axis=0)
+        for cells, share in zip(rng.integers((2, 8, 30), (6, 20, 70)), rng.dirichlet((1, 1, 1)), strict=True):
             coarse = Image.fromarray(rng.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
-            image += np.asarray(coarse.resize((240, 180), Image.Resampling.BICUBIC), float) / 3
+            image += share * np.asarray(coarse.resize((240, 180), Image.Resampling.BICUBIC), float) / 255
+        image = darkest + (lightest - darkest) * image
         buffer = io.BytesIO()
         Image.fromarray(image.astype(np.uint8)).save(buffer, "JPEG", quality=85)
         out.append(buffer.getvalue())

@@ -94,17 +94,32 @@ def _held(learner: Learner, support: Support, near: float, leave_one_out: Callab
     if not len(index):
         return HeldOut(index, np.zeros((0, support.way), np.float32), "none", twins)
     logits = np.zeros((len(labels), support.way), np.float32)
-    again, folds = index, min(FOLDS, int(things.max()))
+    again, turn, folds = index, shown % FOLDS, min(FOLDS, int(things.max()))
     if leave_one_out is not None:
         logits[:] = fetch(leave_one_out())
         again = index[counts[place[index]] > 1]
-    for fold in range(folds):
-        out = again[shown[again] % FOLDS == fold]
+        turn = _turns(labels, place, again)
+    for fold in range(FOLDS):
+        out = again[turn[again] == fold]
         if len(out):
             kept = np.setdiff1d(np.arange(len(labels)), out)
             affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
             logits[out] = fetch(support.features[out] @ affine.weight.T + affine.bias)
     return HeldOut(index, logits[index], f"{folds}-fold" if leave_one_out is None else "leave-one-out", twins)
+
+
+def _turns(labels: np.ndarray, place: np.ndarray, again: np.ndarray) -> np.ndarray:
+    """Which rows of twins are held out with which, [n]: of no class more at once than in folds, and as few times.
+
+    Each time is a fit, and of a thousand examples a few pairs are twins by chance.
+    """
+    own = np.bincount(labels[again], minlength=int(labels.max()) + 1) / np.bincount(labels)
+    folds = min(FOLDS, math.ceil(FOLDS * own.max())) if len(again) else 1
+    turn = np.zeros(len(labels), int)
+    for label in np.unique(labels[again]):
+        for number, thing in enumerate(np.unique(place[again[labels[again] == label]])):
+            turn[place == thing] = number % folds
+    return turn
 
 
 def without_own(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

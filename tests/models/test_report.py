@@ -174,6 +174,40 @@ def test_only_twins_are_learned_without_again(method: str) -> None:
         np.testing.assert_array_equal(together.logits[2:], apart.logits[2:])
 
 
+@pytest.mark.parametrize(
+    ("pairs", "fits"),
+    [([0], 1), ([0, 1, 2, 3], 1), ([0, 0], 2), ([0, 0, 1, 1, 2], 2), ([0] * 5, 5), ([], 0)],
+    ids=["one", "one a class", "two of a class", "more", "nothing but twins", "none"],
+)
+def test_twins_cost_no_more_fits_than_leave_a_class_whole_enough(
+    pairs: list[int], fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs of twins by class, of four classes of ten: of none more than a fifth or so is held out at once."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 16)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    used = [0] * 4
+    for label in pairs:
+        first = 10 * label + 2 * used[label]
+        features[first + 1] = features[first]
+        used[label] += 1
+    support = Support(features, np.repeat(np.arange(4), 10), 4)
+    sizes: list[int] = []
+
+    kind = LEARNERS["prototype"]
+    adapt = kind.adapt
+
+    def counted(self: Any, support: Support) -> Affine:
+        sizes.append(len(support.labels))
+        return adapt(self, support)
+
+    monkeypatch.setattr(kind, "adapt", counted)
+    found = held_out(learner("prototype"), support, near=1e-6)
+    assert len(found.twins) == len(pairs)
+    assert len(sizes) == fits
+    assert sum(40 - size for size in sizes) == 2 * len(pairs)
+
+
 def test_where_classes_say_nothing_twins_would_answer_for_each_other() -> None:
     """The control: with every example shown twice, leave-one-out alone says that all is well."""
     rng = np.random.default_rng(0)
