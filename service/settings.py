@@ -98,7 +98,7 @@ class Settings(BaseModel):
     max_bodies_bytes: int = Field(
         256_000_000,
         ge=1000,
-        description="most bytes of all bodies in memory at once; beyond that only who has less than its share is let in",
+        description="most bytes of all bodies in memory at once; beyond that, only who has less than its share",
     )
     body_timeout_s: float = Field(30, gt=0, le=DAY_S, description="longest time for a body to arrive")
     max_example_bytes: int = Field(8_000_000, ge=1000, description="largest encoded image")
