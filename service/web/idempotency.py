@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from models.errors import FewshotError, IdempotencyMismatch, InFlight, InvalidRequest
+from service.stores import SealBroken
 from service.support import task_name
 from service.web.access import scope_of
 
@@ -43,8 +44,9 @@ async def once(request: Request, task: str, work: Callable[[], Awaitable[Respons
     scope, key = scope_of(request), hashlib.sha256(given.encode()).hexdigest()
     fingerprint = _fingerprint(request, await request.body())
     task_name(task)
-    if request.method != "PUT" and await scope.pointer(task) is None:
-        return await work()  # nothing is kept beside a task that is not there, and may never be
+    with suppress(SealBroken):  # damaged: the work says so, in its own words
+        if request.method != "PUT" and await scope.pointer(task) is None:
+            return await work()  # nothing is kept beside a task that is not there, and may never be
     claim = json.dumps({"fingerprint": fingerprint}).encode()
     if not await scope.remember(task, key, claim, ttl_s=CLAIM_S, new=True):
         found = await scope.recall(task, key)

@@ -278,6 +278,13 @@ def test_a_forgotten_task_takes_its_keys_with_it(http: httpx.Client, own: Memory
     assert (again.status_code, replayed(again), again.json()["version"]) == (200, False, 2)
 
 
+def test_a_damaged_task_is_called_so_with_a_key_as_without(http: httpx.Client, own: MemoryStore) -> None:
+    place = ("default", "pointer", "t")
+    own.values[place] = (own.values[place][0][:-1] + b"x", None)
+    for key in (None, "k"):
+        refused(post(http, key), 409, "task_stale", "damaged")
+
+
 def test_another_process_on_the_same_store_answers_again_too(
     http: httpx.Client, own: MemoryStore, folder: Path
 ) -> None:
