@@ -64,6 +64,7 @@ class Boundary:
         seen = held = 0
         deadline = start + self.body_timeout_s
         complete = cut = False
+        took = 0.0  # where it was answered before its body had come
         status = 0
 
         async def bounded() -> Message:
@@ -97,7 +98,7 @@ class Boundary:
             self._hold(tenant.get(), size, own=held)
 
         async def answer(message: Message) -> None:
-            nonlocal status, cut
+            nonlocal status, cut, held, took
             if message["type"] == "http.response.start":
                 status = message["status"]
                 named = {name for name, _ in message["headers"]}
@@ -112,6 +113,10 @@ class Boundary:
                 message = {**message, "headers": headers}
             elif cut and status != TOO_SLOW and not message.get("more_body"):
                 await send({**message, "more_body": True})  # all of it: who sent no more than a head reads it now
+                # It is answered: what still comes is dropped, and neither fills the room of others nor is time it took.
+                took = time.perf_counter() - start
+                self._release(tenant.get(), held)
+                held = 0
                 await _rest_of_body(receive)
                 message = {"type": "http.response.body"}
             await send(message)
@@ -132,7 +137,7 @@ class Boundary:
                 await problems.of_bug(request_id=request_id)(scope, receive, answer)
         finally:
             self._release(tenant.get(), held)
-            self._observe(scope, status, time.perf_counter() - start, request_id)
+            self._observe(scope, status, took or time.perf_counter() - start, request_id)
 
     def _hold(self, who: str, size: int, *, own: int) -> None:
         """Counts; beyond the limit only who has less than its share is let in, and up to twice as much in all."""

@@ -221,3 +221,37 @@ def test_who_sends_the_whole_of_too_large_a_body_before_it_listens_is_told_why(h
             urllib.request.urlopen(asked, timeout=20)
         with error.value:
             assert (error.value.code, json.load(error.value)["code"]) == (413, "too_large")
+
+
+def test_who_is_refused_and_goes_on_sending_takes_no_room_of_others_and_counts_no_time() -> None:
+    metrics = Metrics()
+    boundaries: list[Boundary] = []
+    held: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        raise Overloaded("No.")
+
+    async def receive() -> Message:
+        if not held:
+            held.append(0)
+            return {"type": "http.request", "body": bytes(60), "more_body": True}
+        held.append(boundaries[0].held)
+        await asyncio.sleep(0.3)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        pass
+
+    boundaries.append(Boundary(app, max_body_bytes=100, max_bodies_bytes=100, body_timeout_s=1, metrics=metrics))
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/",
+        "headers": [(b"content-length", b"90")],
+        "query_string": b"",
+    }
+    asyncio.run(boundaries[0](scope, receive, send))
+    assert held == [0, 0]
+    assert boundaries[0].held == 0
+    assert metrics.registry.get_sample_value("fewshot_request_duration_seconds_sum", {"route": "none"}) < 0.2  # type: ignore[operator]
