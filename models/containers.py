@@ -68,12 +68,22 @@ def look(payload: bytes) -> Look | None:
             else:
                 return None
             height, width = struct.unpack_from(">HH", payload, at + 5)
-            one_pass = kind in _SEQUENTIAL
+            one_pass = kind in _SEQUENTIAL and _first_scan(payload, at) == payload[at + 9]
         else:
             return None
     except (struct.error, IndexError, ValueError):
         return None
     return Look(int(width * height), weight, one_pass)
+
+
+def _first_scan(payload: bytes, at: int) -> int:
+    """How many components the first scan behind a marker has; 0 where it is not found at once."""
+    for _ in range(FEW_PARTS):
+        kind, length = struct.unpack_from(">xBH", payload, at)
+        if kind == 0xDA:
+            return payload[at + 4]
+        at += 2 + length
+    return 0
 
 
 _MARKER = re.compile(rb"\xff([^\x00\xff])", re.DOTALL)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.containers import MAX_PARTS, MAX_SCANS, Container, look, png_ends_early, unwrap
+from models.containers import MAX_PARTS, MAX_SCANS, Container, Look, look, png_ends_early, unwrap
 from tests.models import corpus
 from tests.models.corpus import HEIGHT, WIDTH, encode, scene
 
@@ -34,6 +34,15 @@ def test_a_look_at_the_header_gives_the_pixels_at_once(name: str) -> None:
     else:
         assert found is not None
         assert (found.pixels, found.one_pass) == (WIDTH * HEIGHT, unwrap(READABLE[name][0]).one_pass)
+
+
+def test_a_sequential_jpeg_of_several_scans_is_held_in_full_and_looked_at_so() -> None:
+    file = READABLE["jpeg"][0]
+    scan = file.index(b"\xff\xda") + 4
+    assert look(file) == Look(WIDTH * HEIGHT, 1.0, True)
+    apart = file[:scan] + b"\x01" + file[scan + 1 :]
+    assert look(apart) == Look(WIDTH * HEIGHT, 1.0, False)
+    assert not unwrap(apart).one_pass
 
 
 @pytest.mark.parametrize("name", READABLE)
