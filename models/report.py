@@ -26,6 +26,7 @@ FOLDS = 5
 MOST_SUSPECTS = 10
 ENOUGH, GOOD = 5, 10  # shots of a class
 MANY_TWINS = 0.3  # of all examples
+MANY = 200  # examples of a task, from which on each fit more is felt
 MANY_WRONG = 0.25  # of what was held out
 
 
@@ -98,7 +99,7 @@ def _held(learner: Learner, support: Support, near: float, leave_one_out: Callab
     if leave_one_out is not None:
         logits[:] = fetch(leave_one_out())
         again = index[counts[place[index]] > 1]
-        turn = _turns(labels, place, again)
+        turn = turn if len(labels) < MANY else _turns(labels, place, again)
     for fold in range(FOLDS):
         out = again[turn[again] == fold]
         if len(out):

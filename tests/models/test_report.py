@@ -202,6 +202,7 @@ def test_twins_cost_no_more_fits_than_leave_a_class_whole_enough(
         return adapt(self, support)
 
     monkeypatch.setattr(kind, "adapt", counted)
+    monkeypatch.setattr("models.report.MANY", 0)
     found = held_out(learner("prototype"), support, near=1e-6)
     assert len(found.twins) == len(pairs)
     assert len(sizes) == fits
