@@ -31,6 +31,8 @@ VARIABLE = "FEWSHOT_TEST_AUDIT"
 IMPORTING = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
 OURS = (f"{ROOT}/models/", f"{ROOT}/service/")
 ANNOTATIONS = (inspect.__file__, typing.__file__)
+# pytest writes down what it made of a module that a service in its process imports late, as the interpreter does.
+WRITES_CODE = (*IMPORTING, f"{sysconfig.get_path('purelib')}/_pytest/assertion/rewrite.py")
 FASTAPI = f"{sysconfig.get_path('purelib')}/fastapi/dependencies/utils.py"
 # What runs beside the service, for whoever operates it; only what the service itself does is watched.
 BESIDE = tuple(f"{ROOT}/service/{part}" for part in ("cli/", "client/", "keys.py", "secrets.py", "doctor.py"))
@@ -104,13 +106,12 @@ class Watch:
             path, mode, flags = args
             if isinstance(path, int) or not (flags & WRITES or set(mode or "") & set("wax+")):
                 return True
-            if frame.f_code.co_filename in IMPORTING or _text(path) == os.devnull:  # compiled modules
+            if _importing(frame) or _text(path) == os.devnull:
                 return True
             return self.writes(os.path.realpath(_text(path)), frame)
         if event in PATHS:
             paths = [path for path in args[: PATHS[event]] if not isinstance(path, int) and _text(path) != ":memory:"]
-            importing = frame.f_code.co_filename in IMPORTING
-            return importing or all(self.writes(os.path.realpath(_text(path)), frame) for path in paths)
+            return _importing(frame) or all(self.writes(os.path.realpath(_text(path)), frame) for path in paths)
         return False
 
 
@@ -122,6 +123,14 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _importing(frame: FrameType) -> bool:
+    """Whether this writes a compiled module."""
+    near = next(
+        one.f_code.co_filename for one in _stack(frame) if one.f_code.co_filename not in ("<frozen os>", os.__file__)
+    )
+    return near in WRITES_CODE
 
 
 def _place(frame: FrameType) -> str:

@@ -189,3 +189,16 @@ def test_an_event_fails_a_run_whose_tests_all_pass(tmp_path: Path) -> None:
         assert Counter(line.split(" watched, ")[1] for line in done.stdout.splitlines() if " watched, " in line) == (
             {"2 events not allowed": 1} if status else {}
         )
+
+
+@pytest.mark.slow
+def test_a_first_run_that_writes_compiled_modules_passes(tmp_path: Path) -> None:
+    """A service that shares the process of the tests imports some modules late, and pytest writes down what it made of
+    them: with an empty cache, as in a new environment, that is no event."""
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    test = "tests/service/web/test_export.py::test_the_runtime_for_browsers_is_served_where_it_was_fetched"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", test]
+    done = subprocess.run(command, cwd=audit.ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert list(tmp_path.rglob("_fileio*pytest*.pyc")), "nothing was written"
