@@ -58,7 +58,7 @@ faults:
 # The short forms of the faults wait more than they work, so they run beside all other tests.
 test: $(VENV)/dev redis-server chromium faults lint
 	@export FEWSHOT_TEST_REQUIRE=$${FEWSHOT_TEST_REQUIRE:-torch,redis,browser}; \
-	log=$$(mktemp); $(BIN)/python -m pytest -m torture -q --durations=10 >$$log 2>&1 & faults=$$!; \
+	log=$$(mktemp); $(BIN)/python -m pytest -m torture -n 0 -q --durations=10 >$$log 2>&1 & faults=$$!; \
 	trap 'kill $$faults' INT TERM; \
 	$(BIN)/python -m pytest -m 'not torture' -q --durations=30; others=$$?; \
 	wait $$faults; faults=$$?; cat $$log; rm -f $$log; \

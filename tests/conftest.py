@@ -1,4 +1,8 @@
-"""Over the whole suite, what serves is watched: see tests/audit.py. One event that is not allowed fails the run."""
+"""Over the whole suite, what serves is watched: see tests/audit.py. One event that is not allowed fails the run.
+
+A run of the whole suite takes as many processes as there are cores (pytest-xdist); one of some files takes one, so that
+a debugger and `-s` work. `-n` says otherwise. All of them write what they saw to one file, which the first one reads.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,39 @@ from tests import audit
 SEEN = pytest.StashKey[list[dict[str, object]]]()
 
 
+def is_whole(config: pytest.Config) -> bool:
+    return config.args_source is not pytest.Config.ArgsSource.ARGS
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return len(os.sched_getaffinity(0)) if is_whole(config) and not config.option.collectonly else 0
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """To read a file of tests that all need torch takes seconds, in every process: not where they are left out."""
+    if collection_path.suffix == ".py" and is_whole(config) and "not torch" in config.option.markexpr:
+        return True if "\npytestmark = pytest.mark.torch\n" in collection_path.read_text() else None
+    return None
+
+
+def is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if is_worker(config):
+        audit.in_this_process(os.environ[audit.VARIABLE]).install()
+        return
     handle, file = tempfile.mkstemp(prefix="fewshot-audit-")
     os.close(handle)
     os.environ[audit.VARIABLE] = file  # services that tests start are watched because of it
     audit.in_this_process(file).install()
 
 
+@pytest.hookimpl(trylast=True)  # when the other processes have ended
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if is_worker(session.config):
+        return
     file = Path(os.environ.pop(audit.VARIABLE))
     seen = session.config.stash[SEEN] = [json.loads(line) for line in file.read_text().splitlines()]
     file.unlink()

@@ -172,12 +172,14 @@ def files(*packages: str) -> list[Path]:
     return [file for package in packages for file in sorted((ROOT / package).rglob("*.py"))]
 
 
+@pytest.mark.slow
 def test_nothing_that_serves_makes_code_of_bytes_or_starts_programs() -> None:
     found = {file.relative_to(ROOT).as_posix(): list(forbidden(file.read_text())) for file in files(*SERVING)}
     assert len(found) > 60
     assert {name: lines for name, lines in found.items() if lines and not name.startswith(BESIDE)} == {}
 
 
+@pytest.mark.slow
 def test_no_answer_has_the_words_of_an_exception() -> None:
     named = [file.relative_to(ROOT).as_posix() for file in files(*SERVING)]
     asked = [name for name in named if not name.startswith(SPEAKING)]

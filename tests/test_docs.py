@@ -203,6 +203,7 @@ def test_the_commands_of_training_lead_to_an_artifact_that_is_served(tmp_path: P
     assert served["accuracy"]
 
 
+@pytest.mark.slow
 def test_the_api_reference_is_what_the_generator_gives() -> None:
     made = reference.page(asyncio.run(reference.document()))
     assert text_of("api.md") == made, "python -m service.web.reference writes it anew"

@@ -239,12 +239,14 @@ def test_what_stands_close_by_is_allowed(rule: Rule, path: str, source: str) -> 
     assert not any(rule(found) for found in imports(path, source))
 
 
+@pytest.mark.slow
 def test_the_walk_reaches_every_package_and_the_imports_inside_functions(project: list[Import]) -> None:
     assert {found.path.split("/")[0] for found in project} == set(PACKAGES)
     assert Import("models/arrays.py", "place", "torch") in project
     assert Import("models/learners/lstm.py", "", "models.learners.memory") in project
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [rule for rule, _, _ in RULES], ids=name)
 def test_the_project_keeps_the_rule(rule: Rule, project: list[Import]) -> None:
     assert [f"{found.path} imports {found.module}" for found in project if rule(found)] == []

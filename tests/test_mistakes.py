@@ -183,11 +183,13 @@ def test_the_page_has_the_fifteen_and_more() -> None:
     assert set(SPECIAL) < set(ASKING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", [title for title in ASKING if title not in SPECIAL])
 def test_a_mistake_brings_the_words_that_the_page_says(title: str, desk: Path, http: httpx.Client) -> None:
     check(ASKING[title], desk, http.base_url.netloc.decode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("title", "elsewhere"), list(SPECIAL.items()), indirect=["elsewhere"], ids=[*SPECIAL.values()])
 def test_a_mistake_in_another_place_brings_them_too(
     title: str, desk: Path, elsewhere: tuple[httpx.Client, str]

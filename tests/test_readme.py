@@ -190,6 +190,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.slow
 def test_every_route_is_in_the_table(address: str) -> None:
     done = subprocess.run(["curl", "-s", address + "/openapi.json"], capture_output=True, timeout=30)
     routes = {(method.upper(), path) for path, item in json.loads(done.stdout)["paths"].items() for method in item}
@@ -197,6 +198,7 @@ def test_every_route_is_in_the_table(address: str) -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs_as_it_is_written(address: str) -> None:
     assert len(BLOCKS) >= 8
     for kind, block in BLOCKS:

@@ -18,6 +18,7 @@ CHARACTERS = ROOT / "models" / "pretrained" / "characters"
 BUSY = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
 
 
+@pytest.mark.slow
 def test_the_work_of_a_servers_children_counts_as_its_own() -> None:
     process = subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True)
     try:

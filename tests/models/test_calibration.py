@@ -42,6 +42,7 @@ def test_the_energy_of_large_logits_is_finite() -> None:
     np.testing.assert_allclose(energy(np.array([[1e4, 1e4], [-1e4, -1e4]])), [1e4 + np.log(2), -1e4 + np.log(2)])
 
 
+@pytest.mark.slow
 @settings(deadline=None, database=None)
 @given(
     energies=st.lists(NUMBERS, min_size=2, max_size=20),
@@ -136,6 +137,7 @@ def test_without_examples_it_is_the_temperature() -> None:
     assert divisor(3.5, np.zeros((0, 5)), np.zeros(0, int)) == 3.5
 
 
+@pytest.mark.slow
 @settings(deadline=None, database=None)
 @given(size=st.floats(0, 1e30), n=st.integers(1, 12), way=st.integers(2, 5), seed=st.integers(0, 99))
 def test_whatever_is_claimed_it_is_bounded(size: float, n: int, way: int, seed: int) -> None:

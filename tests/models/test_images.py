@@ -51,6 +51,7 @@ def test_bytes_after_the_picture_change_nothing(name: str) -> None:
     assert np.array_equal(SAME_SIZE(file + b"PK\3\4 and more \xff\xd8\xff"), SAME_SIZE(file))
 
 
+@pytest.mark.slow
 def test_the_same_file_gives_the_same_pixels_each_time_on_any_thread() -> None:
     files = [file for file, _, _ in READABLE.values()]
     once = [SAME_SIZE(file) for file in files]
@@ -59,6 +60,7 @@ def test_the_same_file_gives_the_same_pixels_each_time_on_any_thread() -> None:
     assert all(np.array_equal(again[i], once[i % len(once)]) for i in range(len(again)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_picture_is_turned_upright_as_its_exif_says(kind: str, orientation: int) -> None:
@@ -151,6 +153,7 @@ def test_a_grey_decoder_gives_the_lightness_of_a_colour_picture() -> None:
     assert np.array_equal(seen[:, :, 0], corpus.grey(scene()))
 
 
+@pytest.mark.slow
 def test_every_size_is_read() -> None:
     """Among them sizes where width / target * target is not the width again, such as 29 and 28."""
     assert 29 / 28 * 28 > 29
@@ -212,6 +215,7 @@ def refusal(file: bytes, decoder: ImageDecoder = SAME_SIZE) -> UndecodableExampl
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_file_that_is_no_whole_picture_is_refused_at_once_for_little_and_in_a_sentence(name: str) -> None:
     file = REFUSED[name]
@@ -223,6 +227,7 @@ def test_a_file_that_is_no_whole_picture_is_refused_at_once_for_little_and_in_a_
     assert peak(lambda: refusal(file)) < MAX_BYTES
 
 
+@pytest.mark.slow
 def test_the_clock_and_the_scale_notice_a_picture_that_is_too_large() -> None:
     generous = ImageDecoder(28, 28, 1, max_pixels=10**9)
     file = corpus.blank(9_000, 9_000)
@@ -341,6 +346,7 @@ def mutate(file: bytes, donor: bytes, rng: random.Random) -> bytes:
     return corpus.with_right_checksums(bytes(data)) if rng.random() < 0.5 else bytes(data)
 
 
+@pytest.mark.slow
 def test_two_thousand_damaged_files_are_refused_or_read_and_nothing_else() -> None:
     rng = random.Random(20)
     files = [file for name, (file, _, _) in READABLE.items() if name != "png in tiny chunks"]

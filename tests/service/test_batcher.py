@@ -157,6 +157,7 @@ def test_one_bad_image_fails_alone_and_its_neighbours_do_not_notice() -> None:
     run(work, MeanColour())
 
 
+@pytest.mark.slow
 def test_a_request_with_a_bad_image_is_let_go_of_with_its_answer() -> None:
     """Not when the garbage collector comes by: meanwhile its images would be in memory and counted nowhere."""
 
@@ -433,6 +434,7 @@ def test_images_functions_and_those_that_end_a_request_take_turns() -> None:
     run(work, extractor)
 
 
+@pytest.mark.slow
 def test_functions_that_would_wait_too_long_are_refused_unless_they_end_what_was_let_in() -> None:
     extractor = Gated()
 

@@ -113,6 +113,7 @@ def test_json_is_what_the_api_calls_things(fewshot: Fewshot, folder: Path) -> No
     assert fewshot("tasks", "forget", "json", "--json").json == {"task": "json", "forgotten": True}
 
 
+@pytest.mark.slow
 def test_a_task_is_changed_shown_rolled_back_and_forgotten(fewshot: Fewshot, folder: Path, tmp_path: Path) -> None:
     name = fewshot("adapt", folder, "--json").json["task"]
     more = fewshot("add", name, drawn(tmp_path / "more", "lime", shots=2), "--json").json
@@ -154,6 +155,7 @@ def test_what_is_left_out_is_said_beside_the_answer(fewshot: Fewshot, folder: Pa
     assert "Left out red/0.png: The same image was sent twice; it counts once.\n" in twice.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_pictures_of_which_none_can_be_read_are_named_each(
     fewshot: Fewshot, folder: Path, tmp_path: Path, count: int
@@ -169,6 +171,7 @@ def test_pictures_of_which_none_can_be_read_are_named_each(
     assert asked.err.splitlines() == [f"{file}: {text}" for file in files]
 
 
+@pytest.mark.slow
 def test_an_example_is_taken_back_by_its_id_or_its_file(fewshot: Fewshot, folder: Path, tmp_path: Path) -> None:
     (folder / "red" / "2.png").write_bytes(picture("blue", seed=70))
     learned = fewshot("adapt", folder, "--task", "taken")
@@ -226,6 +229,7 @@ def test_the_version_is_that_of_the_project(fewshot: Fewshot) -> None:
     assert project["version"] == VERSION
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_one_sentence_and_status_1(
     fewshot: Fewshot, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +244,7 @@ def test_what_goes_wrong_is_one_sentence_and_status_1(
     refused(fewshot("bench"), "deploy/bench.py of the project's source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -257,6 +262,7 @@ def test_wrong_usage_is_one_sentence_and_status_2(fewshot: Fewshot, arguments: l
     refused(fewshot(*arguments), words, status=2)
 
 
+@pytest.mark.slow
 def test_every_command_that_asks_a_service_takes_its_address_a_key_and_json(fewshot: Fewshot) -> None:
     said = fewshot("--help")
     asking = ["adapt", "add", "remove", "classify", "export", "tasks"]
@@ -268,6 +274,7 @@ def test_every_command_that_asks_a_service_takes_its_address_a_key_and_json(fews
         assert all(option in words for option in ("--url", "--key", "--json", "FEWSHOT_URL", "FEWSHOT_KEY")), command
 
 
+@pytest.mark.slow
 def test_a_key_comes_from_the_environment_or_the_command(
     fewshot: Fewshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +352,7 @@ def test_the_command_loads_neither_the_server_nor_a_model() -> None:
     assert done.stderr.strip() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "extra"), [("uvicorn", "serve"), ("typer", "cli"), ("torch", "train")])
 def test_what_a_command_lacks_is_named_with_a_remedy(module: str, extra: str) -> None:
     command = {"serve": "serve", "cli": "tasks", "train": "train"}[extra]
@@ -356,6 +364,7 @@ def test_what_a_command_lacks_is_named_with_a_remedy(module: str, extra: str) ->
     )
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_early_is_no_error(address: str) -> None:
     line = f"{' '.join(program('tasks'))} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(

@@ -173,6 +173,7 @@ def test_what_is_no_support_set_is_said_before_anything_is_sent(client: Client, 
     assert faults.asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "label", ['5" disc', "back\\slash", "100%", "%22", "é ✓ 猫", "a;b=c", "unlabelled", "query", "label:x", "a/b"]
 )
@@ -190,6 +191,7 @@ def test_any_label_comes_back_as_it_was(client: Client, label: str) -> None:
 ODD = ["mug: blue", "50%", "50%25", "a/b", "unlabelled", "label:x", "🦊 é", ".hidden", "dots..", "__MACOSX", "%FF"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["zip", "folder"])
 def test_kept_images_that_are_taught_again_keep_their_labels(client: Client, tmp_path: Path, form: str) -> None:
     support = {label: picture("red", seed=seed) for seed, label in enumerate(ODD)}
@@ -294,6 +296,7 @@ def test_several_images_of_which_none_is_good_have_an_error_each(client: Client,
             ask(images, on_bad_image="fail")
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_service_is_no_fault_of_the_images(tmp_path: Path) -> None:
     artifact = tiny_artifact(tmp_path / "artifact")
     extractor = Failing(broken=False)
@@ -376,6 +379,7 @@ def test_kept_images_come_back(client: Client, tmp_path: Path) -> None:
     assert not (tmp_path / "none.zip").exists()
 
 
+@pytest.mark.slow
 def test_the_report_names_the_files_it_speaks_of(client: Client, folder: Path) -> None:
     (folder / "red" / "2.png").write_bytes(picture("blue", seed=70))
     task = client.adapt(folder)
@@ -436,6 +440,7 @@ def test_tasks_are_listed_over_all_pages(tmp_path: Path) -> None:
 # What is too much for one request
 
 
+@pytest.mark.slow
 def test_a_folder_larger_than_a_request_is_learned_in_several(client: Client, faults: Faults, tmp_path: Path) -> None:
     root = drawn(tmp_path / "large", "red", "blue", "lime", shots=10)
     (root / "red" / "0.png").write_bytes(b"nothing")  # the first of its class
@@ -463,6 +468,7 @@ def test_a_folder_larger_than_a_request_is_learned_in_several(client: Client, fa
     assert task.add(drawn(tmp_path / "more", "yellow", shots=9)).version > task.version + 1
 
 
+@pytest.mark.slow
 def test_a_broken_first_image_costs_no_class_when_requests_are_small(tmp_path: Path) -> None:
     broken = [b"nothing" + bytes(1500), b"nothing" + bytes(1600)]
     support = {c: [*broken, *images] for c, images in some("red", "blue", "lime").items()}
@@ -544,6 +550,7 @@ def test_an_upload_that_cannot_be_deleted_is_no_error(running: tuple[str, Faults
         client.task(left).forget()
 
 
+@pytest.mark.slow
 def test_a_last_answer_that_is_lost_makes_no_second_version(client: Client, faults: Faults) -> None:
     support = some("red", "blue", shots=9)
     client.limits()
@@ -668,6 +675,7 @@ def test_every_change_of_a_task_carries_a_key_of_its_own(client: Client, faults:
     assert all(keys)
 
 
+@pytest.mark.slow
 def test_a_slow_answer_is_not_waited_for_twice(running: tuple[str, Faults], faults: Faults) -> None:
     faults.next.append("wait 1")
     with Client(running[0], timeout=0.2) as hasty, pytest.raises(TimedOut, match="did not answer in time"):
@@ -758,6 +766,7 @@ def test_a_client_that_is_thrown_away_closes_its_connections(running: tuple[str,
 # Two clients, one description
 
 
+@pytest.mark.slow
 def test_the_asynchronous_client_does_the_same(running: tuple[str, Faults], faults: Faults, folder: Path) -> None:
     async def work() -> None:
         async with AsyncClient(running[0]) as client:
@@ -802,6 +811,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters(left: type,
     assert all(getattr(left, name).__doc__ for name in ("adapt", "task") if hasattr(left, name))
 
 
+@pytest.mark.slow
 def test_the_client_needs_httpx_and_nothing_else_of_ours_or_others() -> None:
     barred = (
         "models training numpy PIL fastapi starlette onnxruntime pydantic redis torch safetensors uvicorn typer rich"

@@ -63,6 +63,7 @@ def has_ipv6() -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_computer_that_is_fine_is_found_fine_and_left_as_it_was(tmp_path: Path) -> None:
     data = tmp_path / "data" / "deeper"
     found = everything({"FEWSHOT_PORT": "0", "FEWSHOT_DATA_DIR": str(data)})
@@ -76,6 +77,7 @@ def test_a_computer_that_is_fine_is_found_fine_and_left_as_it_was(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_ok_or_with_what_to_see_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +134,7 @@ def test_a_wrong_setting_is_told_and_what_does_not_need_it_is_still_checked() ->
     assert "artifact" not in found
 
 
+@pytest.mark.slow
 def test_passwords_in_settings_are_not_shown() -> None:
     environment = {"FEWSHOT_REDIS_URL": "redis://me:sesame@127.0.0.1:1/0", "FEWSHOT_PORT": "0"}
     assert doctor.in_force(environment)["FEWSHOT_REDIS_URL"] == "redis://***@127.0.0.1:1/0"
@@ -176,6 +179,7 @@ def test_an_artifact_that_is_none_or_was_changed_is_told(tmp_path: Path, monkeyp
     wrong(doctor.artifact(Settings(artifact=PRETRAINED / "characters", views=2)), "texts, which have no views")
 
 
+@pytest.mark.slow
 def test_a_port_is_free_taken_or_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ASK_S", 0.5)  # the other program takes the connection and says nothing
     with taken() as port:
@@ -187,6 +191,7 @@ def test_a_port_is_free_taken_or_ours(tmp_path: Path, monkeypatch: pytest.Monkey
         fine(doctor.port(Settings(port=int(url.rsplit(":", 1)[1]))), "fewshot is running")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")
 @pytest.mark.parametrize("host", ["::", "::1"])
 def test_a_port_of_ipv6_is_another_than_that_of_ipv4(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +284,7 @@ def test_a_service_that_does_not_answer_or_is_another_is_told(tmp_path: Path) ->
         wrong(doctor.service(url, None), "not one of a fewshot service")
 
 
+@pytest.mark.slow
 def test_a_service_with_keys_asks_for_one(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     _, weak = keys.create(file, tenant="acme", scopes=("admin",))

@@ -319,6 +319,7 @@ def test_of_many_brief_changes_in_a_row_only_a_few_are_learned(tmp_path: Path, m
     run(tmp_path, work)
 
 
+@pytest.mark.slow
 def test_brief_changes_of_many_tasks_are_learned_one_at_a_time_and_not_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -730,6 +731,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("artifact")
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, database=None)
 @given(
     order=st.permutations([*range(len(PARTS)), *range(-len(EXTRA), 0)]),
@@ -755,6 +757,7 @@ def test_examples_added_one_at_a_time_in_any_order_make_the_task_that_all_at_onc
     run(folder, work, rejects=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, database=None)
 @given(
     gone=st.lists(st.integers(0, len(PARTS) + len(EXTRA) - 1), min_size=1, max_size=4, unique=True),
@@ -1151,6 +1154,7 @@ FIRST_USES: dict[str, Callable[[Engine, Scope], Awaitable[object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads_kept", [True, False])
 @pytest.mark.parametrize("use", FIRST_USES)
 def test_with_its_images_a_task_is_learned_again_on_first_use(tmp_path: Path, use: str, heads_kept: bool) -> None:
@@ -1187,6 +1191,7 @@ def test_many_first_uses_at_once_learn_the_task_again_once(tmp_path: Path) -> No
     run(tmp_path, work, extractor=extractor)
 
 
+@pytest.mark.slow
 def test_artifacts_that_take_turns_with_a_task_push_out_no_version_of_it(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         await engine.adapt(scope, "t", SUPPORT, retain=True)

@@ -345,6 +345,7 @@ def rejecting(artifact: Artifact, methods: Sequence[str]) -> Artifact:
     return dataclasses.replace(artifact, manifest=manifest)
 
 
+@pytest.mark.slow
 @SHIPPED
 def test_every_learner_of_the_artifacts_that_ship_answers_alike_from_its_file(name: str) -> None:
     artifact = Artifact.load(PRETRAINED / name)
@@ -372,6 +373,7 @@ def test_every_learner_of_the_artifacts_that_ship_answers_alike_from_its_file(na
         assert known.max() - known.min() > 0.3, method
 
 
+@pytest.mark.slow
 @SHIPPED
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_the_file_is_whole_small_and_plain(name: str, precision: str) -> None:

@@ -44,6 +44,7 @@ def head(record: Record) -> Head:
     return learn(record, learner(record.method), Temperature(0.1, 0.2, 0.1), None, device="cpu").head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_hundred_classes_one_at_a_time_in_any_order_and_fifty_taken_back_are_the_task_learned_at_once(
     method: str, examples: dict[str, list[tuple[Example, np.ndarray]]]

@@ -426,6 +426,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_as_a_program_it_finds_the_file_in_the_setting(file: Path) -> None:
     made = command("create", "--tenant", "acme", "--scopes", "adapt", file=file)
     assert (made.returncode, len(made.stdout.split())) == (0, 1)

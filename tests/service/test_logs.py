@@ -123,6 +123,7 @@ def test_a_process_that_ends_at_once_writes_its_last_lines() -> None:
     assert "the last" in stream.getvalue()
 
 
+@pytest.mark.slow
 def test_but_waits_for_nobody_who_does_not_read() -> None:
     stream = Slow()
     handler, logger = later(stream)
@@ -134,6 +135,7 @@ def test_but_waits_for_nobody_who_does_not_read() -> None:
     handler.close()
 
 
+@pytest.mark.slow
 def test_lines_that_were_lost_are_counted_until_they_are_told() -> None:
     class Broken(io.StringIO):
         broken = True

@@ -91,6 +91,7 @@ def refused(folder: Path, **variables: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_it_says_where_it_is_and_the_command_it_prints_works(tmp_path: Path) -> None:
     with started(tmp_path) as (process, address, said):
         assert get(address + "/readyz") == {"status": "ok", "lane": True, "store": True}

@@ -87,6 +87,7 @@ def app(folder: Path, **settings: Path) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.mark.slow
 def test_whether_the_keys_can_be_read_is_told(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     _, token = keys.create(file, tenant="acme", scopes=("admin",))
@@ -100,6 +101,7 @@ def test_whether_the_keys_can_be_read_is_told(tmp_path: Path) -> None:
         assert value(http.get("/metrics").text, "fewshot_keys_file_readable") == 0
 
 
+@pytest.mark.slow
 def test_without_keys_nothing_is_wrong_with_them(tmp_path: Path) -> None:
     with app(tmp_path) as http:
         assert value(http.get("/metrics").text, "fewshot_keys_file_readable") == 1

@@ -119,6 +119,7 @@ class Busy:
         time.sleep(self.needs if self.calls == 4 else 0.06)
 
 
+@pytest.mark.slow
 def test_a_busy_computer_chooses_as_one_at_rest(characters: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extractor_onnx, "OnnxExtractor", Busy)
     found = seconds(characters)

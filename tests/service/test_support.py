@@ -202,6 +202,7 @@ def test_of_what_is_added_only_what_is_new_is_kept() -> None:
     assert [item.code for item in rejected] == ["duplicate_example"] * 2
 
 
+@pytest.mark.slow
 @given(st.permutations(range(12)), st.integers(1, 11), st.booleans())
 def test_a_record_that_grew_is_that_of_all_its_examples(order: list[int], first: int, retain: bool) -> None:
     labelled = [Example(f"class {k % 4}", bytes([65 + k])) for k in range(9)]

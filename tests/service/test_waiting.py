@@ -101,6 +101,7 @@ def test_requests_of_one_tenant_take_turns_as_well(loop: asyncio.AbstractEventLo
     assert large.rest == 54
 
 
+@pytest.mark.slow
 def test_who_asks_for_ten_times_what_can_be_done_is_refused_and_another_is_not(loop: asyncio.AbstractEventLoop) -> None:
     place = Place(loop)
     refused = Counter[str]()
@@ -124,6 +125,7 @@ def test_alone_a_tenant_has_all_of_it(loop: asyncio.AbstractEventLoop) -> None:
     )  # 0.4 s of 10 ms each, with the one that waits
 
 
+@pytest.mark.slow
 def test_of_two_who_flood_each_gets_a_half(loop: asyncio.AbstractEventLoop) -> None:
     place = Place(loop)
     served = Counter[str]()
@@ -162,6 +164,7 @@ def test_functions_take_turns_by_tenant_as_well(loop: asyncio.AbstractEventLoop)
     assert Counter(order) == {"flood": 21, "calm": 2}
 
 
+@pytest.mark.slow
 def test_a_large_file_counts_as_the_many_that_it_takes_as_long_as(loop: asyncio.AbstractEventLoop) -> None:
     place = Place(loop, max_wait_s=100)
     served = Counter[str]()
@@ -182,6 +185,7 @@ def test_of_large_files_a_batch_takes_no_more_than_work_for_as_many_images(loop:
         assert place.batch() == ["one"] * images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "least"),
     [("PNG", 12), ("WEBP", 12), ("JPEG", 2)],  # a JPEG is made smaller while it is decoded

@@ -64,6 +64,7 @@ def test_every_image_comes_once_in_the_order_of_the_names(folder: Path) -> None:
     assert len(images) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [*data.SPLITS, "all"])
 def test_a_folder_and_a_zip_give_the_same_images_in_the_same_order(folder: Path, tmp_path: Path, split: str) -> None:
     archive = zipped(folder, tmp_path / "one.zip")

@@ -71,6 +71,7 @@ def test_features_that_name_their_class_are_always_right(learner: Prototype | Ri
     assert evaluate.interval(values) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [2, 5])
 def test_features_that_know_nothing_are_right_by_chance(way: int) -> None:
     episodes = frozen(Pool.of(labels()), way=way, shot=3, queries=5, count=800, seed=0)
@@ -167,6 +168,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MeanColour:
     return extractor
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_adds_json_lines(
     shapes: Path, fake: MeanColour, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_line_says_what_was_measured_with_what_and_by_which_command(
     assert (line["artifact"], line["labels"], line["seconds"], line["rotations"]) == ("tiny", "none", None, False)
 
 
+@pytest.mark.slow
 def test_a_line_whose_examples_are_spread_says_so_and_is_of_other_episodes(
     shapes: Path, fake: MeanColour, tmp_path: Path
 ) -> None:
@@ -367,6 +370,7 @@ def test_what_would_measure_nothing_is_refused(
     assert not fake.batches
 
 
+@pytest.mark.slow
 def test_headers_show_the_classes_that_there_were(
     shapes: Path, fake: MeanColour, capsys: pytest.CaptureFixture[str]
 ) -> None:

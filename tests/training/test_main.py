@@ -28,6 +28,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_without_a_command_the_commands_are_printed() -> None:
     done = subprocess.run([sys.executable, "-m", "training"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
@@ -47,6 +48,7 @@ def test_what_is_no_command_is_answered_with_the_commands(
     assert all(f"  {name} " in printed for name in NAMES)
 
 
+@pytest.mark.slow
 def test_threads_do_not_spin_while_they_wait_and_measuring_needs_no_torch() -> None:
     """torch reads the two settings when it is imported; what the user has set goes first."""
     code = (

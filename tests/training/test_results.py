@@ -64,6 +64,7 @@ def part(text: str, title: str) -> str:
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_what_the_raw_results_give(tmp_path: Path) -> None:
     results.main(ResultsConfig(raw=COMMITTED / "results", out=tmp_path))
     again = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

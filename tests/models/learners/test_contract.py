@@ -92,6 +92,7 @@ def test_no_unlabelled_examples_are_as_good_as_none(method: str) -> None:
     assert_same(learner(method).adapt(support), learner(method).adapt(empty), tolerance=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shots", [(1,) * 5, (5,) * 5, (1, 2, 3, 4, 5), (3,) * 30])
 def test_clusters_that_lie_apart_are_told_apart(method: str, shots: tuple[int, ...]) -> None:
     noise = 0.08 if len(shots) > 5 else 0.15

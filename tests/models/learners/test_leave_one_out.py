@@ -29,6 +29,7 @@ def learned_without(found: Any, support: Support, index: int) -> np.ndarray:
     return np.asarray(support.features[index] @ weight.T + bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shots", SHOTS)
 def test_each_example_scores_as_if_the_task_had_been_learned_without_it(method: str, shots: tuple[int, ...]) -> None:
     support, _, _ = clusters(shots, noise=0.5)

@@ -201,6 +201,7 @@ def test_a_sudden_state_overflows_nowhere() -> None:
     assert np.isfinite(learner("lstm", offset=offset).adapt(support).weight).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shots", [(2, 2), (3, 1, 6), (1, 5, 2, 3), (8,) * 12])
 def test_but_for_what_its_cell_answers_it_leaves_an_example_out_exactly(shots: tuple[int, ...]) -> None:
     deaf = {name: np.zeros_like(arrays("lstm")[name]) for name in ("inputs", "recur")}  # it answers the same for any

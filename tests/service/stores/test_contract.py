@@ -62,6 +62,7 @@ async def test_a_commit_that_expects_another_version_changes_nothing(store: Stor
     assert await scope.head("hd_3") is None
 
 
+@pytest.mark.slow
 async def test_twenty_increments_at_once_lose_none(store: Store) -> None:
     scope = store.scope("t")
     await commit(scope, "sum", 0)
@@ -136,6 +137,7 @@ async def test_listing_goes_by_name_in_pages(store: Store) -> None:
     assert len(await scope.tasks(limit=5)) == 5
 
 
+@pytest.mark.slow
 async def test_a_tenant_is_full_when_it_has_so_many_tasks_that_have_not_ended(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,6 +581,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", ["pointer", "record"])
 async def test_a_damaged_task_is_refused_and_the_others_go_on(

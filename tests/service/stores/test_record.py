@@ -132,6 +132,7 @@ async def test_of_a_task_that_grows_its_base_and_its_newest_version_stay_in_memo
     assert sum(known.size for known in recent._records.values()) == recent._bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [False, True])
 async def test_every_version_of_a_task_that_grows_is_read_back_exactly(
     bare: Store, beneath: Beneath, images: bool
@@ -150,6 +151,7 @@ async def test_every_version_of_a_task_that_grows_is_read_back_exactly(
             assert same(found[1], grown(2 * LEAST + version - 1, images=images))
 
 
+@pytest.mark.slow
 async def test_a_base_stays_as_long_as_a_version_needs_it_and_no_longer(bare: Store, beneath: Beneath) -> None:
     """Ten versions are kept: of one that grows twelve times, those and their base."""
     scope = bare.scope("t")
@@ -220,6 +222,7 @@ async def test_a_damaged_base_is_refused_and_so_is_another_one(bare: Store, bene
     assert same((await scope.record("cats") or (None, None))[1], grown(2 * LEAST + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["rotten", "another", "gone"])
 async def test_nothing_is_built_on_a_base_that_is_damaged_or_gone(bare: Store, beneath: Beneath, damage: str) -> None:
     """Though it is in memory: what is acknowledged now is to be there after a restart."""
@@ -238,6 +241,7 @@ async def test_nothing_is_built_on_a_base_that_is_damaged_or_gone(bare: Store, b
         assert same((found or (None, None))[1], grown(2 * LEAST + version - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["history", "pointer"])
 async def test_what_a_damaged_history_forgot_is_found_in_the_record(bare: Store, beneath: Beneath, kind: str) -> None:
     """The version that is kept keeps its base."""

@@ -65,6 +65,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -407,6 +408,7 @@ async def test_expired_versions_and_memories_are_cleared_away(tmp_path: Path) ->
     await store.close()
 
 
+@pytest.mark.slow
 async def test_what_expired_leaves_the_disk_though_nobody_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -559,6 +561,7 @@ def grown(seed: int, more: int) -> Record:
     )
 
 
+@pytest.mark.slow
 async def test_reads_beside_writes_find_each_version_whole(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path, versions_kept=2)
     await store.open()
@@ -750,6 +753,7 @@ db.executescript(done + "SELECT killed();" + found + rest)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["INSERT INTO records", "DROP TABLE old", "COMMIT"])
 async def test_a_migration_cut_by_kill_9_has_done_nothing(tmp_path: Path, before: str) -> None:
     path = old_file(tmp_path)

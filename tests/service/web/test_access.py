@@ -284,6 +284,7 @@ def denied(answer: httpx.Response, path: str, status: int, code: str, words: str
     return words in refused(answer, status, code)["detail"]
 
 
+@pytest.mark.slow
 def test_no_route_shows_or_changes_a_task_of_another_tenant(service: Guarded) -> None:
     assert len(service.operations) > 15
     assert [wrong for operation in service.operations for wrong in crossings(service, operation)] == []
@@ -296,6 +297,7 @@ def test_the_matrix_would_notice_each_route_that_took_the_scope_of_another_tenan
         assert unnoticed == [op.name for op in service.operations if op.stateless]
 
 
+@pytest.mark.slow
 def test_no_route_is_open_without_a_key_or_with_one_that_lacks_the_scope(service: Guarded) -> None:
     assert [wrong for operation in service.operations for wrong in trespasses(service, operation)] == []
 
@@ -411,6 +413,7 @@ def test_there_is_no_way_around_the_keys_over_a_websocket() -> None:
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
+@pytest.mark.slow
 def test_lanes_know_for_which_tenant_they_work(service: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tenants take turns on them, whatever the way in and whichever of its keys."""
     seen: list[str] = []
@@ -463,6 +466,7 @@ def wait_for(service: Guarded, token: str, status: int) -> httpx.Response:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_keys_are_made_and_revoked_while_the_service_runs(service: Guarded, quick: None) -> None:
     old = create(service.file, tenant="c", scopes=["classify"])[1]
     wait_for(service, old, 200)
@@ -474,12 +478,14 @@ def test_keys_are_made_and_revoked_while_the_service_runs(service: Guarded, quic
     wait_for(service, new, 200)
 
 
+@pytest.mark.slow
 def test_a_key_ends_when_it_says(service: Guarded, quick: None) -> None:
     brief = create(service.file, tenant="c", scopes=["classify"], expires=datetime.now(UTC) + timedelta(seconds=0.4))[1]
     wait_for(service, brief, 200)
     assert "expired" in refused(wait_for(service, brief, 401), 401, "unauthorized")["detail"]
 
 
+@pytest.mark.slow
 def test_a_keys_file_that_is_damaged_while_the_service_runs_locks_nobody_out(
     service: Guarded, quick: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -496,6 +502,7 @@ def test_a_keys_file_that_is_damaged_while_the_service_runs_locks_nobody_out(
         service.file.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_no_key_is_in_any_log_answer_or_metric(service: Guarded, caplog: pytest.LogCaptureFixture) -> None:
     wrong = "fsk_live_" + "a" * 12 + "_" + "Canary" * 7 + "x"
     seen = ""
@@ -554,6 +561,7 @@ def test_every_route_that_takes_images_counts_them(service: Guarded, quick: None
     } <= counted
 
 
+@pytest.mark.slow
 def test_over_its_quota_a_key_is_told_how_long_to_wait_and_others_are_not_affected(
     service: Guarded, quick: None
 ) -> None:
@@ -578,6 +586,7 @@ def test_over_its_quota_a_key_is_told_how_long_to_wait_and_others_are_not_affect
     assert "ratelimit" not in service.get("/v1/tasks", "a").headers
 
 
+@pytest.mark.slow
 def test_nothing_is_stored_over_quota_and_a_retry_of_what_is_there_costs_nothing(service: Guarded, quick: None) -> None:
     token = limited(service, IMAGES, tenant="q")
     for _ in range(2):

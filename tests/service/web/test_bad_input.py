@@ -40,6 +40,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
+@pytest.mark.slow
 def test_an_unreadable_image(http: httpx.Client) -> None:
     problem = refused(http.post("/v1/tasks", files=[("a", b"hello"), ("b", BLUE)]), 422, "invalid_support", "'a'")
     assert problem["index"] == 0
@@ -257,6 +258,7 @@ def test_an_archive_with_a_link(http: httpx.Client) -> None:
 GOOD = {"support": support_json("red", "blue", shots=1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [

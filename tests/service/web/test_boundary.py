@@ -61,6 +61,7 @@ def abandoned(http: httpx.Client) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith("fewshot_abandoned_images_total")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/tasks/colours/classify", "/v1/tasks/colours/classify?explain=true"])
 def test_an_image_whose_caller_has_hung_up_is_not_looked_at(http: httpx.Client, path: str) -> None:
     before, batches = abandoned(http), sum(EXTRACTOR.batches)
@@ -82,6 +83,7 @@ def test_an_image_whose_caller_has_hung_up_is_not_looked_at(http: httpx.Client, 
     assert 'status="499"' in http.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_a_task_is_learned_though_who_sent_it_has_hung_up(http: httpx.Client) -> None:
     form = httpx.Request("PUT", f"{http.base_url}/v1/tasks/left", files=colours("red", "blue", "green"))
     body = form.read()
@@ -124,6 +126,7 @@ def test_who_hangs_up_within_a_body_is_no_failure_of_the_service(
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.slow
 def test_all_bodies_together_are_bounded_and_room_comes_back(http: httpx.Client) -> None:
     path, kind = "/v1/tasks/colours/classify", {"Content-Type": "image/png"}
     with ExitStack() as held:
@@ -138,6 +141,7 @@ def test_all_bodies_together_are_bounded_and_room_comes_back(http: httpx.Client)
         refused(http.post(path, content=bytes(9_000), headers=kind), 422, "undecodable_example")
 
 
+@pytest.mark.slow
 def test_what_an_archive_unpacks_to_counts_as_if_it_had_been_sent(http: httpx.Client) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -169,6 +173,7 @@ def test_of_the_room_for_bodies_each_tenant_has_a_share() -> None:
     boundary._hold("flood", 150, own=150)  # whoever is alone may send as much as one may
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "after the time for a body"])
 def test_once_an_answer_has_begun_what_is_missing_of_the_body_matters_no_more(
     late: bool, caplog: pytest.LogCaptureFixture
@@ -223,6 +228,7 @@ def test_who_sends_the_whole_of_too_large_a_body_before_it_listens_is_told_why(h
             assert (error.value.code, json.load(error.value)["code"]) == (413, "too_large")
 
 
+@pytest.mark.slow
 def test_who_is_refused_and_goes_on_sending_takes_no_room_of_others_and_counts_no_time() -> None:
     metrics = Metrics()
     boundaries: list[Boundary] = []

@@ -242,6 +242,7 @@ def test_the_last_example_of_a_class_and_the_last_but_one_class_stay(http: httpx
     assert task_of(http.get("/v1/tasks/t")).version == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", AWKWARD)
 def test_a_class_of_any_name_is_taken_back(http: httpx.Client, label: str) -> None:
     http.delete("/v1/tasks/t")
@@ -480,6 +481,7 @@ def test_without_its_images_a_task_has_none_to_give(http: httpx.Client) -> None:
     refused(http.put("/v1/tasks/t?retain=everything", files=colours("red", "blue")), 422, "invalid_request", "`retain`")
 
 
+@pytest.mark.slow
 def test_a_task_with_its_images_outlives_its_artifact_and_one_without_is_stale(
     http: httpx.Client, own: MemoryStore, folder: Path
 ) -> None:
@@ -622,6 +624,7 @@ def test_a_method_that_cannot_tell_gives_every_image_a_label(http: httpx.Client)
     assert row["known"] is None
 
 
+@pytest.mark.slow
 def test_the_rate_of_the_service_is_its_setting(folder: Path) -> None:
     artifact = tiny_artifact(folder, rejects=True)
     for rate, label in ((0.0, "blue"), (0.5, None)):
@@ -671,6 +674,7 @@ def test_an_explanation_names_the_examples_that_an_image_resembles_most(http: ht
     assert "nearest" not in plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [RED, INDIGO, BLACK, b"junk", b""], ids=["red", "indigo", "black", "junk", "empty"])
 def test_the_lean_route_rejects_like_the_general_one(http: httpx.Client, image: bytes) -> None:
     taught(http, "t")

@@ -174,6 +174,7 @@ def test_a_head_of_more_than_16_kB_or_100_headers_is_refused(port: int, head: by
     assert said(port, GET + b"GET / HTTP/1.1\r\n" + head + b"\r\n\r\n").count(b"HTTP/1.1 200 ") == 1
 
 
+@pytest.mark.slow
 def test_a_head_that_grows_without_end_is_refused_while_it_grows(port: int) -> None:
     with closing(connected(port, b"GET / HTTP/1.1\r\nX: ")) as client:
         sent, answer = 0, b""
@@ -189,6 +190,7 @@ def test_a_head_that_grows_without_end_is_refused_while_it_grows(port: int) -> N
         assert sent < 2 * connections.MAX_HEAD_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("endless", "whole"),
     [
@@ -222,6 +224,7 @@ def test_chunks_of_a_byte_each_are_a_body_like_any_other(port: int) -> None:
     assert answer.endswith(b"/x:" + body)
 
 
+@pytest.mark.slow
 def test_many_requests_in_one_piece_may_have_bodies(port: int) -> None:
     """Of the last of them little has come when what came with it is counted."""
     body = bytes(range(97, 123)) * 150
@@ -239,6 +242,7 @@ def test_a_trailer_is_no_header(port: int) -> None:
     assert said(port, asked + LAST).partition(b"HTTP/1.1 200 OK")[2].count(b"/headers:host,transfer-encoding") == 1
 
 
+@pytest.mark.slow
 def test_who_only_begins_to_ask_goes_for_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "SILENT_S", 0.2)
     with served(max_connections=3) as (port, _):
@@ -276,6 +280,7 @@ def test_very_many_requests_sent_at_once_are_not_all_kept(port: int) -> None:
     assert answers.count(b"HTTP/1.1 200 ") == answers.count(b"HTTP/1.1 ") == connections.MAX_PIPELINED + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
 def test_an_offer_to_upgrade_is_passed_over_and_the_body_is_not(port: int, offer: bytes) -> None:
     # Java's client offers h2c with every first request, whatever it carries.
@@ -292,6 +297,7 @@ def test_an_offer_to_upgrade_is_passed_over_and_the_body_is_not(port: int, offer
         assert answers.endswith(b"/last:")
 
 
+@pytest.mark.slow
 def test_who_sends_no_whole_head_in_time_is_let_go() -> None:
     with served(header_timeout_s=0.5) as (port, door):
         silent, partial = connected(port), connected(port, GET[:-2])
@@ -319,6 +325,7 @@ def test_who_sends_no_whole_head_in_time_is_let_go() -> None:
         assert door.ended["sent no request"] == 4
 
 
+@pytest.mark.slow
 def test_who_is_between_two_requests_or_sends_a_body_is_not_let_go() -> None:
     with served(header_timeout_s=0.1) as (port, _):
         idle, busy = connected(port, GET), connected(port, POST + b"Content-Length: 3\r\n\r\na")
@@ -348,6 +355,7 @@ def test_who_does_not_take_an_answer_is_let_go_and_who_is_slow_is_not() -> None:
             everything(asleep)
 
 
+@pytest.mark.slow
 def test_who_comes_when_there_is_no_room_is_told_so_and_harms_nobody() -> None:
     with served(max_connections=3) as (port, door):
         inside = [connected(port, GET) for _ in range(3)]
@@ -366,6 +374,7 @@ def test_who_comes_when_there_is_no_room_is_told_so_and_harms_nobody() -> None:
         assert said(port, LAST).endswith(b"/last:")
 
 
+@pytest.mark.slow
 def test_who_says_nothing_goes_for_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "SILENT_S", 0.3)
     with served(max_connections=4) as (port, door):
@@ -390,6 +399,7 @@ def test_who_says_nothing_goes_for_who_comes(monkeypatch: pytest.MonkeyPatch) ->
         assert door.ended["found no room"] == 1
 
 
+@pytest.mark.slow
 def test_those_who_linger_are_few_and_not_for_long(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

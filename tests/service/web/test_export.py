@@ -74,6 +74,7 @@ def unpacked(answer: httpx.Response, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_file_is_sent_under_the_name_of_the_task_and_the_tag_of_its_head(http: httpx.Client) -> None:
     head = http.get("/v1/tasks/letters").json()["head"]
     answer = http.get("/v1/tasks/letters/export")
@@ -145,6 +146,7 @@ def test_a_service_that_runs_int8_exports_what_it_runs() -> None:
         assert client.get("/v1/tasks/letters/export?precision=float32").status_code == 200
 
 
+@pytest.mark.slow
 def test_many_at_once_are_all_answered(http: httpx.Client) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -154,6 +156,7 @@ def test_many_at_once_are_all_answered(http: httpx.Client) -> None:
     assert sizes[0] > 1_000_000  # the weights are in it, in whichever precision the service runs
 
 
+@pytest.mark.slow
 def test_of_very_many_at_once_some_are_told_to_come_again(http: httpx.Client) -> None:
     """Each waits for all before it, those of other tenants too."""
     from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +193,7 @@ def test_a_service_without_onnxruntime_says_where_to_go(http: httpx.Client, monk
     assert "on a CPU" in problem["detail"]
 
 
+@pytest.mark.slow
 def test_a_task_of_another_artifact_is_stale(tmp_path: Path) -> None:
     store = MemoryStore()
     before, now = (tiny_artifact(tmp_path / name, name=name) for name in ("before", "now"))
@@ -199,6 +203,7 @@ def test_a_task_of_another_artifact_is_stale(tmp_path: Path) -> None:
         refused(client.get("/v1/tasks/old/export"), 409, "task_stale")
 
 
+@pytest.mark.slow
 def test_a_task_leaves_with_a_key_of_its_tenant_only(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     ours, theirs = (
@@ -302,6 +307,7 @@ def test_the_runner_says_the_same_in_a_python_that_has_nothing_of_ours(
 # A browser.
 
 
+@pytest.mark.slow
 def test_the_runtime_for_browsers_is_served_where_it_was_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +333,7 @@ def test_the_runtime_for_browsers_is_served_where_it_was_fetched(
             assert client.get(f"/offline/{name}").status_code == 404
 
 
+@pytest.mark.slow
 def test_the_runtime_for_browsers_needs_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "OFFLINE", tmp_path)
     for name in export.RUNTIME:

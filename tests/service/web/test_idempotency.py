@@ -84,6 +84,7 @@ def version(http: httpx.Client, task: str = "t") -> int:
     return int(http.get(f"/v1/tasks/{task}").json()["version"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -192,6 +193,7 @@ def test_of_many_at_once_one_does_the_work(http: httpx.Client, extractor: Gated)
     assert version(http) == 2
 
 
+@pytest.mark.slow
 def test_a_caller_who_leaves_does_not_leave_the_key_taken(http: httpx.Client, extractor: Gated) -> None:
     extractor.begun.clear()
     extractor.gate.clear()
@@ -315,6 +317,7 @@ def test_nothing_of_a_request_is_kept_but_its_digest(http: httpx.Client, own: Me
         assert value.decode("latin-1") not in names
 
 
+@pytest.mark.slow
 def test_each_tenant_has_keys_of_its_own(tmp_path: Path, extractor: Gated) -> None:
     extractor.gate.set()
     file = tmp_path / "keys.json"

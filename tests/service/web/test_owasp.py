@@ -113,6 +113,7 @@ def found(app: Any) -> set[str]:
     return public | {operation.name for operation in operations(app)} | {n for n in ENTRIES if "/v2/health" in n}
 
 
+@pytest.mark.slow
 def test_every_operation_has_an_entry_and_a_new_one_is_missed(service: Guarded) -> None:
     app = create_app(Settings(), extractor=MeanColour(), store=MemoryStore())
     assert found(app) == set(ENTRIES)
@@ -149,6 +150,7 @@ def plainly(service: Guarded, method: str, path: str, **headers: str) -> tuple[i
 ABOUT = {"task": "none", "name": "none", "example": "ex_1", "label": "red", "version": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GUARDED)
 def test_who_may_not_is_told_so_before_the_body_is_read(service: Guarded, name: str) -> None:
     method, path = name.split()
@@ -167,6 +169,7 @@ def test_who_may_not_is_told_so_before_the_body_is_read(service: Guarded, name: 
         assert b"connection: close" in answer.lower()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in GUARDED if " /v1/" in name])
 def test_an_unknown_query_parameter_is_refused_and_nothing_done(service: Guarded, name: str) -> None:
     """Under /v2 they are passed over, as are those of /metrics: clients of those protocols may add some."""
@@ -177,6 +180,7 @@ def test_an_unknown_query_parameter_is_refused_and_nothing_done(service: Guarded
     assert service.stored("a") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_another_method_is_refused_and_told_which_there_are(service: Guarded, path: str) -> None:
     about = taught(service)
@@ -190,6 +194,7 @@ def test_another_method_is_refused_and_told_which_there_are(service: Guarded, pa
     assert service.stored("a") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_path_in_another_spelling_is_none(service: Guarded, name: str) -> None:
     """And no redirect is made of it: its address would be built from what the client says the host is."""
@@ -210,6 +215,7 @@ def test_a_path_in_another_spelling_is_none(service: Guarded, name: str) -> None
     assert service.stored("a") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GUARDED)
 def test_headers_that_ask_for_another_method_path_host_or_tenant_change_nothing(service: Guarded, name: str) -> None:
     asked, key = operation(service, name), service.keys["b"]
@@ -328,6 +334,7 @@ def test_every_limit_that_is_told_is_tested(limited: httpx.Client) -> None:
     assert (shown["min_edge"], shown["max_aspect"]) == (MIN_EDGE, MAX_ASPECT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AT_LIMITS)
 def test_a_limit_lets_through_what_it_names_and_no_more(limited: httpx.Client, name: str) -> None:
     come, limit, status, code = AT_LIMITS[name]
@@ -339,6 +346,7 @@ def test_a_limit_lets_through_what_it_names_and_no_more(limited: httpx.Client, n
     assert re.search(rf"{name.upper()}|pixels|times", problem["detail"]), problem
 
 
+@pytest.mark.slow
 def test_one_tenant_cannot_fill_the_store(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     own, other = ({"headers": bearer(create(file, tenant=name, scopes=["adapt"])[1])} for name in ("a", "b"))
@@ -358,6 +366,7 @@ def test_one_tenant_cannot_fill_the_store(tmp_path: Path) -> None:
         assert http.put("/v1/tasks/four", files=colours("red", "blue"), **own).status_code == 201
 
 
+@pytest.mark.slow
 def test_a_tenant_that_comes_with_many_new_tasks_at_once_gets_no_more_in(tmp_path: Path) -> None:
     settings = Settings(max_tasks=3, max_wait_s=60)
     app = create_app(settings, artifact=tiny_artifact(tmp_path / "tiny"), extractor=MeanColour(), store=MemoryStore())
@@ -433,6 +442,7 @@ def test_a_body_may_take_its_time_and_no_longer(limited: httpx.Client) -> None:
         assert first.split()[1] == status
 
 
+@pytest.mark.slow
 def test_so_many_images_may_wait_and_no_more(tmp_path: Any) -> None:
     extractor, settings = Gated(), {name: value for name, value in SMALL.items() if name in Settings.model_fields}
     app = create_app(
@@ -465,6 +475,7 @@ def test_so_many_images_may_wait_and_no_more(tmp_path: Any) -> None:
     assert answers == [200] * 4
 
 
+@pytest.mark.slow
 def test_what_an_answer_says_of_wrong_items_does_not_grow_with_them(limited: httpx.Client) -> None:
     """Many bad items give a short answer: the first is named, and none is repeated."""
     for many, status, code in ((60, 422, "invalid_request"), (5_000, 413, "too_large")):

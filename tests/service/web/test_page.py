@@ -137,6 +137,7 @@ def test_the_html_holds_neither_scripts_nor_styles_of_its_own() -> None:
     assert re.findall(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son\w+=|javascript:", html) == []
 
 
+@pytest.mark.slow
 def test_every_module_that_is_needed_at_the_start_is_asked_for_at_once() -> None:
     def needed(name: str) -> set[str]:
         imported = set(re.findall(r'^import (?:.* from )?"\./(.*)";$', SOURCES[name], flags=re.M))

@@ -175,6 +175,7 @@ def test_answers_are_written_in_their_own_letters(http: httpx.Client, nothing_st
     assert answer.json()["predictions"][0]["label"] == "été"
 
 
+@pytest.mark.slow
 def test_pages_of_other_origins_may_call_where_they_are_named(tmp_path: Path) -> None:
     asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "PUT"}
     more = {"Access-Control-Request-Headers": "authorization,if-match,idempotency-key,content-type"}

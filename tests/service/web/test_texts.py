@@ -171,6 +171,7 @@ def test_what_is_served_is_told(texts: httpx.Client) -> None:
     assert "reads texts" in texts.get("/").text
 
 
+@pytest.mark.slow
 def test_the_open_inference_protocol_takes_texts(texts: httpx.Client) -> None:
     told = texts.get("/v2/models/animals").json()
     assert [(row["name"], row["shape"]) for row in told["inputs"]] == [("text", [-1]), ("bytes", [-1, 64])]

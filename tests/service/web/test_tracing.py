@@ -29,6 +29,7 @@ def app(folder: Path, **settings: Any) -> Any:
     return create_app(Settings(**settings), artifact=artifact, extractor=MeanColour(), store=MemoryStore())
 
 
+@pytest.mark.slow
 def test_each_request_is_a_span_with_its_stages_and_without_what_is_the_clients(tmp_path: Path) -> None:
     spans = InMemorySpanExporter()
     provider = TracerProvider()
@@ -54,6 +55,7 @@ def test_each_request_is_a_span_with_its_stages_and_without_what_is_the_clients(
     assert "secret-name" not in "".join(span.to_json() for span in spans.get_finished_spans())
 
 
+@pytest.mark.slow
 def test_spans_arrive_at_the_endpoint_that_is_set(tmp_path: Path) -> None:
     posts: list[tuple[str, int]] = []
 

@@ -41,6 +41,7 @@ def test_with_two_views_the_middle_of_an_image_counts_too(tmp_path: Path) -> Non
             assert client.get("/v1/artifact").json()["views"] == views
 
 
+@pytest.mark.slow
 def test_no_file_is_handed_out_that_would_see_less_than_the_service(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path / "data", views=2)
     with served(create_app(settings, artifact=tiny_artifact(tmp_path), extractor=MeanColour())) as client:
