@@ -31,7 +31,7 @@ SPEAKING = (*BESIDE, "service/__main__.py", "service/doctor.py", "service/keys.p
 # Lines that are no such thing, with why.
 LOOKED_AT = {
     "models/artifact.py": 2,  # an artifact that is refused at the start
-    "service/stores/sqlite.py": 1,  # a folder that is refused at the start
+    "service/stores/sqlite_file.py": 1,  # a folder that is refused at the start
     "service/stores/redis_link.py": 3,  # for the log, cut to Redis's own words
     "service/web/connections.py": 1,  # a number of bytes
 }
