@@ -192,6 +192,8 @@ class Batcher:
 
     def _do_call(self, job: Job, call: Callable[[], Any]) -> None:
         if self._nobody_waits(job):
+            with self._changed:
+                self._waits.called(job, None)
             return
         start = time.perf_counter()
         try:
@@ -199,7 +201,7 @@ class Batcher:
         except Exception as error:  # belongs to the caller, not to the lane
             result = error
         with self._changed:
-            self._waits.called(time.perf_counter() - start)
+            self._waits.called(job, time.perf_counter() - start)
         self._tell([(job, result)])
 
     def _pixels(self, payload: Payload) -> np.ndarray:

@@ -5,7 +5,8 @@ the service can do has its own requests refused, and not those of others. Within
 same way, so that a large support set does not keep single questions waiting. A share is counted in images; a large
 one, which takes as long to decode as many small ones, counts as many. Functions that want a lane take turns with
 images, and those of them that end a request whose images were let in with others, so that none keeps the rest waiting.
-Knows nothing of threads: who uses this holds a lock.
+While images wait, functions get no more than half of the lanes and of their time; among tenants they count as the time
+that they take, which is known when it has passed. Knows nothing of threads: who uses this holds a lock.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Job:
     tenant: str
     gone: Callable[[], bool]  # whether the caller has left
     call: Callable[[], Any] | None = None
+    ends: bool = False  # a function that ends what was let in
+    charged: float = 0.0  # seconds that a function was taken to take, while it runs
     taken: int = 0
     left: int = 0
     items: list[np.ndarray | FewshotError | None] = field(default_factory=list)
@@ -108,10 +111,11 @@ class Turns:
         tenant = min(self._jobs, key=lambda name: self._had[name])
         return tenant, self._jobs[tenant]
 
-    def taken(self, tenant: str, work: float, *, gone: float = 0.0) -> None:
-        """So much work of a tenant is being done, and so much more is not wanted any longer."""
+    def taken(self, tenant: str, work: float, *, gone: float = 0.0, had: float | None = None) -> None:
+        """So much work of a tenant is being done, and so much more is not wanted any longer; `had`: what it counts as
+        in the turns, if not as much."""
         jobs, waits = self._jobs.pop(tenant), self.waits.pop(tenant) - work - gone
-        self._had[tenant] += work
+        self._had[tenant] += work if had is None else had
         if jobs:  # behind those that had as much
             self._jobs[tenant], self.waits[tenant] = jobs, waits
         elif not self._jobs:
@@ -119,6 +123,11 @@ class Turns:
         elif len(self._had) > 2 * len(self._jobs) + MOST_REMEMBERED:
             least = min(self._had[name] for name in self._jobs)
             self._had = {name: had for name, had in self._had.items() if name in self._jobs or had > least}
+
+    def correct(self, tenant: str, by: float) -> None:
+        """What a tenant was given was so much more, or less, than it counted as."""
+        if tenant in self._had:
+            self._had[tenant] += by
 
     def before(self, tenant: str, own: float, size: float) -> float:
         """What is done before a job of this size, which has to wait for `own` of its tenant's: of others, no more."""
@@ -142,7 +151,9 @@ class Waiting:
         self._turns = Turns()
         self._ends = Turns()  # functions that end what was let in
         self._calls = Turns()  # and others
-        self._images_next = self._ended = False  # whose turn it is, where several wait
+        self._ended = False  # the function before this one ended what was let in
+        self._running = 0  # functions
+        self._more_s = 0.0  # by which the lanes of late were longer at functions than at images, while those waited
         self.underway = 0.0  # work that the lanes have taken and not done
         self._lane_s = 0.0  # what it took the lanes of late, and how much work it was: see spent
         self._lane_work = 0.0
@@ -184,25 +195,28 @@ class Waiting:
 
     def join_function(self, job: Job, *, admitted: bool) -> None:
         """Lets a function in. Raises Overloaded, but for one that ends what was let in."""
+        job.ends = admitted
         if admitted:
             self._ends.add(job)
             return
         ahead = self._calls.before(job.tenant, self._calls.waits.get(job.tenant, 0.0), 1)
         if ahead >= self._lanes:
-            batches = min(ahead, math.ceil(self._turns.total / self._max_batch))  # each of which takes a turn
-            self._check(batches * self._max_batch * self._unit_s + (ahead + self._ends.total) * self._call_s)
+            # Before each there is a batch, or as many as take as long.
+            images = min(self._turns.total * self._unit_s, ahead * max(self._max_batch * self._unit_s, self._call_s))
+            self._check(images + (ahead + self._ends.total) * self._call_s)
         self._calls.add(job)
 
     def function(self) -> Job | None:
         """Takes the next function, where it is not the turn of images; every other one ends what was let in."""
         chosen = self._calls if self._calls and (self._ended or not self._ends) else self._ends
-        self._images_next = bool(chosen) and not (self._images_next and self._turns)
-        if not self._images_next:
+        if not chosen or (self._turns and (self._more_s > 0 or 2 * self._running >= max(2, self._lanes))):
             return None
         self._ended = chosen is self._ends
+        self._running += 1
         tenant, jobs = chosen.next()
         job = jobs.popleft()
-        chosen.taken(tenant, 1)
+        job.charged = self._call_s
+        chosen.taken(tenant, 1, had=job.charged)
         return job
 
     def take(self, limit: int, nobody_waits: Callable[[Job], bool]) -> list[tuple[Job, int]]:
@@ -247,10 +261,15 @@ class Waiting:
         """What a lane has done; from that of late follows how long those who come will wait."""
         self._lane_s += seconds - self._lane_s / MEMORY
         self._lane_work += work - self._lane_work / MEMORY
+        self._more_s = max(0.0, self._more_s - seconds)
 
-    def called(self, seconds: float) -> None:
-        """The same of a function."""
-        self._call_s += (seconds - self._call_s) / 8
+    def called(self, job: Job, seconds: float | None) -> None:
+        """The same of a function; None: nobody waited for it any more."""
+        self._running -= 1
+        (self._ends if job.ends else self._calls).correct(job.tenant, (seconds or 0.0) - job.charged)
+        if seconds is not None:
+            self._call_s += (seconds - self._call_s) / 8
+            self._more_s = self._more_s + seconds if self._turns else 0.0
 
     def clear(self) -> None:
         for turns in (self._turns, self._ends, self._calls):

@@ -32,7 +32,8 @@ class Place:
         self.waits = Waiting(lanes=1, max_batch=16, max_waiting=max_waiting, max_wait_s=max_wait_s)
         for _ in range(100):
             self.waits.spent(0.16, 16)
-            self.waits.called(0.02)
+            assert self.call("earlier")
+            self.function(0.02)
 
     def job(self, tenant: str, images: int = 0, *, large: int = 0) -> Job:
         """`large`: of so many images is each the work."""
@@ -55,6 +56,13 @@ class Place:
         except Overloaded:
             return None
         return job
+
+    def function(self, seconds: float = 0.0) -> str | None:
+        """Takes one, where it is its turn, which takes so long, and tells whose it is."""
+        job = self.waits.function()
+        if job is not None:
+            self.waits.called(job, seconds)
+        return job and job.tenant
 
     def batch(self, limit: int = 16) -> list[str]:
         """Takes one, and tells whose its images are."""
@@ -158,10 +166,57 @@ def test_functions_take_turns_by_tenant_as_well(loop: asyncio.AbstractEventLoop)
     assert place.call("calm")
     assert place.call("calm")
     order = []
-    while job := place.waits.function():
-        order.append(job.tenant)
+    while tenant := place.function(0.02):
+        order.append(tenant)
     assert order[:4] == ["flood", "calm", "flood", "calm"]
     assert Counter(order) == {"flood": 21, "calm": 2}
+
+
+def test_a_tenant_whose_functions_take_long_gets_no_more_time_than_another(loop: asyncio.AbstractEventLoop) -> None:
+    place = Place(loop, max_wait_s=1000)
+    for _ in range(200):
+        assert place.call("long")
+        assert place.call("short")
+    seconds = Counter[str]()
+    for _ in range(100):
+        job = place.waits.function()
+        assert job
+        takes = 1.0 if job.tenant == "long" else 0.02
+        place.waits.called(job, takes)
+        seconds[job.tenant] += takes
+    assert seconds["long"] <= seconds["short"] + 1.0
+
+
+@pytest.mark.parametrize("takes", [0.001, 0.16, 2.0])
+def test_while_images_wait_functions_get_no_more_than_half_of_the_time(
+    loop: asyncio.AbstractEventLoop, takes: float
+) -> None:
+    place = Place(loop, max_wait_s=1000)
+    for _ in range(200):
+        assert place.call("functions")
+        assert place.come("images", 4)
+    functions, batches = 0, 0
+    for _ in range(40):
+        if place.function(takes):
+            functions += 1
+        else:
+            assert place.batch()
+            place.waits.spent(0.16, 16)
+            batches += 1
+    assert functions * takes <= batches * 0.16 + takes
+    assert functions >= (20 if takes <= 0.16 else 2)
+
+
+def test_while_images_wait_functions_run_on_no_more_than_half_of_the_lanes(loop: asyncio.AbstractEventLoop) -> None:
+    waits = Waiting(lanes=4, max_batch=16, max_waiting=1024, max_wait_s=100)
+    place = Place(loop)
+    for _ in range(4):
+        waits.join_function(place.job("functions"), admitted=False)
+    waits.join(place.job("images", 4))
+    running = [waits.function() for _ in range(4)]
+    assert [job is not None for job in running] == [True, True, False, False]
+    assert waits.take(16, lambda _: False)
+    assert waits.function()  # nobody else waits: they may have all lanes
 
 
 @pytest.mark.slow
@@ -263,8 +318,7 @@ def test_what_ends_a_request_goes_by_tenant_too(loop: asyncio.AbstractEventLoop)
     place = Place(loop)
     for tenant in ("flood",) * 5 + ("calm",):
         place.waits.join_function(place.job(tenant), admitted=True)
-    ended = [place.waits.function() for _ in range(6)]
-    assert [job.tenant for job in ended if job][:2] == ["flood", "calm"]
+    assert [place.function(0.02) for _ in range(6)][:2] == ["flood", "calm"]
 
 
 def test_nothing_is_counted_that_is_not_there(loop: asyncio.AbstractEventLoop) -> None:
