@@ -280,6 +280,20 @@ def test_a_forgotten_task_takes_its_keys_with_it(http: httpx.Client, own: Memory
     assert (again.status_code, replayed(again), again.json()["version"]) == (200, False, 2)
 
 
+def test_a_task_that_ended_is_made_anew_by_who_tries_again(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer lasts no longer than what it tells of: who asked for a task of ten minutes gets another one."""
+
+    def put() -> httpx.Response:
+        files = colours("navy", "lime")
+        return http.put("/v1/tasks/short?ttl=600", files=files, headers={"Idempotency-Key": "k"})
+
+    assert (put().status_code, replayed(put())) == (201, True)
+    later = time.time() + 601
+    monkeypatch.setattr("service.stores.memory.time.time", lambda: later)
+    again = put()
+    assert (again.status_code, replayed(again)) == (201, False)
+
+
 def test_a_damaged_task_is_called_so_with_a_key_as_without(http: httpx.Client, own: MemoryStore) -> None:
     place = ("default", "pointer", "t")
     own.values[place] = (own.values[place][0][:-1] + b"x", None)
