@@ -20,7 +20,7 @@ from models.arrays import fetch, softmax
 from models.episode import Support
 from models.head import Affine
 from models.learners import Learner
-from models.twins import units
+from models.twins import doubles, units
 
 FOLDS = 5
 MOST_SUSPECTS = 10
@@ -38,6 +38,7 @@ class HeldOut:
     logits: np.ndarray  # [m, way]
     estimate: str  # "leave-one-out", "5-fold", or "none" when m is 0
     twins: tuple[tuple[int, ...], ...] = ()  # rows that show one thing, and were held out together
+    doubles: tuple[tuple[int, ...], ...] = ()  # rows that are the same under several labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Report:
     suspects: tuple[Suspect, ...]  # the surest first
     advice: str
     twins: tuple[tuple[str, ...], ...] = ()  # examples that seem to show one thing, and count as one here
+    doubles: tuple[tuple[str, ...], ...] = ()  # examples that are the same picture under several labels
 
 
 def fitted(learner: Learner, support: Support, *, near: float = 0.0) -> tuple[Affine, Callable[[], HeldOut]]:
@@ -92,8 +94,9 @@ def _held(learner: Learner, support: Support, near: float, leave_one_out: Callab
     _, place, counts = np.unique(labels * len(labels) + shown, return_inverse=True, return_counts=True)
     twins = tuple(sorted(tuple(np.flatnonzero(place == k).tolist()) for k in np.flatnonzero(counts > 1)))
     index = np.flatnonzero(things[labels] > 1)
+    same = doubles(fetch(support.features), labels)
     if not len(index):
-        return HeldOut(index, np.zeros((0, support.way), np.float32), "none", twins)
+        return HeldOut(index, np.zeros((0, support.way), np.float32), "none", twins, same)
     logits = np.zeros((len(labels), support.way), np.float32)
     again, turn, folds = index, shown % FOLDS, min(FOLDS, int(things.max()))
     if leave_one_out is not None:
@@ -106,7 +109,7 @@ def _held(learner: Learner, support: Support, near: float, leave_one_out: Callab
             kept = np.setdiff1d(np.arange(len(labels)), out)
             affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
             logits[out] = fetch(support.features[out] @ affine.weight.T + affine.bias)
-    return HeldOut(index, logits[index], f"{folds}-fold" if leave_one_out is None else "leave-one-out", twins)
+    return HeldOut(index, logits[index], f"{folds}-fold" if leave_one_out is None else "leave-one-out", twins, same)
 
 
 def _turns(labels: np.ndarray, place: np.ndarray, again: np.ndarray) -> np.ndarray:
@@ -138,10 +141,13 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
         counts[classes[rows[0]]] -= len(rows) - 1
         weight[list(rows)] = 1 / len(rows)
     few = _few(counts, labels)
-    twins = tuple(tuple(ids[row] for row in rows) for rows in held.twins)[:MOST_SUSPECTS]
-    alike = _alike(held, classes, labels)
+    twins, doubles = (
+        tuple(tuple(ids[row] for row in rows) for rows in groups)[:MOST_SUSPECTS]
+        for groups in (held.twins, held.doubles)
+    )
+    twice, alike = _twice(held, classes, labels, ids), _alike(held, classes, labels)
     if not len(held.index):
-        return Report(None, None, "none", (), (), alike or few, twins)
+        return Report(None, None, "none", (), (), twice or alike or few, twins, doubles)
     probabilities = softmax(held.logits.astype(np.float64))
     truth, guess = classes[held.index], probabilities.argmax(axis=1)
     wrong = np.flatnonzero(guess != truth)
@@ -163,8 +169,9 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
         held.estimate,
         confusions,
         suspects,
-        _advice(suspects, confusions, alike or few, counts, failed),
+        twice or _advice(suspects, confusions, alike or few, counts, failed),
         twins,
+        doubles,
     )
 
 
@@ -183,6 +190,19 @@ def _few(counts: np.ndarray, labels: Sequence[str]) -> str:
         return ""
     missing = ENOUGH - int(counts[fewest])
     return f"Add {missing} more of {labels[fewest]!r}: {int(counts[fewest])} is few, {ENOUGH} make a task dependable."
+
+
+def _twice(held: HeldOut, classes: np.ndarray, labels: Sequence[str], ids: Sequence[str]) -> str:
+    """What to say where one picture has several labels; empty where none has."""
+    if not held.doubles:
+        return ""
+    one, other = next(
+        (row, further) for row in held.doubles[0] for further in held.doubles[0] if classes[row] != classes[further]
+    )
+    return (
+        f"Example {ids[one]} of {labels[classes[one]]!r} is the same picture as {ids[other]} of "
+        f"{labels[classes[other]]!r}: take the wrong one back."
+    )
 
 
 def _alike(held: HeldOut, classes: np.ndarray, labels: Sequence[str]) -> str:

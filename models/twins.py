@@ -33,6 +33,20 @@ def units(features: np.ndarray, labels: np.ndarray, way: int, *, near: float) ->
     return found
 
 
+def doubles(features: np.ndarray, labels: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """features [n, dim] of classes [n] -> the rows that are the same, bit for bit, though they are of several classes.
+
+    One file that was sent under two labels is: no learner can tell which of them it is.
+    """
+    sums, where = np.unique(features.sum(axis=1), return_inverse=True)
+    if len(sums) == len(features):  # as nearly always
+        return ()
+    groups: dict[bytes, list[int]] = {}
+    for row in np.flatnonzero(np.bincount(where)[where] > 1).tolist():
+        groups.setdefault(features[row].tobytes(), []).append(row)
+    return tuple(tuple(rows) for rows in groups.values() if len({int(labels[row]) for row in rows}) > 1)
+
+
 def _distances(x: np.ndarray) -> np.ndarray:
     """[classes, n, dim] -> squared distances within each class, [classes, n, n]."""
     products = x @ x.transpose(0, 2, 1)

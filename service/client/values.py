@@ -93,6 +93,7 @@ class Report:
     suspects: tuple[Suspect, ...] = ()
     advice: str = ""
     twins: tuple[tuple[str, ...], ...] = ()  # examples of a class that seem to show one thing, and count as one
+    doubles: tuple[tuple[str, ...], ...] = ()  # examples of several classes that are the same picture
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -262,6 +263,7 @@ def _report(data: Json) -> Report:
         confusions=tuple(Confusion(item["from"], item["to"], item["count"]) for item in data.get("confusions", ())),
         suspects=tuple(of(Suspect, item) for item in data.get("suspects", ())),
         twins=tuple(map(tuple, data.get("twins", ()))),
+        doubles=tuple(map(tuple, data.get("doubles", ()))),
     )
 
 

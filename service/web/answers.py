@@ -100,6 +100,7 @@ def report(found: Report) -> dict[str, Any]:
         "suspects": [dataclasses.asdict(item) for item in found.suspects],
         "advice": found.advice,
         "twins": found.twins,
+        "doubles": found.doubles,
     }
 
 

@@ -269,6 +269,20 @@ def test_a_few_twins_are_named_and_are_no_cause_for_advice() -> None:
     assert found.advice.startswith("Ready to use.")
 
 
+@pytest.mark.parametrize("estimate", ["leave-one-out", "none"])
+def test_one_picture_under_two_labels_is_the_first_thing_to_say(estimate: str) -> None:
+    truth = np.arange(18) // 6
+    held = HeldOut(np.arange(18), np.eye(3)[truth], estimate, doubles=((2, 3, 9),))
+    if estimate == "none":
+        held = replace(held, index=np.zeros(0, int), logits=np.zeros((0, 3), np.float32))
+    found = report(held, classes=truth, labels=LABELS, ids=[f"ex_{k}" for k in range(18)])
+    assert found.doubles == (("ex_2", "ex_3", "ex_9"),)
+    assert (
+        found.advice
+        == f"Example ex_2 of {LABELS[0]!r} is the same picture as ex_9 of {LABELS[1]!r}: take the wrong one back."
+    )
+
+
 def test_rivals_are_all_entries_but_that_of_the_own_class() -> None:
     logits = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
     assert without_own(logits, np.array([0, 2, 1])).tolist() == [[2, 3], [4, 5], [7, 9]]

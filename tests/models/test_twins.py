@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.twins import MOST, units
+from models.twins import MOST, doubles, units
 
 DIM = 64
 NEAR = 0.2  # different things are at some 0.7, pictures of one at less than 0.1
@@ -93,3 +93,16 @@ def test_classes_that_are_empty_or_very_large_are_left_as_they_are() -> None:
     labels = np.array([2] * (MOST + 1) + [0])
     features = np.ones((len(labels), 4), np.float32)
     assert units(features, labels, 4, near=NEAR).tolist() == [*range(MOST + 1), 0]
+
+
+def test_rows_that_are_the_same_under_several_labels_are_doubles() -> None:
+    features, labels = things(np.random.default_rng(0), [[0, 1, 2], [0, 1, 2], [0, 1]])
+    assert doubles(features, labels) == ()
+    features[[1, 4, 7]] = features[1]
+    features[6] = features[3]
+    features[2] = features[0]  # of one class: twins, and no contradiction
+    assert doubles(features, labels) == ((1, 4, 7), (3, 6))
+
+
+def test_rows_of_one_sum_are_no_doubles() -> None:
+    assert doubles(np.array([[1.0, 2.0], [2.0, 1.0]], np.float32), np.array([0, 1])) == ()

@@ -370,6 +370,18 @@ def test_a_report_names_the_example_that_looks_wrong(http: httpx.Client) -> None
     assert first["example"] in report["advice"]
 
 
+def test_a_report_names_one_file_that_came_under_two_labels(http: httpx.Client) -> None:
+    taught(http, "t")
+    both = picture("red", seed=62)
+    for label in ("blue", "red"):  # in two requests, so neither of them could know
+        task = task_of(http.post("/v1/tasks/t/examples", files=[(label, both)]))
+    ids = [example_id(label, both) for label in ("blue", "red")]
+    assert [list(group) for group in task.report.doubles] == [ids]
+    words = f"Example {ids[0]} of 'blue' is the same picture as {ids[1]} of 'red': take the wrong one back."
+    assert task.report.advice == words
+    assert task_of(http.delete(f"/v1/tasks/t/examples/{ids[0]}")).report.doubles == []
+
+
 @pytest.mark.parametrize("preference", ["return=minimal", "respond-async, Return=Minimal", "wait=5; return=minimal"])
 def test_who_prefers_a_short_answer_gets_no_report(http: httpx.Client, preference: str) -> None:
     taught(http, "t")
