@@ -171,6 +171,7 @@ def main() -> int:
         max_connections=connections,
         header_timeout_s=settings.header_timeout_s,
         answer_timeout_s=settings.answer_timeout_s,
+        max_unsent_bytes=settings.max_bodies_bytes,
     )
     config = uvicorn.Config(
         app,

@@ -98,7 +98,8 @@ class Settings(BaseModel):
     max_bodies_bytes: int = Field(
         256_000_000,
         ge=1000,
-        description="most bytes of all bodies in memory at once; beyond that, only who has less than its share",
+        description="most bytes of all bodies in memory at once; beyond that, only who has less than its share."
+        " And most of all answers that clients have not taken; beyond that, who left most is let go",
     )
     body_timeout_s: float = Field(30, gt=0, le=DAY_S, description="longest time for a body to arrive")
     max_example_bytes: int = Field(8_000_000, ge=1000, description="largest encoded image")

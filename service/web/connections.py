@@ -58,11 +58,20 @@ class Door:
         "was silent when others came",
         "broke the protocol",
         "did not take an answer",
+        "left too much untaken",
         "sent no request",
     )
 
-    def __init__(self, *, max_connections: int, header_timeout_s: float, answer_timeout_s: float):
+    def __init__(
+        self,
+        *,
+        max_connections: int,
+        header_timeout_s: float,
+        answer_timeout_s: float,
+        max_unsent_bytes: float = math.inf,
+    ):
         self.max_connections = max_connections
+        self.max_unsent_bytes = max_unsent_bytes
         self.header_timeout_s = header_timeout_s
         self.answer_timeout_s = answer_timeout_s
         self.ended: Counter[str] = Counter()  # since the log was told
@@ -70,6 +79,7 @@ class Door:
         self._lingering: set[asyncio.Transport] = set()
         self._silent: list[Connection] = []  # that may go for others, the next one last
         self._looked = -math.inf
+        self._unsent: list[tuple[int, int, Connection]] = []  # of those the sweep has seen: bytes, a number
         self._sweeps = False
         self._told = 0.0
 
@@ -138,6 +148,10 @@ class Door:
             if connection in inside:
                 connection.look(now)
                 looked += 1
+                if unsent := connection.transport.get_write_buffer_size():
+                    self._unsent.append((unsent, len(self._unsent), connection))
+        if not left:
+            self._bound_unsent()
         if self.ended and now - self._told > TELL_S:
             log.warning("Connections were ended: %s.", ", ".join(f"{n} {why}" for why, n in self.ended.most_common()))
             self._before.update(self.ended)
@@ -146,6 +160,16 @@ class Door:
         self._sweeps = bool(inside or self.ended)
         if self._sweeps:
             loop.call_later(SWEEP_S / (1 + len(inside) // AT_ONCE), self._sweep, inside, loop, left)
+
+    def _bound_unsent(self) -> None:
+        """Ends those who leave most of their answers untaken, until all that is untaken has room in memory."""
+        most, self._unsent = sorted(self._unsent, reverse=True), []
+        total = sum(size for size, *_ in most)
+        for size, _, connection in most:
+            if total <= self.max_unsent_bytes:
+                return
+            total -= size
+            connection.drop("left too much untaken")
 
 
 class Connection(HttpToolsProtocol):
@@ -278,10 +302,7 @@ class Connection(HttpToolsProtocol):
                 self.unsent_since = now
                 self.unsent = unsent
             elif now - self.unsent_since > self.door.answer_timeout_s:
-                self.door.ended["did not take an answer"] += 1
-                # Closed as usual, the kernel would keep what is unsent for minutes.
-                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                self.transport.abort()
+                self.drop("did not take an answer")
             else:
                 self.unsent = max(self.unsent, unsent)
             return
@@ -294,6 +315,12 @@ class Connection(HttpToolsProtocol):
         elif now - self.silent_since > self.door.header_timeout_s:
             self.door.ended["sent no request"] += 1
             self.transport.close()
+
+    def drop(self, why: str) -> None:
+        self.door.ended[why] += 1
+        # Closed as usual, the kernel would keep what is unsent for minutes.
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.transport.abort()
 
 
 def has_said(transport: asyncio.Transport) -> bool:

@@ -53,7 +53,7 @@ def test_what_is_counted_elsewhere_is_asked_for_when_somebody_looks() -> None:
 
 
 def test_every_reason_to_end_a_connection_is_counted_from_the_start() -> None:
-    named = set(re.findall(r'ended\["([^"]+)"\]', inspect.getsource(connections)))
+    named = set(re.findall(r'(?:ended\[|drop\()"([^"]+)"', inspect.getsource(connections)))
     assert named == set(Door.WHY)
     assert Door(max_connections=1, header_timeout_s=1, answer_timeout_s=1).total == dict.fromkeys(named, 0)
 

@@ -355,6 +355,30 @@ def test_who_does_not_take_an_answer_is_let_go_and_who_is_slow_is_not() -> None:
             everything(asleep)
 
 
+def test_answers_that_nobody_takes_go_when_they_leave_no_room_in_memory() -> None:
+    with served(max_unsent_bytes=100_000) as (port, door):
+        asleep = [connected(port, b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(3)]
+        until = time.monotonic() + 5
+        while door.ended["left too much untaken"] < 3:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert said(port, LAST).endswith(b"/last:")  # who takes what it asked for has no part in it
+        for client in asleep:
+            with pytest.raises(ConnectionResetError):
+                everything(client)
+
+
+def test_who_left_most_untaken_goes_first_and_no_more_than_has_to() -> None:
+    door, gone = Door(max_connections=1, header_timeout_s=1, answer_timeout_s=1, max_unsent_bytes=100), list[int]()
+    sizes = [30, 90, 5, 60]
+    door._unsent = [
+        (size, n, SimpleNamespace(drop=lambda _, size=size: gone.append(size))) for n, size in enumerate(sizes)
+    ]  # type: ignore[misc]
+    door._bound_unsent()
+    assert gone == [90]
+    assert door._unsent == []
+
+
 @pytest.mark.slow
 def test_who_comes_when_there_is_no_room_is_told_so_and_harms_nobody() -> None:
     with served(max_connections=3) as (port, door):
