@@ -91,6 +91,7 @@ class AsyncClient:
         method: str | None = None,
         reject: Reject | None = None,
         explain: bool | None = None,
+        top: int | None = None,
         on_bad_image: OnBadImage = "skip",
     ) -> values.Predictions:
         return await self._run(
@@ -101,6 +102,7 @@ class AsyncClient:
                 method=method,
                 reject=reject,
                 explain=explain,
+                top=top,
                 on_bad_image=on_bad_image,
             )
         )
@@ -157,13 +159,14 @@ class AsyncTask(values.TaskState):
         *,
         reject: Reject | None = None,
         explain: bool | None = None,
+        top: int | None = None,
         on_bad_image: OnBadImage = "skip",
         progress: Progress | None = None,
     ) -> values.Prediction | Any: ...  # of a file; of a folder or a pattern a list of them, which no type can tell
 
     @overload
     async def classify(
-        self, images: Content, *, reject: Reject | None = None, explain: bool | None = None
+        self, images: Content, *, reject: Reject | None = None, explain: bool | None = None, top: int | None = None
     ) -> values.Prediction: ...
 
     @overload
@@ -173,6 +176,7 @@ class AsyncTask(values.TaskState):
         *,
         reject: Reject | None = None,
         explain: bool | None = None,
+        top: int | None = None,
         on_bad_image: OnBadImage = "skip",
         progress: Progress | None = None,
     ) -> list[values.Prediction]: ...
@@ -183,11 +187,12 @@ class AsyncTask(values.TaskState):
         *,
         reject: Reject | None = None,
         explain: bool | None = None,
+        top: int | None = None,
         on_bad_image: OnBadImage = "skip",
         progress: Progress | None = None,
     ) -> values.Prediction | list[values.Prediction]:
         plan = self._client._plans.classify(
-            self.name, images, reject=reject, explain=explain, on_bad_image=on_bad_image, progress=progress
+            self.name, images, reject=reject, explain=explain, top=top, on_bad_image=on_bad_image, progress=progress
         )
         return await self._client._run(plan)
 

@@ -31,6 +31,7 @@ Loaded: TypeAlias = list[tuple[File, bytes]]
 
 HEADROOM = 1000  # bytes of a body that are left free
 ENCODED = 4 / 3  # base64
+EXAMPLE = re.compile(r"\b(?:[Ee]xample )?(ex_[0-9a-f]{32})\b")  # as the service names one in a sentence
 MOST_NAMES = 10_000  # that a client remembers
 UPLOAD_S = 3600  # what is broken off half-way is kept for so long
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a task, and of an example
@@ -239,9 +240,7 @@ class Plans:
         """A task, with the names of the files that this client sent."""
         state = values.task(body)
         suspects = tuple(dataclasses.replace(s, name=self._names.get(s.example)) for s in state.report.suspects)
-        advice = state.report.advice
-        for item in suspects:
-            advice = advice.replace(f"example {item.example}", item.name or f"example {item.example}")
+        advice = EXAMPLE.sub(lambda said: self._names.get(said[1]) or said[0], state.report.advice)
         return dataclasses.replace(
             state,
             examples=tuple(dataclasses.replace(item, name=self._names.get(item.id)) for item in state.examples),

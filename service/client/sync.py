@@ -103,6 +103,7 @@ class Client:
         method: str | None = None,
         reject: Reject | None = None,
         explain: bool | None = None,
+        top: int | None = None,
         on_bad_image: OnBadImage = "skip",
     ) -> values.Predictions:
         """Support set and questions in one request, with nothing stored."""
@@ -114,6 +115,7 @@ class Client:
                 method=method,
                 reject=reject,
                 explain=explain,
+                top=top,
                 on_bad_image=on_bad_image,
             )
         )
@@ -175,13 +177,14 @@ class Task(values.TaskState):
         *,
         reject: Reject | None = None,
         explain: bool | None = None,
+        top: int | None = None,
         on_bad_image: OnBadImage = "skip",
         progress: Progress | None = None,
     ) -> values.Prediction | Any: ...  # of a file; of a folder or a pattern a list of them, which no type can tell
 
     @overload
     def classify(
-        self, images: Content, *, reject: Reject | None = None, explain: bool | None = None
+        self, images: Content, *, reject: Reject | None = None, explain: bool | None = None, top: int | None = None
     ) -> values.Prediction: ...
 
     @overload
@@ -191,6 +194,7 @@ class Task(values.TaskState):
         *,
         reject: Reject | None = None,
         explain: bool | None = None,
+        top: int | None = None,
         on_bad_image: OnBadImage = "skip",
         progress: Progress | None = None,
     ) -> list[values.Prediction]: ...
@@ -201,17 +205,19 @@ class Task(values.TaskState):
         *,
         reject: Reject | None = None,
         explain: bool | None = None,
+        top: int | None = None,
         on_bad_image: OnBadImage = "skip",
         progress: Progress | None = None,
     ) -> values.Prediction | list[values.Prediction]:
         """The answer for one image, or the list of answers for several, which may be any number.
 
         A list, a folder and a pattern such as "now/*.jpg" are several, even of one. `reject` is the share of genuine
-        images that may be taken for "none of these", or "off"; `explain` names the nearest examples. Of several images
-        one that cannot be read has its `error`; a single one raises it.
+        images that may be taken for "none of these", or "off"; `explain` names the nearest examples; of `top` classes,
+        the likeliest first, are probabilities told, and not of all. Of several images one that cannot be read has its
+        `error`; a single one raises it.
         """
         plan = self._client._plans.classify(
-            self.name, images, reject=reject, explain=explain, on_bad_image=on_bad_image, progress=progress
+            self.name, images, reject=reject, explain=explain, top=top, on_bad_image=on_bad_image, progress=progress
         )
         return self._client._run(plan)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from starlette.responses import Response
 
 from models.errors import FewshotError
@@ -104,18 +105,22 @@ def report(found: Report) -> dict[str, Any]:
     }
 
 
-def prediction(index: int, row: Answer | FewshotError, labels: Sequence[str], reject: float) -> dict[str, Any]:
-    """One line of an answer. `reject` is the share of genuine images that may be turned away; 0: none is."""
+def prediction(
+    index: int, row: Answer | FewshotError, labels: Sequence[str], reject: float, top: int | None = None
+) -> dict[str, Any]:
+    """One line of an answer. `reject` is the share of genuine images that may be turned away; 0: none is. `top`: of how
+    many classes probabilities are told, the likeliest first; None: of all, as they stand in the task."""
     if isinstance(row, FewshotError):
         return {"index": index, "error": {"index": index, "code": row.code, "detail": row.detail}}
     values = [round(value, 6) for value in row.probabilities.tolist()]
     best = int(row.probabilities.argmax())
     known = None if row.known is None else round(row.known, 4)
+    named = range(len(values)) if top is None else np.argsort(-row.probabilities, kind="stable")[:top].tolist()
     body: dict[str, Any] = {
         "index": index,
         "label": labels[best],
         "probability": values[best],
-        "probabilities": dict(zip(labels, values, strict=True)),
+        "probabilities": {labels[i]: values[i] for i in named},
         "known": known,
     }
     if row.is_none(reject):
@@ -131,10 +136,11 @@ def predictions(
     rejected: tuple[Rejected, ...] = (),
     *,
     reject: float,
+    top: int | None = None,
     lines: bool = False,
 ) -> Response:
     """`lines`: one prediction a line, without what goes around them."""
-    rows = [prediction(index, row, found.head.labels, reject) for index, row in enumerate(found.rows)]
+    rows = [prediction(index, row, found.head.labels, reject, top) for index, row in enumerate(found.rows)]
     timings = _timing(state, found.timings_ms)
     if lines:
         return Response("".join(text(row) + "\n" for row in rows), media_type=JSON_LINES)

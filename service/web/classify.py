@@ -20,6 +20,9 @@ REJECT = Field(None, description="share of genuine images that may be turned awa
 class ClassifyOptions(schemas.Closed):
     reject: Reject | None = REJECT
     explain: bool = Field(False, description="name the support examples that each image resembles most")
+    top: int | None = Field(
+        None, ge=1, description="probabilities of so many classes, the likeliest first; else of all"
+    )
     on_bad_image: Literal["skip", "fail"] = Field("skip", description="an error for each bad image, or refuse them all")
 
 
@@ -49,7 +52,9 @@ def create_router(engine: Engine, bounds: Bounds, *, reject: float) -> APIRouter
         )
         rate = _rate(options.reject, reject)
         engine.metrics.none_of_these.inc(predictions.none_of_these(rate))
-        return answers.predictions(request.scope["state"], predictions, reject=rate, lines=_wants_lines(request))
+        return answers.predictions(
+            request.scope["state"], predictions, reject=rate, top=options.top, lines=_wants_lines(request)
+        )
 
     @router.post(
         "/v1/classify",
@@ -71,7 +76,7 @@ def create_router(engine: Engine, bounds: Bounds, *, reject: float) -> APIRouter
         )
         rate = _rate(options.reject, reject)
         engine.metrics.none_of_these.inc(predictions.none_of_these(rate))
-        return answers.predictions(request.scope["state"], predictions, rejected, reject=rate)
+        return answers.predictions(request.scope["state"], predictions, rejected, reject=rate, top=options.top)
 
     @router.post(
         "/v1/embed",

@@ -354,6 +354,17 @@ def test_what_is_learned_can_be_changed_and_taken_back(client: Client) -> None:
     assert caught.value.detail == "There is no task 'changing'."
 
 
+def test_one_file_in_two_classes_is_named_in_the_advice(client: Client, tmp_path: Path) -> None:
+    for label, colour in (("blue", "blue"), ("red", "red")):
+        (tmp_path / label).mkdir()
+        for number in range(3):
+            (tmp_path / label / f"{number}.png").write_bytes(picture(colour, seed=number))
+    (tmp_path / "blue" / "7.png").write_bytes((tmp_path / "red" / "1.png").read_bytes())
+    found = client.adapt(tmp_path).report
+    assert [len(group) for group in found.doubles] == [2]
+    assert found.advice == "blue/7.png of 'blue' is the same picture as red/1.png of 'red': take the wrong one back."
+
+
 def test_options_reach_the_service(client: Client) -> None:
     task = client.adapt(some("red", "blue"), method="ridge", ttl=60, retain="images", task="options")
     assert (task.method, task.retained) == ("ridge", True)
@@ -362,6 +373,7 @@ def test_options_reach_the_service(client: Client) -> None:
     assert 59 < (task.expires_at - task.created_at).total_seconds() < 61
     assert {item.name for item in task.classify(RED, explain=True).nearest} < {f"red[{k}]" for k in range(3)}
     assert task.classify(RED, reject="off").label == "red"
+    assert list(task.classify(RED, top=1).probabilities) == ["red"]
     with pytest.raises(package.UnknownMethod):
         client.adapt(some("red", "blue"), method="magic")
     with pytest.raises(UndecodableExample):

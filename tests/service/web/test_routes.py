@@ -106,6 +106,22 @@ def test_all_spellings_of_a_question_give_the_same_answer(http: httpx.Client) ->
         assert "total;dur=" in answer.headers["server-timing"]
 
 
+@pytest.mark.parametrize("top", [1, 2, 3, 1000])
+def test_of_the_likeliest_classes_only_the_probabilities_are_told(http: httpx.Client, top: int) -> None:
+    http.put("/v1/tasks/many", files=colours("red", "lime", "blue"))
+    url = "/v1/tasks/many/classify"
+    (whole,), (some,) = (
+        http.post(url, params=params, files=[("image", RED)]).json()["predictions"] for params in ({}, {"top": top})
+    )
+    likeliest = sorted(whole["probabilities"].items(), key=lambda item: -item[1])
+    assert list(some["probabilities"].items()) == likeliest[:top]
+    assert {**some, "probabilities": None} == {**whole, "probabilities": None}
+
+
+def test_of_no_class_there_is_nothing_to_tell(http: httpx.Client) -> None:
+    refused(http.post("/v1/tasks/t/classify?top=0", files=[("image", RED)]), 422, "invalid_request", "top")
+
+
 def test_probabilities_sum_to_one_and_the_best_is_the_label(http: httpx.Client) -> None:
     taught(http, "p")
     row = http.post("/v1/tasks/p/classify", files=[("image", RED)]).json()["predictions"][0]
