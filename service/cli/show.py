@@ -125,7 +125,18 @@ def task(found: TaskState, *, json: bool, versions: Sequence[Any] | None = None,
         facts.append(("advice", report.advice))
     if found.expires_at is not None:
         facts.append(("expires", found.expires_at.isoformat(timespec="seconds")))
-    facts += [("kept", item.version, item.head) for item in versions or ()]
+    facts += [
+        (
+            "kept",
+            v.version,
+            v.head,
+            v.created_at and v.created_at.isoformat(timespec="seconds"),
+            v.method,
+            v.classes,
+            v.examples,
+        )
+        for v in versions or ()
+    ]
     if not is_terminal():
         rows((), facts)
         return
@@ -151,8 +162,12 @@ def _sentence(kind: str, fact: Sequence[Any]) -> Text:
             return said if name == example else said + Text(f" ({example})", style="dim")
         case "advice", (text,):
             return Text(text, style="bold")
-        case "kept", (version, head):
+        case "kept", (version, head, None, *_):
             return Text(f"version {version}  ") + Text(head, style="dim")
+        case "kept", (version, head, at, method, classes, examples):
+            return Text(f"version {version}  {at}  {method}, {classes} classes, {examples} examples  ") + Text(
+                head, style="dim"
+            )
         case _:
             return Text(" ".join(_field(item) for item in fact))
 

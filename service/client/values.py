@@ -135,8 +135,14 @@ class TaskItem:
 
 @dataclass(frozen=True, slots=True)
 class Version:
+    """A version that can be rolled back to; None where the service did not note it."""
+
     version: int
     head: str
+    created_at: datetime | None = None
+    method: str | None = None
+    classes: int | None = None
+    examples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,4 +311,4 @@ def page(data: Json) -> tuple[tuple[TaskItem, ...], str | None]:
 
 
 def versions(data: Json) -> tuple[Version, ...]:
-    return tuple(of(Version, item) for item in data["items"])
+    return tuple(of(Version, item, created_at=_time(item.get("created_at"))) for item in data["items"])

@@ -8,8 +8,8 @@ none of their functions can take a task name without one. Knows nothing of HTTP,
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from models.errors import StoreUnavailable
 from models.head import Head
@@ -27,6 +27,15 @@ class StoreMisconfigured(StoreUnavailable):
     """The store as it is set up cannot keep what it promises: a start is refused, a request answered 503."""
 
 
+class Told(NamedTuple):
+    """What a version of a task is, in short."""
+
+    written: float  # seconds since the epoch
+    method: str
+    classes: int
+    examples: int  # with a label
+
+
 @dataclass(frozen=True, slots=True)
 class Pointer:
     """Where a task is: its version, counted from 1, and the id of its head."""
@@ -34,6 +43,7 @@ class Pointer:
     version: int
     head: str
     stale: bool = False  # remembered from before the store went away; never written
+    told: Told | None = field(default=None, compare=False)  # in a list of versions, of those that this program wrote
 
     def to_bytes(self) -> bytes:
         return json.dumps([self.version, self.head]).encode()

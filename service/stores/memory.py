@@ -124,7 +124,7 @@ class MemoryScope:
         stored = None if known.base is None else self._get("record", (task, known.base.version))
         sealed, base = self._sealed.seal_record(task, pointer.version, record=record, base=known.base, stored=stored)
         most = self._store.versions_kept
-        history = known.then(pointer, base, expires=record.expires, most=most, instead=instead)
+        history = known.then(pointer, base, record, most=most, instead=instead)
         for dropped in known.dropped(history):
             self._drop("head", dropped)
         for name in records:

@@ -279,7 +279,7 @@ class RedisScope:
                 task, pointer.version, record=record, base=base, stored=stored
             )
             most = self._store.versions_kept
-            history = found.history.then(pointer, base, expires=record.expires, most=most, instead=instead)
+            history = found.history.then(pointer, base, record, most=most, instead=instead)
             earlier = [self._key("r", task, known) for known in sorted(history.records - {pointer.version})]
             moved = await pipe.mget(earlier) if earlier and found.history.expires != record.expires else []
             pipe.multi()  # type: ignore[no-untyped-call]

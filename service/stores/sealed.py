@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from models.errors import VersionConflict
 from models.head import Head, HeadInvalid
-from service.stores import Expected, Pointer, Record, SealBroken, Sealer
+from service.stores import Expected, Pointer, Record, SealBroken, Sealer, Told
 from service.stores.record import Base, RecentRecords, applied, base_of, difference
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class History(NamedTuple):
     versions: list[Pointer]  # newest first
     expires: float | None = math.nan
     bases: Mapping[int, Base] = MappingProxyType({})  # by version; a whole record is its own
+    told: Mapping[int, Told] = MappingProxyType({})  # by version
 
     @property
     def base(self) -> Base | None:
@@ -39,11 +41,17 @@ class History(NamedTuple):
         """The versions whose records are needed."""
         return {n for known in self.versions for n in (known.version, *self.bases.get(known.version, ())[:1])}
 
-    def then(self, pointer: Pointer, base: Base, *, expires: float | None, most: int, instead: bool) -> History:
+    def then(self, pointer: Pointer, base: Base, record: Record, *, most: int, instead: bool) -> History:
         """The history after a commit: at most so many versions, the new one included. `instead`: see Scope.commit."""
         kept = [pointer, *self.versions[instead:]][:most]
-        bases = {known.version: self.bases[known.version] for known in kept if known.version in self.bases}
-        return History(kept, expires, {**bases, pointer.version: base})
+        numbers = {known.version for known in kept}
+        told = Told(round(time.time(), 3), record.method, len(record.labels), len(record.classes))
+        return History(
+            kept,
+            record.expires,
+            {**{n: known for n, known in self.bases.items() if n in numbers}, pointer.version: base},
+            {**{n: known for n, known in self.told.items() if n in numbers}, pointer.version: told},
+        )
 
     def dropped(self, after: History) -> set[str]:
         """The heads that go with a commit: of versions that are not kept, or that would end at another time."""
@@ -89,7 +97,7 @@ class Sealed:
 
     def seal_history(self, task: str, history: History) -> bytes:
         versions = [[at.version, at.head, *history.bases.get(at.version, ())] for at in history.versions]
-        payload = [history.expires, versions]
+        payload = [history.expires, versions, history.told]
         return self._sealer.seal(json.dumps(payload).encode(), self._tenant, "history", task)
 
     def open_history(self, task: str, data: bytes | None) -> History:
@@ -98,9 +106,10 @@ class Sealed:
             return History([])
         payload = self._sealer.open(data, self._tenant, "history", task)
         try:
-            expires, versions = json.loads(payload)
-            pointers = [Pointer(version, head) for version, head, *_ in versions]
-            return History(pointers, expires, {version: Base(*base) for version, _, *base in versions if base})
+            expires, versions, *more = json.loads(payload)
+            told = {int(version): Told(*facts) for version, facts in (more[0] if more else {}).items()}
+            pointers = [Pointer(version, head, told=told.get(version)) for version, head, *_ in versions]
+            return History(pointers, expires, {version: Base(*base) for version, _, *base in versions if base}, told)
         except (ValueError, TypeError) as error:
             raise SealBroken("The history cannot be read.") from error
 

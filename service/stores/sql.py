@@ -5,7 +5,9 @@ Knows nothing of what the values mean.
 
 from __future__ import annotations
 
-FORMAT = 3  # PRAGMA user_version; the tables are those of 2, but a record may be a difference to another
+# PRAGMA user_version. The tables are those of 2; since 3 a record may be a difference to another, and since 4 a history
+# tells what its versions are.
+FORMAT = 4
 TASKS_TABLES = """
 -- Records lie apart, so reading a pointer never touches the pages of a large one. A task without a history was written
 -- in format 1.
@@ -34,7 +36,7 @@ DROP INDEX tasks_by_expiry;
 INSERT INTO tasks SELECT tenant, task, version, expires, pointer, NULL FROM old;
 INSERT INTO records SELECT tenant, task, version, record FROM old;
 DROP TABLE old;
-PRAGMA user_version = 3;
+PRAGMA user_version = {FORMAT};
 COMMIT;
 """  # noqa: S608
 # Sealed values are read as bytes whatever they are: text that is none would be an error of the whole statement.

@@ -157,7 +157,7 @@ class SqliteScope:
             stored = self._data(db, task, base.version) if base and self._sealed.wants(base) else None
             value, base = self._sealed.seal_record(task, pointer.version, record=record, base=base, stored=stored)
             most = self._store.versions_kept
-            history = before.then(pointer, base, expires=record.expires, most=most, instead=instead)
+            history = before.then(pointer, base, record, most=most, instead=instead)
             sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_history(task, history)
             db.execute(sql.PUT_TASK, (tenant, task, pointer.version, record.expires, *sealed))
             db.execute(sql.UNNEEDED, (tenant, task, json.dumps(sorted(history.records))))

@@ -108,14 +108,14 @@ class SqliteFile:
             db.execute("INSERT INTO seal VALUES (?)", (self.sealer.seal(b"", "store"),))
             db.execute(f"PRAGMA user_version = {sql.FORMAT}")
             db.execute("COMMIT")
-        elif version not in (1, 2, sql.FORMAT):
+        elif not 1 <= version <= sql.FORMAT:
             raise StoreMisconfigured(f"{path} has format {version}; this program reads format {sql.FORMAT}.")
         try:
             self.sealer.open(*db.execute("SELECT value FROM seal").fetchone(), "store")
         except SealBroken:
             # With another key every task would look damaged, and its owner would be asked to replace it.
             raise StoreMisconfigured(f"{path} was sealed with another key.") from None
-        if version in (1, 2):
+        if 1 <= version < sql.FORMAT:
             log.info("%s has format %d and is brought to format %d.", path, version, sql.FORMAT)
             db.executescript(sql.MIGRATION if version == 1 else f"PRAGMA user_version = {sql.FORMAT}")
         for suffix in ("", "-wal", "-shm"):

@@ -15,6 +15,7 @@ from models.errors import FewshotError
 from models.report import Report
 from service.answering import Answer, Predictions
 from service.batcher import Embedded
+from service.stores import Pointer
 from service.support import Rejected
 from service.tasks import Adapted
 from service.web.bodies import JSON_LINES
@@ -40,6 +41,18 @@ def _timing(state: MutableMapping[str, Any], timings_ms: Mapping[str, float]) ->
 
 def _time(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def version(at: Pointer) -> dict[str, Any]:
+    told = at.told
+    return {
+        "version": at.version,
+        "head": at.head,
+        "created_at": _time(told and told.written),
+        "method": told and told.method,
+        "classes": told and told.classes,
+        "examples": told and told.examples,
+    }
 
 
 def rejected_rows(rejected: tuple[Rejected, ...]) -> list[dict[str, Any]]:

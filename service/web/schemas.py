@@ -220,8 +220,14 @@ class TaskList(Closed):
 
 
 class VersionItem(Closed):
+    """What a version is; null where it was written by a program that did not note it."""
+
     version: int
     head: str
+    created_at: str | None
+    method: str | None
+    classes: int | None
+    examples: int | None
 
 
 class VersionList(Closed):

@@ -219,7 +219,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     )
     async def list_versions(request: Request, task: str, _: Annotated[schemas.NoOptions, Query()]) -> Response:
         found = await engine.versions(scope_of(request), task)
-        return answers.answer({"items": [{"version": p.version, "head": p.head} for p in found]})
+        return answers.answer({"items": [answers.version(at) for at in found]})
 
     @router.patch(
         "/v1/tasks/{task}",

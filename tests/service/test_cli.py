@@ -109,7 +109,8 @@ def test_json_is_what_the_api_calls_things(fewshot: Fewshot, folder: Path) -> No
     assert {item["label"] for item in rows[0]["nearest"]} == {"red"}
     assert {"task": "json", "version": 1, "head": task["head"]} in fewshot("tasks", "--json").json
     shown = fewshot("tasks", "show", "json", "--json").json
-    assert shown["versions"] == [{"version": 1, "head": task["head"]}]
+    what = {"version": 1, "head": task["head"], "method": task["method"], "classes": 2, "examples": 6}
+    assert [{**item, "created_at": None} for item in shown["versions"]] == [{**what, "created_at": None}]
     assert fewshot("tasks", "forget", "json", "--json").json == {"task": "json", "forgotten": True}
 
 

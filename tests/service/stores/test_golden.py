@@ -65,7 +65,7 @@ def program(request: pytest.FixtureRequest, store: Store) -> str:
 
 def test_there_is_a_file_of_every_program_that_is_told_of() -> None:
     assert golden.__doc__ is not None
-    assert [name for name in ("1", "2", "2b", "3") if f"`{name}`" in golden.__doc__] == PROGRAMS
+    assert [name for name in ("1", "2", "2b", "3", "4") if f"`{name}`" in golden.__doc__] == PROGRAMS
     assert sorted(file.stem for file in golden.FOLDER.glob("*.json")) == PROGRAMS
 
 
@@ -79,6 +79,8 @@ async def test_all_that_was_written_is_there(store: Store, program: str) -> None
         kept = changes[-1:] if program in WITHOUT_VERSIONS else changes
         versions = range(len(changes), len(changes) - len(kept), -1)
         assert [at.version for at in await scope.versions(task)] == list(versions)
+        told = [at.told and at.told[1:] for at in await scope.versions(task)]
+        assert told == [("ridge", 3, len(changes[n - 1][0].classes)) if program >= "4" else None for n in versions]
         for version in versions:
             record, seed = changes[version - 1]
             found = await scope.record(task, version=version)

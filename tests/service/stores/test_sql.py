@@ -86,7 +86,7 @@ async def migrated(folder: Path) -> None:
             assert found is not None
             assert same(found[1], make_record(version, expires=end))
         assert same(await scope.head(f"hd_{version}"), make_head(version))
-    assert await store.run(lambda db: db.execute("PRAGMA user_version").fetchone()) == (3,)
+    assert await store.run(lambda db: db.execute("PRAGMA user_version").fetchone()) == (4,)
     assert await store.run(lambda db: db.execute("PRAGMA integrity_check").fetchone()) == ("ok",)
     await store.close()
 
@@ -126,8 +126,8 @@ async def test_a_file_of_format_2_is_brought_to_this_one_which_an_older_program_
     await store.close()
     again = SqliteStore(tmp_path, key=b"key")
     await again.open()
-    assert "has format 2 and is brought to format 3" in caplog.text
-    assert await again.run(lambda db: db.execute("PRAGMA user_version").fetchone()) == (3,)
+    assert "has format 2 and is brought to format 4" in caplog.text
+    assert await again.run(lambda db: db.execute("PRAGMA user_version").fetchone()) == (4,)
     assert same((await again.scope("t").record("cats") or (None, None))[1], make_record(1))
     await again.close()
 
@@ -169,6 +169,6 @@ async def test_a_migration_for_which_the_disk_is_too_full_has_done_nothing(
     path = old_file(tmp_path)
     with no_file_grows_beyond(40_000), pytest.raises(StoreMisconfigured, match="cannot be used as a store"):
         await SqliteStore(tmp_path, key=b"key").open()
-    assert "is brought to format 3" in caplog.text  # so far it came
+    assert "is brought to format 4" in caplog.text  # so far it came
     assert old_program_reads(path)
     await migrated(tmp_path)

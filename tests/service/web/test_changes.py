@@ -280,6 +280,14 @@ def test_versions_are_listed_read_and_brought_back(http: httpx.Client) -> None:
     third = task_of(http.delete("/v1/tasks/t/classes/blue"))
     found = schemas.VersionList.model_validate_json(http.get("/v1/tasks/t/versions").text)
     assert [(item.version, item.head) for item in found.items] == [(t.version, t.head) for t in (third, second, first)]
+    assert [(item.method, item.classes, item.examples) for item in found.items] == [
+        ("prototype", 2, 6),
+        ("prototype", 3, 9),
+        ("prototype", 2, 6),
+    ]
+    times = [item.created_at or "" for item in found.items]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] >= first.created_at
     old = task_of(http.get("/v1/tasks/t?version=1"))
     assert (old.version, old.head, old.classes, old.report) == (1, first.head, first.classes, first.report)
     back = task_of(http.post("/v1/tasks/t/rollback?version=1"))

@@ -4,7 +4,8 @@
 
 `1` is of commit 0dce4a2, before there were versions; `2` of 0400e8d, with versions, images and remembered values; `2b`
 of 529dc47, with heads of a byte a weight and records that are differences to others; `3` of the first that has this
-folder. What a program lacked is not in its files. Uses nothing but what all of them have.
+folder; `4` of the first whose histories tell what versions are. What a program lacked is not in its files. Uses nothing
+but what all of them have.
 """
 
 from __future__ import annotations
