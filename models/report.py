@@ -65,7 +65,7 @@ class Report:
     suspects: tuple[Suspect, ...]  # the surest first
     advice: str
     twins: tuple[tuple[str, ...], ...] = ()  # examples that seem to show one thing, and count as one here
-    doubles: tuple[tuple[str, ...], ...] = ()  # examples that are the same picture under several labels
+    doubles: tuple[tuple[str, ...], ...] = ()  # examples that look the same and have several labels
 
 
 def fitted(learner: Learner, support: Support, *, near: float = 0.0) -> tuple[Affine, Callable[[], HeldOut]]:
@@ -142,8 +142,8 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
         weight[list(rows)] = 1 / len(rows)
     few = _few(counts, labels)
     twins, doubles = (
-        tuple(tuple(ids[row] for row in rows) for rows in groups)[:MOST_SUSPECTS]
-        for groups in (held.twins, held.doubles)
+        tuple(tuple(ids[row] for row in rows[:MOST_SUSPECTS]) for rows in groups[:MOST_SUSPECTS])
+        for groups in (held.twins, tuple(_first_of_each(rows, classes) for rows in held.doubles))
     )
     twice, alike = _twice(held, classes, labels, ids), _alike(held, classes, labels)
     if not len(held.index):
@@ -192,6 +192,12 @@ def _few(counts: np.ndarray, labels: Sequence[str]) -> str:
     return f"Add {missing} more of {labels[fewest]!r}: {int(counts[fewest])} is few, {ENOUGH} make a task dependable."
 
 
+def _first_of_each(rows: Sequence[int], classes: np.ndarray) -> tuple[int, ...]:
+    """Rows, one of each class before any other."""
+    ahead = {int(classes[row]): row for row in reversed(rows)}
+    return tuple(sorted(rows, key=lambda row: (ahead[int(classes[row])] != row, row)))
+
+
 def _twice(held: HeldOut, classes: np.ndarray, labels: Sequence[str], ids: Sequence[str]) -> str:
     """What to say where one picture has several labels; empty where none has."""
     if not held.doubles:
@@ -200,8 +206,8 @@ def _twice(held: HeldOut, classes: np.ndarray, labels: Sequence[str], ids: Seque
         (row, further) for row in held.doubles[0] for further in held.doubles[0] if classes[row] != classes[further]
     )
     return (
-        f"Example {ids[one]} of {labels[classes[one]]!r} is the same picture as {ids[other]} of "
-        f"{labels[classes[other]]!r}: take the wrong one back."
+        f"Example {ids[one]} of {labels[classes[one]]!r} looks exactly like {ids[other]} of "
+        f"{labels[classes[other]]!r}: take back the one whose label is wrong."
     )
 
 

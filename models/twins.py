@@ -8,9 +8,14 @@ alike to the extractor is taken for one thing, as two plates of one make would b
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import numpy as np
 
 MOST = 1000  # examples of a class; in one of more nobody looks
+SAME = 1e-5  # of the squared length of features: what two of one picture differ by at most, seen in other batches
+DIRECTIONS = 4
 
 
 def units(features: np.ndarray, labels: np.ndarray, way: int, *, near: float) -> np.ndarray:
@@ -34,17 +39,37 @@ def units(features: np.ndarray, labels: np.ndarray, way: int, *, near: float) ->
 
 
 def doubles(features: np.ndarray, labels: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """features [n, dim] of classes [n] -> the rows that are the same, bit for bit, though they are of several classes.
+    """features [n, dim] of classes [n] -> the rows that are the same though they are of several classes.
 
-    One file that was sent under two labels is: no learner can tell which of them it is.
+    One file that was sent under two labels is: no learner can tell which of them it is. The same but for what float16
+    and the order of sums make of it, for a file is not always seen in the same batch.
     """
-    sums, where = np.unique(features.sum(axis=1), return_inverse=True)
-    if len(sums) == len(features):  # as nearly always
+    n, dim = features.shape
+    size = np.einsum("nd,nd->n", features, features).mean()
+    if not np.isfinite(size) or not size:
         return ()
-    groups: dict[bytes, list[int]] = {}
-    for row in np.flatnonzero(np.bincount(where)[where] > 1).tolist():
-        groups.setdefault(features[row].tobytes(), []).append(row)
-    return tuple(tuple(rows) for rows in groups.values() if len({int(labels[row]) for row in rows}) > 1)
+    # What is near is near in every direction: a few are enough to find who may be, without looking at all pairs.
+    seen = features @ _directions(dim)
+    near = 6 * math.sqrt(SAME * size)
+    order = np.argsort(seen[:, 0], kind="stable")
+    counts = np.searchsorted(seen[order, 0], seen[order, 0] + near, side="right") - np.arange(n) - 1
+    first = np.repeat(np.arange(n), counts)
+    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first, second = order[first], order[second]
+    close = (np.abs(seen[first] - seen[second]) <= near).all(axis=1)
+    first, second = first[close], second[close]
+    same = ((features[first] - features[second]) ** 2).sum(axis=1) <= SAME * size
+    groups: dict[int, set[int]] = {}
+    for one, other in zip(first[same].tolist(), second[same].tolist(), strict=True):
+        joined = groups.get(one, {one}) | groups.get(other, {other})
+        groups.update(dict.fromkeys(joined, joined))
+    found = {min(rows): tuple(sorted(rows)) for rows in groups.values() if len({int(labels[row]) for row in rows}) > 1}
+    return tuple(found[row] for row in sorted(found))
+
+
+@cache
+def _directions(dim: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 1, (dim, DIRECTIONS)).astype(np.float32)
 
 
 def _distances(x: np.ndarray) -> np.ndarray:

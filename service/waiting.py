@@ -124,14 +124,21 @@ class Turns:
             least = min(self._had[name] for name in self._jobs)
             self._had = {name: had for name, had in self._had.items() if name in self._jobs or had > least}
 
-    def correct(self, tenant: str, by: float) -> None:
-        """What a tenant was given was so much more, or less, than it counted as."""
+    def correct(self, tenant: str, by: float, *, most: float) -> None:
+        """What a tenant was given was so much more, or less, than it counted as; `most`: by how much it may have had
+        more than who waits, for it is to wait no longer than that."""
         if tenant in self._had:
-            self._had[tenant] += by
+            others = [self._had[name] for name in self._jobs if name != tenant]
+            self._had[tenant] = max(0.0, min(self._had[tenant] + by, min(others, default=math.inf) + most))
 
     def before(self, tenant: str, own: float, size: float) -> float:
         """What is done before a job of this size, which has to wait for `own` of its tenant's: of others, no more."""
         return own + sum(min(waits, own + size) for name, waits in self.waits.items() if name != tenant)
+
+    def lead(self, tenant: str) -> float:
+        """By how much a tenant had more than whoever waits and had least."""
+        least = min((self._had[name] for name in self._jobs), default=0.0)
+        return max(0.0, self._had.get(tenant, 0.0) - least)
 
     def clear(self) -> None:
         for kept in (self._jobs, self.waits, self._had):
@@ -173,9 +180,13 @@ class Waiting:
         ahead = turns.before(job.tenant, min(mine, jobs * work), work)
         if self._images_before(job.tenant, jobs, images) > max(self._max_batch * self._lanes, images):
             # Places are free when a batch has just been taken, so none of what is on the lanes counts as done. Between
-            # two batches there is one function.
+            # two batches there is one function, and all of them take no longer than the images, but for those that
+            # have begun.
+            images_s = (ahead + self.underway) * self._unit_s
             functions = min(self._ends.total + self._calls.total, math.ceil(ahead / self._max_batch) + 1)
-            self._check((ahead + self.underway) * self._unit_s + functions * self._call_s)
+            self._check(images_s + min(functions * self._call_s, images_s + max(1, self._lanes // 2) * self._call_s))
+        if not turns:
+            self._more_s = 0.0  # nobody is owed anything
         turns.add(job)
         self.images += images
         self._of[job.tenant] = self._of.get(job.tenant, 0) + images
@@ -202,14 +213,15 @@ class Waiting:
         ahead = self._calls.before(job.tenant, self._calls.waits.get(job.tenant, 0.0), 1)
         if ahead >= self._lanes:
             # Before each there is a batch, or as many as take as long.
-            images = min(self._turns.total * self._unit_s, ahead * max(self._max_batch * self._unit_s, self._call_s))
-            self._check(images + (ahead + self._ends.total) * self._call_s)
+            images_s = min(self._turns.total * self._unit_s, ahead * max(self._max_batch * self._unit_s, self._call_s))
+            others_s = min(self._calls.total * self._call_s, self._calls.lead(job.tenant))  # who had less comes first
+            self._check(images_s + (ahead + self._ends.total) * self._call_s + others_s)
         self._calls.add(job)
 
     def function(self) -> Job | None:
         """Takes the next function, where it is not the turn of images; every other one ends what was let in."""
         chosen = self._calls if self._calls and (self._ended or not self._ends) else self._ends
-        if not chosen or (self._turns and (self._more_s > 0 or 2 * self._running >= max(2, self._lanes))):
+        if not chosen or (self._turns and (self._more_s > 0 or self._running >= max(1, self._lanes // 2))):
             return None
         self._ended = chosen is self._ends
         self._running += 1
@@ -266,10 +278,11 @@ class Waiting:
     def called(self, job: Job, seconds: float | None) -> None:
         """The same of a function; None: nobody waited for it any more."""
         self._running -= 1
-        (self._ends if job.ends else self._calls).correct(job.tenant, (seconds or 0.0) - job.charged)
+        turns, by = self._ends if job.ends else self._calls, (seconds or 0.0) - job.charged
+        turns.correct(job.tenant, by, most=self._max_wait_s / 2)
         if seconds is not None:
             self._call_s += (seconds - self._call_s) / 8
-            self._more_s = self._more_s + seconds if self._turns else 0.0
+            self._more_s += seconds
 
     def clear(self) -> None:
         for turns in (self._turns, self._ends, self._calls):

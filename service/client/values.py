@@ -93,7 +93,7 @@ class Report:
     suspects: tuple[Suspect, ...] = ()
     advice: str = ""
     twins: tuple[tuple[str, ...], ...] = ()  # examples of a class that seem to show one thing, and count as one
-    doubles: tuple[tuple[str, ...], ...] = ()  # examples of several classes that are the same picture
+    doubles: tuple[tuple[str, ...], ...] = ()  # examples of several classes that look exactly alike
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

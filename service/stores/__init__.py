@@ -126,8 +126,7 @@ class Scope(Protocol):
         ...
 
     async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
-        """Keeps a small value beside a task for `ttl_s` seconds, or until the task ends, where that comes first,
-        durably; says whether it was written.
+        """Keeps a small value beside a task for `ttl_s` seconds, durably; says whether it was written.
 
         With `new` only when there is none under that key; of several who try at once, one succeeds. The task need not
         exist. Of more than MOST_REMEMBERED values beside one task, those written first are forgotten.

@@ -179,10 +179,7 @@ class MemoryScope:
         if new and await self.recall(task, key) is not None:
             return False
         sealed = self._sealed.seal_remembered(task, key, value=value)
-        until, (_, end) = time.time() + ttl_s, self._store.values.get((self.tenant, "pointer", task), (None, None))
-        if self._get("pointer", task) is not None:
-            until = ends(ttl_s, end, now=time.time())
-        self._put("remembered", (task, key), data=sealed, expires=until)
+        self._put("remembered", (task, key), data=sealed, expires=time.time() + ttl_s)
         live = []
         for name in self._beside(task, "remembered"):
             if self._get("remembered", name) is None:

@@ -455,7 +455,7 @@ class RedisScope:
 
     async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
         sealed = self._sealed.seal_remembered(task, key, value=value)
-        return await self._note(task, key, sealed, ttl_s=ttl_s, new=new)
+        return await self._note(task, key, sealed, expires=time.time() + ttl_s, new=new)
 
     async def forget_remembered(self, task: str, key: str) -> None:
         await self._note(task, key, None)
@@ -466,13 +466,13 @@ class RedisScope:
         listed, data = found
         return self._sealed.open_remembered(task, key, data=data) if name in self._live(task, listed) else None
 
-    async def _note(self, task: str, key: str, sealed: bytes | None, *, ttl_s: float = 0, new: bool = False) -> bool:
+    async def _note(self, task: str, key: str, sealed: bytes | None, *, expires: float = 0, new: bool = False) -> bool:
         """Writes one remembered value (None: takes it away) and the index that names it."""
         index, name = self._key("m", task), self._digest(key)
 
         async def change(pipe: Pipeline) -> bool:
-            found: list[Any] = await pipe.mget([index, f"{index}:{name}", self._key("v", task), MARK])
-            listed, data, history, mark = found
+            found: list[Any] = await pipe.mget([index, f"{index}:{name}", MARK])
+            listed, data, mark = found
             self._store.recognise(mark)
             live = self._live(task, listed)
             there = name in live and self._sealed.open_remembered(task, key, data=data) is not None
@@ -483,8 +483,8 @@ class RedisScope:
             if sealed is None:
                 pipe.delete(f"{index}:{name}")
             else:
-                live[name] = ends(ttl_s, self._sealed.end(task, history=history), now=time.time())
-                pipe.set(f"{index}:{name}", sealed, px=_ms(live[name]))
+                live[name] = expires
+                pipe.set(f"{index}:{name}", sealed, px=_ms(expires))
             for oldest in list(live)[:-MOST_REMEMBERED]:
                 del live[oldest]
                 pipe.delete(f"{index}:{oldest}")

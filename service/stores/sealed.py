@@ -113,13 +113,6 @@ class Sealed:
         except (ValueError, TypeError) as error:
             raise SealBroken("The history cannot be read.") from error
 
-    def end(self, task: str, *, history: bytes | None) -> float | None:
-        """When a task ends; None: never, or that is not known."""
-        try:
-            return self.open_history(task, history).expires
-        except SealBroken:
-            return None
-
     def versions(self, task: str, *, pointer: bytes, history: bytes | None) -> list[Pointer]:
         """The kept versions, newest first. Raises SealBroken."""
         at = self.open_pointer(task, pointer)

@@ -213,13 +213,12 @@ class SqliteScope:
 
     async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
         def work(db: sqlite3.Connection) -> bool:
+            now = time.time()
             self._store.expire(db, sql.FORGOTTEN)
             if new and self._recall(db, task, key) is not None:
                 return False
             sealed = self._sealed.seal_remembered(task, key, value=value)
-            _, end = db.execute(sql.POINTER, self._now(task)).fetchone() or (None, None)
-            until = ends(ttl_s, end, now=time.time())
-            db.execute("REPLACE INTO remembered VALUES (?, ?, ?, ?, ?)", (self.tenant, task, key, until, sealed))
+            db.execute("REPLACE INTO remembered VALUES (?, ?, ?, ?, ?)", (self.tenant, task, key, now + ttl_s, sealed))
             db.execute(sql.TOO_MANY, (self.tenant, task, MOST_REMEMBERED))
             return True
 

@@ -79,7 +79,7 @@ class Door:
         self._lingering: set[asyncio.Transport] = set()
         self._silent: list[Connection] = []  # that may go for others, the next one last
         self._looked = -math.inf
-        self._unsent: list[tuple[int, int, Connection]] = []  # of those the sweep has seen: bytes, a number
+        self._unsent: list[Connection] = []  # those the sweep has seen that had something to take
         self._sweeps = False
         self._told = 0.0
 
@@ -148,10 +148,10 @@ class Door:
             if connection in inside:
                 connection.look(now)
                 looked += 1
-                if unsent := connection.transport.get_write_buffer_size():
-                    self._unsent.append((unsent, len(self._unsent), connection))
+                if connection.unsent:
+                    self._unsent.append(connection)
         if not left:
-            self._bound_unsent()
+            self._bound_unsent(inside)
         if self.ended and now - self._told > TELL_S:
             log.warning("Connections were ended: %s.", ", ".join(f"{n} {why}" for why, n in self.ended.most_common()))
             self._before.update(self.ended)
@@ -161,15 +161,19 @@ class Door:
         if self._sweeps:
             loop.call_later(SWEEP_S / (1 + len(inside) // AT_ONCE), self._sweep, inside, loop, left)
 
-    def _bound_unsent(self) -> None:
-        """Ends those who leave most of their answers untaken, until all that is untaken has room in memory."""
-        most, self._unsent = sorted(self._unsent, reverse=True), []
-        total = sum(size for size, *_ in most)
-        for size, _, connection in most:
+    def _bound_unsent(self, inside: set[Any]) -> None:
+        """Ends those who leave most of their answers untaken, until all that is untaken has room in memory.
+
+        Who is alone may leave as much as an answer has.
+        """
+        there = [one for one in self._unsent if one in inside and not one.transport.is_closing()]
+        sizes = sorted(((one.transport.get_write_buffer_size(), n) for n, one in enumerate(there)), reverse=True)
+        self._unsent, total = [], sum(size for size, _ in sizes)
+        for size, n in sizes if len(sizes) > 1 else ():
             if total <= self.max_unsent_bytes:
                 return
             total -= size
-            connection.drop("left too much untaken")
+            there[n].drop("left too much untaken")
 
 
 class Connection(HttpToolsProtocol):
@@ -319,7 +323,8 @@ class Connection(HttpToolsProtocol):
     def drop(self, why: str) -> None:
         self.door.ended[why] += 1
         # Closed as usual, the kernel would keep what is unsent for minutes.
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        with suppress(OSError, ValueError):  # it has gone by itself; uvloop says so by a number that is none
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.transport.abort()
 
 

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from models.errors import FewshotError, IdempotencyMismatch, InFlight, InvalidRequest
-from service.stores import SealBroken
+from service.stores import Scope, SealBroken
 from service.support import task_name
 from service.web.access import scope_of
 
@@ -48,9 +48,12 @@ async def once(request: Request, task: str, work: Callable[[], Awaitable[Respons
         if request.method != "PUT" and await scope.pointer(task) is None:
             return await work()  # nothing is kept beside a task that is not there, and may never be
     claim = json.dumps({"fingerprint": fingerprint}).encode()
-    if not await scope.remember(task, key, claim, ttl_s=CLAIM_S, new=True):
+    while not await scope.remember(task, key, claim, ttl_s=CLAIM_S, new=True):
         found = await scope.recall(task, key)
         before: dict[str, Any] = json.loads(found) if found else {"fingerprint": fingerprint}
+        if "status" in before and await _is_gone(scope, task):  # it tells of a task that has ended since
+            await scope.forget_remembered(task, key)
+            continue
         if before["fingerprint"] != fingerprint:
             raise IdempotencyMismatch("This Idempotency-Key was used for another request; take a new one.")
         if "status" not in before:
@@ -72,6 +75,12 @@ async def once(request: Request, task: str, work: Callable[[], Awaitable[Respons
     }
     await scope.remember(task, key, json.dumps(answer).encode(), ttl_s=ANSWER_S)
     return response
+
+
+async def _is_gone(scope: Scope, task: str) -> bool:
+    with suppress(SealBroken):
+        return await scope.pointer(task) is None
+    return False
 
 
 def _fingerprint(request: Request, body: bytes) -> str:

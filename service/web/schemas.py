@@ -176,7 +176,9 @@ class ReportInfo(Closed):
     suspects: list[SuspectInfo]
     advice: str
     twins: list[list[str]] = Field(description="examples of a class that seem to show one thing, and count as one")
-    doubles: list[list[str]] = Field(description="examples of several classes that are the same picture")
+    doubles: list[list[str]] = Field(
+        description="examples of several classes that look exactly alike, as one file under two labels does"
+    )
 
 
 class Task(Closed):

@@ -104,5 +104,21 @@ def test_rows_that_are_the_same_under_several_labels_are_doubles() -> None:
     assert doubles(features, labels) == ((1, 4, 7), (3, 6))
 
 
-def test_rows_of_one_sum_are_no_doubles() -> None:
-    assert doubles(np.array([[1.0, 2.0], [2.0, 1.0]], np.float32), np.array([0, 1])) == ()
+@pytest.mark.parametrize("n", [2, 40, 2000])
+def test_what_was_seen_in_another_batch_is_the_same_and_a_frame_of_a_burst_is_not(n: int) -> None:
+    rng = np.random.default_rng(n)
+    features = rng.standard_normal((n, 512))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features[n // 2 :] = features[: n // 2]  # each once more, of another class
+    frames = features + rng.standard_normal(features.shape) * 0.01 / np.sqrt(512)
+    features *= 1 + rng.standard_normal(features.shape) * 2e-4  # float16 rounds to one in two thousand
+    labels = np.arange(n) // (n // 2)
+    pairs = tuple((k, k + n // 2) for k in range(n // 2))
+    assert doubles(features.astype(np.float16).astype(np.float32), labels) == pairs
+    frames[: n // 2] = features[: n // 2]
+    assert doubles(frames.astype(np.float16).astype(np.float32), labels) == ()
+
+
+def test_of_features_that_are_no_numbers_none_are_doubles() -> None:
+    assert doubles(np.full((3, 8), np.nan, np.float32), np.arange(3)) == ()
+    assert doubles(np.zeros((3, 8), np.float32), np.arange(3)) == ()

@@ -355,14 +355,17 @@ def test_what_is_learned_can_be_changed_and_taken_back(client: Client) -> None:
 
 
 def test_one_file_in_two_classes_is_named_in_the_advice(client: Client, tmp_path: Path) -> None:
-    for label, colour in (("blue", "blue"), ("red", "red")):
+    for label, colours in (("blue", ("blue", "navy", "teal")), ("red", ("red", "maroon", "orange"))):
         (tmp_path / label).mkdir()
-        for number in range(3):
+        for number, colour in enumerate(colours):
             (tmp_path / label / f"{number}.png").write_bytes(picture(colour, seed=number))
     (tmp_path / "blue" / "7.png").write_bytes((tmp_path / "red" / "1.png").read_bytes())
     found = client.adapt(tmp_path).report
     assert [len(group) for group in found.doubles] == [2]
-    assert found.advice == "blue/7.png of 'blue' is the same picture as red/1.png of 'red': take the wrong one back."
+    assert (
+        found.advice
+        == "blue/7.png of 'blue' looks exactly like red/1.png of 'red': take back the one whose label is wrong."
+    )
 
 
 def test_options_reach_the_service(client: Client) -> None:

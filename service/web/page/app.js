@@ -197,7 +197,9 @@ function drawReport(task) {
 
 // The service's sentence, with photos called what they are called on the page.
 function said(sentence = "") {
-  return sentence.replace(/(example )?(ex_[0-9a-f]+)( of ('[^']*'|"[^"]*"))?/g, (_, __, id) => small(nameOf(id)));
+  return sentence.replace(/([Ee]xample )?(ex_[0-9a-f]+)( of ('[^']*'|"[^"]*"))?/g, (_, word, id) =>
+    word?.startsWith("E") ? nameOf(id) : small(nameOf(id)),
+  );
 }
 
 const tabs = LANGUAGES.map((name) => button(name, { role: "tab", "aria-controls": "snippet", onclick: () => choose(name) }));

@@ -514,18 +514,6 @@ async def test_what_is_remembered_of_a_task_that_ended_is_not_of_the_next_one(st
     assert await scope.recall("dogs", "key") == b"value"
 
 
-async def test_what_is_remembered_beside_a_task_ends_with_it(store: Store) -> None:
-    scope, end = store.scope("t"), time.time() + 0.3
-    await commit(scope, "cats", 1, expires=end)
-    await commit(scope, "dogs", 1)
-    for task in ("cats", "dogs"):
-        assert await scope.remember(task, "key", b"value", ttl_s=86400) is True
-    await asyncio.sleep(end - time.time() + 0.05)
-    assert await scope.recall("cats", "key") is None
-    assert await scope.remember("cats", "key", b"at work", ttl_s=60, new=True) is True  # of who makes the next one
-    assert await scope.recall("dogs", "key") == b"value"
-
-
 async def test_a_refused_commit_forgets_nothing(store: Store) -> None:
     scope = store.scope("t")
     await scope.remember("cats", "key", b"value", ttl_s=86400)

@@ -380,12 +380,12 @@ def test_a_report_names_the_example_that_looks_wrong(http: httpx.Client) -> None
 
 def test_a_report_names_one_file_that_came_under_two_labels(http: httpx.Client) -> None:
     taught(http, "t")
-    both = picture("red", seed=62)
+    both = picture("maroon", seed=62)
     for label in ("blue", "red"):  # in two requests, so neither of them could know
         task = task_of(http.post("/v1/tasks/t/examples", files=[(label, both)]))
     ids = [example_id(label, both) for label in ("blue", "red")]
     assert [list(group) for group in task.report.doubles] == [ids]
-    words = f"Example {ids[0]} of 'blue' is the same picture as {ids[1]} of 'red': take the wrong one back."
+    words = f"Example {ids[0]} of 'blue' looks exactly like {ids[1]} of 'red': take back the one whose label is wrong."
     assert task.report.advice == words
     assert task_of(http.delete(f"/v1/tasks/t/examples/{ids[0]}")).report.doubles == []
 

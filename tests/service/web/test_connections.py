@@ -370,13 +370,35 @@ def test_answers_that_nobody_takes_go_when_they_leave_no_room_in_memory() -> Non
 
 def test_who_left_most_untaken_goes_first_and_no_more_than_has_to() -> None:
     door, gone = Door(max_connections=1, header_timeout_s=1, answer_timeout_s=1, max_unsent_bytes=100), list[int]()
-    sizes = [30, 90, 5, 60]
-    door._unsent = [
-        (size, n, SimpleNamespace(drop=lambda _, size=size: gone.append(size))) for n, size in enumerate(sizes)
-    ]  # type: ignore[misc]
-    door._bound_unsent()
+
+    def leaving(size: int) -> Any:
+        transport = SimpleNamespace(is_closing=lambda: False, get_write_buffer_size=lambda: size)
+        return SimpleNamespace(transport=transport, drop=lambda _: gone.append(size))
+
+    some = [leaving(size) for size in (30, 90, 5, 60)]
+    door._unsent = [*some, leaving(1000)]
+    door._bound_unsent(some)  # type: ignore[arg-type]  # the last one has gone
     assert gone == [90]
-    assert door._unsent == []
+    alone = leaving(1000)
+    door._unsent = [alone]
+    door._bound_unsent([alone])  # type: ignore[arg-type]  # it may have an answer of any size
+    assert gone == [90]
+
+
+@pytest.mark.slow
+def test_who_goes_while_the_others_are_looked_at_does_not_end_the_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "AT_ONCE", 1)
+    request = b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n"
+    with served(max_unsent_bytes=100_000, header_timeout_s=0.5, answer_timeout_s=0.1) as (port, _):
+        for _round in range(30):
+            asleep = [connected(port, request) for _ in range(4)]
+            time.sleep(0.02)
+            for client in asleep[::2]:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, connections.RESET)
+                client.close()
+        silent = connected(port, b"GET / HT")
+        silent.settimeout(5)
+        assert everything(silent) == b""
 
 
 @pytest.mark.slow

@@ -281,7 +281,7 @@ def test_a_forgotten_task_takes_its_keys_with_it(http: httpx.Client, own: Memory
 
 
 def test_a_task_that_ended_is_made_anew_by_who_tries_again(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer lasts no longer than what it tells of: who asked for a task of ten minutes gets another one."""
+    """An answer counts no longer than what it tells of: who asked for a task of ten minutes gets another one."""
 
     def put() -> httpx.Response:
         files = colours("navy", "lime")
@@ -292,6 +292,17 @@ def test_a_task_that_ended_is_made_anew_by_who_tries_again(http: httpx.Client, m
     monkeypatch.setattr("service.stores.memory.time.time", lambda: later)
     again = put()
     assert (again.status_code, replayed(again)) == (201, False)
+
+
+def test_a_task_that_was_given_more_time_still_knows_what_was_asked(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, now = "/v1/tasks/longer", time.time()
+    assert http.put(f"{url}?ttl=600", files=colours("navy", "lime")).status_code == 201
+    assert not replayed(post(http, "k", url=f"{url}/examples"))
+    assert http.put(f"{url}?ttl=86400", files=colours("navy", "lime")).status_code == 200
+    monkeypatch.setattr("service.stores.memory.time.time", lambda: now + 700)
+    assert replayed(post(http, "k", url=f"{url}/examples"))
 
 
 def test_a_damaged_task_is_called_so_with_a_key_as_without(http: httpx.Client, own: MemoryStore) -> None:
