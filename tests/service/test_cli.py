@@ -322,7 +322,7 @@ def terminal(arguments: list[str], **variables: str) -> str:
 
 @pytest.mark.slow
 def test_a_terminal_shows_tables_bars_and_sentences(address: str, folder: Path) -> None:
-    (folder / "red" / "2.png").write_bytes(picture("blue", seed=79))
+    (folder / "red" / "2.png").write_bytes(picture("mediumblue", seed=79))
     shown = terminal(program("adapt", folder, "--task", "seen"), FEWSHOT_URL=address)
     assert re.search(r"^class +blue +3 examples *$", shown, re.MULTILINE), shown
     assert re.search(r"^accuracy +\d+ % of its own examples, each held out in turn", shown, re.MULTILINE), shown

@@ -207,10 +207,12 @@ def told(answer: httpx.Response, about: Mapping[str, str]) -> tuple[Any, ...]:
         (name, value.replace(about["task"], "TASK")) for name, value in answer.headers.items() if name not in own
     }
     body: Any = answer.text.replace(about["task"], "TASK")
+
+    def lasting(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in found.items() if key not in ("request_id", "timings_ms", "created_at")}
+
     with contextlib.suppress(ValueError):
-        found = json.loads(body)
-        if isinstance(found, dict):
-            body = {key: value for key, value in found.items() if key not in ("request_id", "timings_ms", "created_at")}
+        body = json.loads(body, object_hook=lasting)
     return answer.status_code, headers, body
 
 

@@ -357,15 +357,19 @@ def test_who_does_not_take_an_answer_is_let_go_and_who_is_slow_is_not() -> None:
 
 def test_answers_that_nobody_takes_go_when_they_leave_no_room_in_memory() -> None:
     with served(max_unsent_bytes=100_000) as (port, door):
-        asleep = [connected(port, b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(3)]
-        until = time.monotonic() + 5
-        while door.ended["left too much untaken"] < 3:
+        asleep = [connected(port, b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n") for _ in range(4)]
+        until = time.monotonic() + 10
+        while door.ended["left too much untaken"] < 3:  # the last one may be alone by then, and stay
             assert time.monotonic() < until
             time.sleep(0.01)
         assert said(port, LAST).endswith(b"/last:")  # who takes what it asked for has no part in it
+        reset = 0
         for client in asleep:
-            with pytest.raises(ConnectionResetError):
+            try:
                 everything(client)
+            except ConnectionResetError:
+                reset += 1
+        assert reset >= 3
 
 
 def test_who_left_most_untaken_goes_first_and_no_more_than_has_to() -> None:
