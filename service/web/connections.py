@@ -166,7 +166,7 @@ class Door:
 
         Who is alone may leave as much as an answer has.
         """
-        there = [one for one in self._unsent if one in inside and not one.transport.is_closing()]
+        there = [one for one in self._unsent if one in inside and one.unsent]
         sizes = sorted(((one.transport.get_write_buffer_size(), n) for n, one in enumerate(there)), reverse=True)
         self._unsent, total = [], sum(size for size, _ in sizes)
         for size, n in sizes if len(sizes) > 1 else ():
@@ -322,6 +322,7 @@ class Connection(HttpToolsProtocol):
 
     def drop(self, why: str) -> None:
         self.door.ended[why] += 1
+        self.unsent = 0  # none of it will be
         # Closed as usual, the kernel would keep what is unsent for minutes.
         with suppress(OSError, ValueError):  # it has gone by itself; uvloop says so by a number that is none
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)

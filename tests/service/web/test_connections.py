@@ -72,10 +72,14 @@ def port() -> Iterator[int]:
         yield port
 
 
-def connected(port: int, first: bytes = b"") -> socket.socket:
-    client = socket.create_connection(("127.0.0.1", port))
+def connected(port: int, first: bytes = b"", *, room: int | None = None) -> socket.socket:
+    """`room`: bytes that the kernel keeps for who does not take them; where it chooses, as many as LARGE."""
+    client = socket.socket()
     CLIENTS.append(client)
     client.settimeout(5)
+    if room is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    client.connect(("127.0.0.1", port))
     client.sendall(first)
     return client
 
@@ -357,7 +361,8 @@ def test_who_does_not_take_an_answer_is_let_go_and_who_is_slow_is_not() -> None:
 
 def test_answers_that_nobody_takes_go_when_they_leave_no_room_in_memory() -> None:
     with served(max_unsent_bytes=100_000) as (port, door):
-        asleep = [connected(port, b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n") for _ in range(4)]
+        request = b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        asleep = [connected(port, request, room=10_000) for _ in range(4)]
         until = time.monotonic() + 10
         while door.ended["left too much untaken"] < 3:  # the last one may be alone by then, and stay
             assert time.monotonic() < until
@@ -376,8 +381,8 @@ def test_who_left_most_untaken_goes_first_and_no_more_than_has_to() -> None:
     door, gone = Door(max_connections=1, header_timeout_s=1, answer_timeout_s=1, max_unsent_bytes=100), list[int]()
 
     def leaving(size: int) -> Any:
-        transport = SimpleNamespace(is_closing=lambda: False, get_write_buffer_size=lambda: size)
-        return SimpleNamespace(transport=transport, drop=lambda _: gone.append(size))
+        transport = SimpleNamespace(get_write_buffer_size=lambda: size)
+        return SimpleNamespace(unsent=size, transport=transport, drop=lambda _: gone.append(size))
 
     some = [leaving(size) for size in (30, 90, 5, 60)]
     door._unsent = [*some, leaving(1000)]
@@ -395,7 +400,7 @@ def test_who_goes_while_the_others_are_looked_at_does_not_end_the_looking(monkey
     request = b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n"
     with served(max_unsent_bytes=100_000, header_timeout_s=0.5, answer_timeout_s=0.1) as (port, _):
         for _round in range(30):
-            asleep = [connected(port, request) for _ in range(4)]
+            asleep = [connected(port, request, room=10_000) for _ in range(4)]
             time.sleep(0.02)
             for client in asleep[::2]:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, connections.RESET)
