@@ -15,7 +15,8 @@ import numpy as np
 
 MOST = 1000  # examples of a class; in one of more nobody looks
 SAME = 1e-5  # of the squared length of features: what two of one picture differ by at most, seen in other batches
-DIRECTIONS = 4
+FEW = 100  # rows of which all pairs are looked at
+DIRECTIONS, BESIDE = 4, 4
 
 
 def units(features: np.ndarray, labels: np.ndarray, way: int, *, near: float) -> np.ndarray:
@@ -44,27 +45,42 @@ def doubles(features: np.ndarray, labels: np.ndarray) -> tuple[tuple[int, ...], 
     One file that was sent under two labels is: no learner can tell which of them it is. The same but for what float16
     and the order of sums make of it, for a file is not always seen in the same batch.
     """
-    n, dim = features.shape
+    n = len(features)
     size = np.einsum("nd,nd->n", features, features).mean()
     if not np.isfinite(size) or not size:
         return ()
-    # What is near is near in every direction: a few are enough to find who may be, without looking at all pairs.
+    first, second = _near(features, SAME * size)
+    group = np.arange(n)
+    while True:  # until each row has the number of the first of those that it is joined with
+        before = group.copy()
+        low = np.minimum(group[first], group[second])
+        np.minimum.at(group, first, low)
+        np.minimum.at(group, second, low)
+        group = group[group]
+        if (group == before).all():
+            break
+    several = [np.flatnonzero(group == number) for number in np.flatnonzero(np.bincount(group) > 1)]
+    return tuple(tuple(rows.tolist()) for rows in several if (labels[rows] != labels[rows[0]]).any())
+
+
+def _near(features: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows whose squared distance is at most that: of few rows all; of many, those that lie side by side in
+    one of some directions, for all pairs of a thousand would take as long as to learn from them."""
+    n, dim = features.shape
+    if n <= FEW:
+        squares = np.einsum("nd,nd->n", features, features)
+        one, other = np.nonzero(np.triu(squares[:, None] + squares - 2 * features @ features.T <= most, 1))
+        return one, other
     seen = features @ _directions(dim)
-    near = 6 * math.sqrt(SAME * size)
-    order = np.argsort(seen[:, 0], kind="stable")
-    counts = np.searchsorted(seen[order, 0], seen[order, 0] + near, side="right") - np.arange(n) - 1
-    first = np.repeat(np.arange(n), counts)
-    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first, second = order[first], order[second]
-    close = (np.abs(seen[first] - seen[second]) <= near).all(axis=1)
-    first, second = first[close], second[close]
-    same = ((features[first] - features[second]) ** 2).sum(axis=1) <= SAME * size
-    groups: dict[int, set[int]] = {}
-    for one, other in zip(first[same].tolist(), second[same].tolist(), strict=True):
-        joined = groups.get(one, {one}) | groups.get(other, {other})
-        groups.update(dict.fromkeys(joined, joined))
-    found = {min(rows): tuple(sorted(rows)) for rows in groups.values() if len({int(labels[row]) for row in rows}) > 1}
-    return tuple(found[row] for row in sorted(found))
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for order in np.argsort(seen, axis=0, kind="stable").T:
+        for step in range(1, BESIDE + 1):
+            one, other = order[:-step], order[step:]
+            close = (np.abs(seen[one] - seen[other]) <= 6 * math.sqrt(most)).all(axis=1)  # what is near is so in each
+            one, other = one[close], other[close]
+            same = ((features[one] - features[other]) ** 2).sum(axis=1) <= most
+            found.append((one[same], other[same]))
+    return np.concatenate([one for one, _ in found]), np.concatenate([other for _, other in found])
 
 
 @cache

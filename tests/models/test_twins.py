@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -117,6 +119,17 @@ def test_what_was_seen_in_another_batch_is_the_same_and_a_frame_of_a_burst_is_no
     assert doubles(features.astype(np.float16).astype(np.float32), labels) == pairs
     frames[: n // 2] = features[: n // 2]
     assert doubles(frames.astype(np.float16).astype(np.float32), labels) == ()
+
+
+@pytest.mark.parametrize("n", [3, 600])
+def test_where_all_look_the_same_they_are_one_group_and_it_takes_no_longer(n: int) -> None:
+    features = np.random.default_rng(0).standard_normal((1, 512)).astype(np.float32).repeat(n, axis=0)
+    tracemalloc.start()
+    try:
+        assert doubles(features, np.arange(n) % 3) == (tuple(range(n)),)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_of_features_that_are_no_numbers_none_are_doubles() -> None:
