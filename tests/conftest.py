@@ -23,7 +23,7 @@ def is_whole(config: pytest.Config) -> bool:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    return len(os.sched_getaffinity(0)) if is_whole(config) and not config.option.collectonly else 0
+    return (os.cpu_count() or 1) if is_whole(config) and not config.option.collectonly else 0
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
