@@ -141,13 +141,13 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
         counts[classes[rows[0]]] -= len(rows) - 1
         weight[list(rows)] = 1 / len(rows)
     few = _few(counts, labels)
-    twins, doubles = (
+    twin_ids, double_ids = (
         tuple(tuple(ids[row] for row in rows[:MOST_SUSPECTS]) for rows in groups[:MOST_SUSPECTS])
         for groups in (held.twins, tuple(_first_of_each(rows, classes) for rows in held.doubles))
     )
     twice, alike = _twice(held, classes, labels, ids), _alike(held, classes, labels)
     if not len(held.index):
-        return Report(None, None, "none", (), (), twice or alike or few, twins, doubles)
+        return Report(None, None, "none", (), (), twice or alike or few, twin_ids, double_ids)
     probabilities = softmax(held.logits.astype(np.float64))
     truth, guess = classes[held.index], probabilities.argmax(axis=1)
     wrong = np.flatnonzero(guess != truth)
@@ -170,8 +170,8 @@ def report(held: HeldOut, *, classes: np.ndarray, labels: Sequence[str], ids: Se
         confusions,
         suspects,
         twice or _advice(suspects, confusions, alike or few, counts, failed),
-        twins,
-        doubles,
+        twin_ids,
+        double_ids,
     )
 
 
