@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,6 @@ FOLDS = 5
 MOST_SUSPECTS = 10
 ENOUGH, GOOD = 5, 10  # shots of a class
 MANY_TWINS = 0.3  # of all examples
-MANY = 200  # examples of a task, from which on each fit more is felt
 MANY_WRONG = 0.25  # of what was held out
 
 
@@ -70,11 +69,12 @@ class Report:
 
 def fitted(learner: Learner, support: Support, *, near: float = 0.0) -> tuple[Affine, Callable[[], HeldOut]]:
     """The map of a support set, and what gives what `held_out` says of it; from one fit where the learner can."""
-    both = getattr(learner, "adapt_and_leave_one_out", None)
+    both = getattr(learner, "adapt_and_leave_out", None)
     if both is None or np.bincount(fetch(support.labels)).max() < 2:  # of single examples none can be left out
         return learner.adapt(support), lambda: held_out(learner, support, near=near)
-    affine, logits = both(support)
-    return affine, lambda: _held(learner, support, near, lambda: logits)
+    shown = _shown(support, near)
+    affine, logits = both(support, shown.things)
+    return affine, lambda: _held(learner, support, shown, lambda: logits)
 
 
 def held_out(learner: Learner, support: Support, *, near: float = 0.0) -> HeldOut:
@@ -82,48 +82,45 @@ def held_out(learner: Learner, support: Support, *, near: float = 0.0) -> HeldOu
 
     `near`: the squared distance that twins have at most, see twins.py. Unlabelled ones are not used.
     """
-    closed_form = getattr(learner, "leave_one_out", None)
-    return _held(learner, support, near, closed_form and (lambda: closed_form(support)))
+    shown = _shown(support, near)
+    closed_form = getattr(learner, "leave_out", None)
+    return _held(learner, support, shown, closed_form and (lambda: closed_form(support, shown.things)))
 
 
-def _held(learner: Learner, support: Support, near: float, leave_one_out: Callable[[], Any] | None) -> HeldOut:
+class _Shown(NamedTuple):
+    """What the rows of a support set show."""
+
+    place: np.ndarray  # [n]: of its thing among those of its class
+    things: np.ndarray  # [n]: the number of its thing among all
+    twins: tuple[tuple[int, ...], ...]
+    left: np.ndarray  # [m]: rows that can be held out
+
+
+def _shown(support: Support, near: float) -> _Shown:
     labels = fetch(support.labels)
-    shown = units(fetch(support.features), labels, support.way, near=near)
-    things = np.zeros(support.way, int)
-    np.maximum.at(things, labels, shown + 1)
-    _, place, counts = np.unique(labels * len(labels) + shown, return_inverse=True, return_counts=True)
-    twins = tuple(sorted(tuple(np.flatnonzero(place == k).tolist()) for k in np.flatnonzero(counts > 1)))
-    index = np.flatnonzero(things[labels] > 1)
+    place = units(fetch(support.features), labels, support.way, near=near)
+    in_class = np.zeros(support.way, int)
+    np.maximum.at(in_class, labels, place + 1)
+    _, things, counts = np.unique(labels * len(labels) + place, return_inverse=True, return_counts=True)
+    twins = tuple(sorted(tuple(np.flatnonzero(things == k).tolist()) for k in np.flatnonzero(counts > 1)))
+    return _Shown(place, things, twins, np.flatnonzero(in_class[labels] > 1))
+
+
+def _held(learner: Learner, support: Support, shown: _Shown, closed_form: Callable[[], Any] | None) -> HeldOut:
+    labels, index = fetch(support.labels), shown.left
     same = doubles(fetch(support.features), labels)
     if not len(index):
-        return HeldOut(index, np.zeros((0, support.way), np.float32), "none", twins, same)
+        return HeldOut(index, np.zeros((0, support.way), np.float32), "none", shown.twins, same)
+    if closed_form is not None:
+        return HeldOut(index, fetch(closed_form())[index], "leave-one-out", shown.twins, same)
     logits = np.zeros((len(labels), support.way), np.float32)
-    again, turn, folds = index, shown % FOLDS, min(FOLDS, int(things.max()))
-    if leave_one_out is not None:
-        logits[:] = fetch(leave_one_out())
-        again = index[counts[place[index]] > 1]
-        turn = turn if len(labels) < MANY else _turns(labels, place, again)
-    for fold in range(FOLDS):
-        out = again[turn[again] == fold]
-        if len(out):
-            kept = np.setdiff1d(np.arange(len(labels)), out)
-            affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
-            logits[out] = fetch(support.features[out] @ affine.weight.T + affine.bias)
-    return HeldOut(index, logits[index], f"{folds}-fold" if leave_one_out is None else "leave-one-out", twins, same)
-
-
-def _turns(labels: np.ndarray, place: np.ndarray, again: np.ndarray) -> np.ndarray:
-    """Which rows of twins are held out with which, [n]: of no class more at once than in folds, and as few times.
-
-    Each time is a fit, and of a thousand examples a few pairs are twins by chance.
-    """
-    own = np.bincount(labels[again], minlength=int(labels.max()) + 1) / np.bincount(labels)
-    folds = min(FOLDS, math.ceil(FOLDS * own.max())) if len(again) else 1
-    turn = np.zeros(len(labels), int)
-    for label in np.unique(labels[again]):
-        for number, thing in enumerate(np.unique(place[again[labels[again] == label]])):
-            turn[place == thing] = number % folds
-    return turn
+    folds = min(FOLDS, int(shown.place[index].max()) + 1)
+    for fold in range(folds):
+        out = index[shown.place[index] % FOLDS == fold]
+        kept = np.setdiff1d(np.arange(len(labels)), out)
+        affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
+        logits[out] = fetch(support.features[out] @ affine.weight.T + affine.bias)
+    return HeldOut(index, logits[index], f"{folds}-fold", shown.twins, same)
 
 
 def without_own(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

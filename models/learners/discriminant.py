@@ -14,14 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 from models import arrays
-from models.arrays import Array, class_means, one_hot
+from models.arrays import Array, class_means, each_own, one_hot
 from models.episode import Support
 from models.head import Affine
 from models.learners import prototype
 from models.learners.once import Once
+from models.learners.things import by_thing, sums
 from models.learners.whitened import whitening
 
 
@@ -57,14 +59,15 @@ class Discriminant(Once):
     def adapt(self, support: Support) -> Affine:
         return self._map(support, self._fit(support))
 
-    def leave_one_out(self, support: Support) -> Array:
-        """Logits [n, way] of each example by the map made without it; meaningless where its class has no other."""
-        return self._left_out(support, self._fit(support))
+    def leave_out(self, support: Support, things: np.ndarray) -> Array:
+        """Logits [n, way] of each example by the map made without its thing [n]; meaningless where its class shows no
+        other."""
+        return self._left_out(support, self._fit(support), things)
 
-    def adapt_and_leave_one_out(self, support: Support) -> tuple[Affine, Array]:
+    def adapt_and_leave_out(self, support: Support, things: np.ndarray) -> tuple[Affine, Array]:
         """Both, from one fit."""
         fit = self._fit(support)
-        return self._map(support, fit), self._left_out(support, fit)
+        return self._map(support, fit), self._left_out(support, fit, things)
 
     def _fit(self, support: Support) -> Fit:
         transform = self.worked_out
@@ -85,21 +88,20 @@ class Discriminant(Once):
         bias = -0.5 * xp.sum(weight * means, axis=1) * self._sure(counts)
         return Affine(xp.exp(self.log_scale) * (weight @ fit.transform.T), xp.exp(self.log_scale) * bias)
 
-    def _left_out(self, support: Support, fit: Fit) -> Array:
+    def _left_out(self, support: Support, fit: Fit, things: np.ndarray) -> Array:
         xp = array_namespace(support.features)
-        counts = xp.sum(fit.own, axis=0)
-        others = prototype.others_of(fit.own)
+        others = prototype.others_of(fit.own, things)
         means, turned = fit.means, fit.apart(fit.away)
         towards = fit.apart(means)
         part = (1 / others)[:, None]
         mine = Centres(
-            xp.take(means, support.labels, axis=0) - part * fit.away,
-            xp.take(towards, support.labels, axis=0) - part * turned,
+            xp.take(means, support.labels, axis=0) - part * sums(things, fit.away),
+            xp.take(towards, support.labels, axis=0) - part * sums(things, turned),
             self._sure(others),
         )
-        rivals = Centres(means, towards, self._sure(counts))
+        rivals = Centres(means, towards, self._sure(xp.sum(fit.own, axis=0)))
         return xp.exp(self.log_scale) * scores_left_out(
-            fit.features, fit.own, fit.away, turned, self.log_own, rivals, mine
+            things, fit.features, fit.own, fit.away, turned, self.log_own, rivals, mine
         )
 
     def _sure(self, counts: Array) -> Array:
@@ -109,30 +111,46 @@ class Discriminant(Once):
 
 
 def scores_left_out(
-    features: Array, own: Array, away: Array, turned: Array, log_own: Array, rivals: Centres, mine: Centres
+    things: np.ndarray,
+    features: Array,
+    own: Array,
+    away: Array,
+    turned: Array,
+    log_own: Array,
+    rivals: Centres,
+    mine: Centres,
 ) -> Array:
-    """Scores [n, way] of each example as if it had not been there; meaningless where its class has no other.
+    """Scores [n, way] of each example as if its thing had not been there; meaningless where its class shows no other.
 
     Without it its class has another centre, `mine` [n, ...] where those of all are `rivals` [way, ...], and the scatter
-    is less by one product of a vector with itself, so that its inverse is known (Sherman and Morrison, 1950). `turned`
-    is `away` times the inverse of the scatter of all.
+    is less by as many products of two vectors as the thing has rows, so that its inverse is known (Woodbury, 1950).
+    `turned` is `away` times the inverse of the scatter of all.
     """
     xp = array_namespace(features)
-    others = prototype.others_of(own)
-    added = xp.exp(log_own) * (others + 1) / others
-    factor = added / xp.maximum(1 - added * xp.sum(away * turned, axis=1), xp.full_like(added, 1e-6))
-    seen = xp.sum(features * turned, axis=1)  # [n]
-
-    def scores(factor: Array, seen: Array, score: Array, cross: Array, length: Array, sure: Array) -> Array:
-        """From what the map of all says, to what one with the lesser scatter says."""
-        return score + factor * seen * cross - 0.5 * sure * (length + factor * cross * cross)
-
+    share, counts = xp.exp(log_own), each_own(own, xp.sum(own, axis=0))
     lengths = xp.sum(rivals.towards * rivals.at, axis=1)
+
+    def scores(gain: Array, seen: Array, score: Array, cross: Array, length: Array, sure: Array) -> Array:
+        """From what the map of all says, to what one with the lesser scatter says: [m, size, k] for k centres."""
+        gained = gain @ cross
+        return score + seen @ gained - 0.5 * sure * (length + xp.sum(cross * gained, axis=1, keepdims=True))
+
+    def of_things(
+        x: Array, own: Array, away: Array, turned: Array, counts: Array, score: Array, cross: Array, *centre: Array
+    ) -> Array:
+        size = x.shape[1]
+        unit = xp.eye(size, dtype=x.dtype, device=device(x))
+        # A thing that is all of its class would leave nothing to divide by.
+        left = (1 + 1e-6) * unit - 1 / counts[:, :, None] - share * (away @ xp.matrix_transpose(turned))
+        gain, seen = share * xp.linalg.inv(left), x @ xp.matrix_transpose(turned)
+        theirs = scores(gain, seen, score, cross, lengths, rivals.sure)
+        at, towards, sure = (part[:, :1] for part in centre)  # that of its class is the same for each row of a thing
+        my_score, my_cross = (rows @ xp.matrix_transpose(to) for rows, to in ((x, towards), (turned, at)))
+        length = xp.sum(towards * at, axis=2, keepdims=True)
+        return theirs * (1 - own) + scores(gain, seen, my_score, my_cross, length, sure[:, :, None]) * own
+
     all_scores, across = features @ rivals.towards.T, turned @ rivals.at.T  # [n, way]
-    theirs = scores(factor[:, None], seen[:, None], all_scores, across, lengths[None, :], rivals.sure[None, :])
-    my_score, my_cross = xp.sum(features * mine.towards, axis=1), xp.sum(turned * mine.at, axis=1)
-    ours = scores(factor, seen, my_score, my_cross, xp.sum(mine.towards * mine.at, axis=1), mine.sure)
-    return theirs * (1 - own) + ours[:, None] * own
+    return by_thing(things, of_things, features, own, away, turned, counts, all_scores, across, *mine)
 
 
 def inverse(away: Array, log_own: Array) -> Callable[[Array], Array]:

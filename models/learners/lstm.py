@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 from models.arrays import Array, class_means, each_own, normalise, one_hot, sigmoid, softmax, square_sum
@@ -30,6 +31,7 @@ from models.learners.discriminant import Centres, inverse, scores_left_out
 from models.learners.memory import attention
 from models.learners.once import Once
 from models.learners.prototype import others_of, prototypes
+from models.learners.things import sums
 from models.learners.whitened import whitening
 
 SEEN = 11  # numbers seen of one class through one lens
@@ -92,16 +94,17 @@ class LSTM(Once):
     def adapt(self, support: Support) -> Affine:
         return self._map(self._fit(support))
 
-    def leave_one_out(self, support: Support) -> Array:
-        """Logits [n, way] of each example as if it had not been there, but for what the cell answered, which it did
-        for all of them; meaningless where its class has no other."""
-        return self._left_out(support, self._fit(Support(support.features, support.labels, support.way)))
+    def leave_out(self, support: Support, things: np.ndarray) -> Array:
+        """Logits [n, way] of each example as if its thing [n] had not been there, but for what the cell answered, which
+        it did for all of them; meaningless where its class shows no other."""
+        alone = Support(support.features, support.labels, support.way)
+        return self._left_out(support, self._fit(alone), things)
 
-    def adapt_and_leave_one_out(self, support: Support) -> tuple[Affine, Array]:
+    def adapt_and_leave_out(self, support: Support, things: np.ndarray) -> tuple[Affine, Array]:
         """Both, from one fit where there are no unlabelled examples."""
         fit = self._fit(support)
         alone = support.unlabelled is None or support.unlabelled.shape[0] == 0
-        return self._map(fit), self._left_out(support, fit) if alone else self.leave_one_out(support)
+        return self._map(fit), self._left_out(support, fit, things) if alone else self.leave_out(support, things)
 
     def _fit(self, support: Support) -> Fit:
         xp = array_namespace(support.features)
@@ -152,13 +155,13 @@ class LSTM(Once):
         weight = answers.scale * ((towards * answers.transform) @ self.basis.T)
         return Affine(weight, answers.scale * (-0.5 * xp.sum(towards * at, axis=1) * sure + answers.bias))
 
-    def _left_out(self, support: Support, fit: Fit) -> Array:
+    def _left_out(self, support: Support, fit: Fit, things: np.ndarray) -> Array:
         xp = array_namespace(fit.features)
-        answers, others = fit.answers, others_of(fit.own)
+        answers, others = fit.answers, others_of(fit.own, things)
         turned = fit.apart(fit.away)
-        farther = (1 + 1 / others)[:, None]  # an example is so much farther from the mean of the others
-        means = fit.features - farther * fit.away
-        towards = fit.apart(fit.features) - farther * turned
+        part = (1 / others)[:, None]
+        means = fit.features - fit.away - part * sums(things, fit.away)
+        towards = fit.apart(fit.features) - turned - part * sums(things, turned)
         shares = attention(normalise(means), fit.names)
         way = xp.take(answers.way, support.labels, axis=0)
         mine = Centres(
@@ -166,7 +169,7 @@ class LSTM(Once):
             towards + way * (shares @ fit.apart(fit.slots) - towards),
             others / (others + answers.noise),
         )
-        scores = scores_left_out(fit.features, fit.own, fit.away, turned, self.log_own, fit.centres, mine)
+        scores = scores_left_out(things, fit.features, fit.own, fit.away, turned, self.log_own, fit.centres, mine)
         return answers.scale * (scores + answers.bias[None, :])
 
     def work_out(self) -> Memory:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from array_api_compat import array_namespace
+import numpy as np
+from array_api_compat import array_namespace, device
 
 from models.arrays import Array, class_means, each_own, normalise, one_hot
 from models.episode import Support
 from models.head import Affine
+from models.learners.things import sums
 from models.learners.unlabelled import shares, trust
 
 
@@ -35,22 +37,24 @@ def prototypes(support: Support, transform: Array | None = None) -> tuple[Array,
     return (sums + weights.T @ unlabelled) / counts[:, None], counts
 
 
-def others_of(own: Array) -> Array:
-    """[n]: how many others the class of each example [n, way] has; hardly any for an only one."""
+def others_of(own: Array, things: np.ndarray) -> Array:
+    """[n]: how many others the class of each example [n, way] has that show something else; hardly any for none."""
     xp = array_namespace(own)
-    others = each_own(own, xp.sum(own, axis=0)) - 1
+    _, number, sizes = np.unique(things, return_inverse=True, return_counts=True)
+    same = xp.asarray(sizes[number], dtype=own.dtype, device=device(own))
+    others = each_own(own, xp.sum(own, axis=0)) - same
     return xp.maximum(others, xp.full_like(others, 1e-6))
 
 
-def left_out(features: Array, support: Support) -> tuple[Array, Array, Array, Array]:
+def left_out(features: Array, support: Support, things: np.ndarray) -> tuple[Array, Array, Array, Array]:
     """Classes of features [n, dim] one-hot [n, way], class means [way, dim], and for each example how many others its
-    class has [n], hardly any for an only one, and their mean [n, dim], which then means nothing."""
+    class has [n], see `others_of`, and their mean [n, dim], which means nothing where there are none."""
     xp = array_namespace(features)
     own = one_hot(support.labels, support.way, features)
     counts = xp.sum(own, axis=0)
-    sums = own.T @ features
-    others = others_of(own)
-    return own, sums / counts[:, None], others, (own @ sums - features) / others[:, None]
+    all_sums = own.T @ features
+    others = others_of(own, things)
+    return own, all_sums / counts[:, None], others, (own @ all_sums - sums(things, features)) / others[:, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,11 +67,12 @@ class Prototype:
         weight = scale * normalise(prototypes(support)[0])
         return Affine(weight, xp.zeros_like(weight[:, 0]))
 
-    def leave_one_out(self, support: Support) -> Array:
-        """Logits [n, way] of each example by the map made without it; meaningless where its class has no other."""
+    def leave_out(self, support: Support, things: np.ndarray) -> Array:
+        """Logits [n, way] of each example by the map made without its thing [n]; meaningless where its class shows no
+        other."""
         features = support.features
         xp = array_namespace(features)
-        own, means, _, without = left_out(features, support)
+        own, means, _, without = left_out(features, support, things)
         rivals = features @ normalise(means).T
         mine = xp.sum(features * normalise(without), axis=-1)
         return xp.exp(self.log_scale) * (rivals * (1 - own) + mine[:, None] * own)

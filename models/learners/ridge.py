@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 from models.arrays import Array, each_own, one_hot
 from models.episode import Support
 from models.head import Affine
+from models.learners.things import by_thing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,11 +29,11 @@ class Ridge:
         weight = xp.exp(self.log_scale) * fit(support.features, belongs, self.log_penalty).T
         return Affine(weight, xp.zeros_like(weight[:, 0]))
 
-    def leave_one_out(self, support: Support) -> Array:
-        """Logits [n, way] of each example by the map made without it, classes weighing as they do with it."""
+    def leave_out(self, support: Support, things: np.ndarray) -> Array:
+        """Logits [n, way] of each example by the map made without its thing [n], classes weighing as with it."""
         xp = array_namespace(support.features)
         belongs = one_hot(support.labels, support.way, support.features)
-        return xp.exp(self.log_scale) * left_out(support.features, belongs, self.log_penalty)
+        return xp.exp(self.log_scale) * left_out(support.features, belongs, self.log_penalty, things)
 
 
 def fit(features: Array, belongs: Array, log_penalty: Array) -> Array:
@@ -46,11 +48,11 @@ def fit(features: Array, belongs: Array, log_penalty: Array) -> Array:
     return xp.linalg.solve(rows.T @ rows + penalty, rows.T @ targets)
 
 
-def left_out(features: Array, belongs: Array, log_penalty: Array) -> Array:
-    """What `fit` without each of the examples says of it, [n, way], the others weighing as they do: no further fit.
+def left_out(features: Array, belongs: Array, log_penalty: Array, things: np.ndarray) -> Array:
+    """What `fit` without each thing says of its examples, [n, way], the others weighing as they do: no further fit.
 
     Allen, "The Relationship between Variable Selection and Data Augmentation and a Method for Prediction", 1974: the
-    error is that of the fit to all, over one less the example's leverage.
+    error is that of the fit to all, over one less the example's leverage, or less those of all that are left out.
     """
     xp = array_namespace(features)
     rows, targets, root = _weighted(features, belongs)
@@ -58,11 +60,22 @@ def left_out(features: Array, belongs: Array, log_penalty: Array) -> Array:
     penalty = xp.exp(log_penalty) * xp.eye(min(n, dim), dtype=features.dtype, device=device(features))
     if n <= dim:
         inverse = xp.linalg.inv(rows @ rows.T + penalty)
-        error = (inverse @ targets) / xp.linalg.diagonal(inverse)[:, None]
+        places = xp.arange(n, device=device(features))
+
+        def among_few(places: Array, solved: Array) -> Array:
+            block = places[:, :, None] * n + places[:, None, :]
+            taken = xp.take(xp.reshape(inverse, (n * n,)), xp.reshape(block, (-1,)), axis=0)
+            return xp.linalg.solve(xp.reshape(taken, block.shape), solved)
+
+        error = by_thing(things, among_few, places, inverse @ targets)
     else:
-        solved = rows @ xp.linalg.inv(rows.T @ rows + penalty)  # [n, dim]
-        leverage = xp.sum(rows * solved, axis=1)
-        error = (targets - rows @ (solved.T @ targets)) / (1 - leverage)[:, None]
+        turned = rows @ xp.linalg.inv(rows.T @ rows + penalty)  # [n, dim]
+
+        def among_many(rows: Array, turned: Array, error: Array) -> Array:
+            unit = xp.eye(rows.shape[1], dtype=rows.dtype, device=device(rows))
+            return xp.linalg.solve(unit - rows @ xp.matrix_transpose(turned), error)
+
+        error = by_thing(things, among_many, rows, turned, targets - rows @ (turned.T @ targets))
     return (targets - error) / root
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from models.arrays import Array, square_sum
@@ -60,12 +61,13 @@ class Whitened(Once):
         weight = scale * (means @ transform.T)
         return Affine(weight, scale * offset(means, counts, self.log_noise))
 
-    def leave_one_out(self, support: Support) -> Array:
-        """Logits [n, way] of each example by the map made without it; meaningless where its class has no other."""
+    def leave_out(self, support: Support, things: np.ndarray) -> Array:
+        """Logits [n, way] of each example by the map made without its thing [n]; meaningless where its class shows no
+        other."""
         xp = array_namespace(support.features)
         scale = xp.exp(self.log_scale)
         features = support.features @ self.worked_out
-        own, means, others, without = left_out(features, support)
+        own, means, others, without = left_out(features, support, things)
         rivals = features @ means.T + offset(means, xp.sum(own, axis=0), self.log_noise)[None, :]
         mine = xp.sum(features * without, axis=-1) + offset(without, others, self.log_noise)
         return scale * (rivals * (1 - own) + mine[:, None] * own)

@@ -14,9 +14,9 @@ from models.episode import Support
 from models.head import Affine
 from models.learners import LEARNERS
 from models.report import MOST_SUSPECTS, HeldOut, Report, fitted, held_out, report, wilson, without_own
-from tests.models.learners.given import METHODS, clusters, converted, learner
+from tests.models.learners.given import METHODS, NEARLY, clusters, converted, learner
 
-FOLDED = [method for method in METHODS if not hasattr(LEARNERS[method], "leave_one_out")]
+FOLDED = [method for method in METHODS if not hasattr(LEARNERS[method], "leave_out")]
 LABELS = ("ant", "bee", "cat")
 
 
@@ -111,7 +111,7 @@ def test_a_closed_form_is_used_where_there_is_one() -> None:
     support, _, _ = clusters((3, 1, 3))
     found = held_out(learner("prototype"), support)
     assert found.estimate == "leave-one-out"
-    np.testing.assert_array_equal(found.logits, learner("prototype").leave_one_out(support)[found.index])
+    np.testing.assert_array_equal(found.logits, learner("prototype").leave_out(support, np.arange(7))[found.index])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -153,17 +153,19 @@ def test_twins_are_held_out_together(method: str) -> None:
     found = leave_out()
     assert found.index.tolist() == list(range(24))
     assert found.twins == tuple((2 * k, 2 * k + 1) for k in range(12))
-    for fold in range(4):
-        out = np.flatnonzero(rows % 4 == fold)
+    turn, within = (rows % 4, 1e-4) if method in FOLDED else (rows, NEARLY.get(method, 1e-4))
+    for fold in np.unique(turn):
+        out = np.flatnonzero(turn == fold)
         kept = np.setdiff1d(np.arange(24), out)
         weight, bias = learner(method).adapt(Support(support.features[kept], support.labels[kept], 3))
-        np.testing.assert_allclose(found.logits[out], support.features[out] @ weight.T + bias, rtol=1e-4, atol=1e-4)
+        expected = support.features[out] @ weight.T + bias
+        np.testing.assert_allclose(found.logits[out], expected, rtol=0, atol=within * max(1, np.abs(expected).max()))
     np.testing.assert_allclose(found.logits, held_out(learner(method), support, near=NEAR).logits, rtol=1e-4, atol=1e-4)
     assert not held_out(learner(method), support).twins
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_twins_are_learned_without_again(method: str) -> None:
+def test_who_has_no_twin_is_left_out_alone_all_the_same(method: str) -> None:
     support, _ = with_twins()
     some = np.concatenate([np.arange(3), np.arange(4, 24, 2)])  # one thing of all is shown twice
     support = Support(support.features[some], support.labels[some], 3)
@@ -171,42 +173,7 @@ def test_only_twins_are_learned_without_again(method: str) -> None:
     assert together.twins == ((0, 1),)
     if method not in FOLDED:
         assert together.estimate == apart.estimate
-        np.testing.assert_array_equal(together.logits[2:], apart.logits[2:])
-
-
-@pytest.mark.parametrize(
-    ("pairs", "fits"),
-    [([0], 1), ([0, 1, 2, 3], 1), ([0, 0], 2), ([0, 0, 1, 1, 2], 2), ([0] * 5, 5), ([], 0)],
-    ids=["one", "one a class", "two of a class", "more", "nothing but twins", "none"],
-)
-def test_twins_cost_no_more_fits_than_leave_a_class_whole_enough(
-    pairs: list[int], fits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pairs of twins by class, of four classes of ten: of none more than a fifth or so is held out at once."""
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(40, 16)).astype(np.float32)
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    used = [0] * 4
-    for label in pairs:
-        first = 10 * label + 2 * used[label]
-        features[first + 1] = features[first]
-        used[label] += 1
-    support = Support(features, np.repeat(np.arange(4), 10), 4)
-    sizes: list[int] = []
-
-    kind = LEARNERS["prototype"]
-    adapt = kind.adapt
-
-    def counted(self: Any, support: Support) -> Affine:
-        sizes.append(len(support.labels))
-        return adapt(self, support)
-
-    monkeypatch.setattr(kind, "adapt", counted)
-    monkeypatch.setattr("models.report.MANY", 0)
-    found = held_out(learner("prototype"), support, near=1e-6)
-    assert len(found.twins) == len(pairs)
-    assert len(sizes) == fits
-    assert sum(40 - size for size in sizes) == 2 * len(pairs)
+        np.testing.assert_allclose(together.logits[2:], apart.logits[2:], rtol=1e-5, atol=1e-5)
 
 
 def test_where_classes_say_nothing_twins_would_answer_for_each_other() -> None:

@@ -376,7 +376,7 @@ def test_held_out_logits_that_are_not_finite_give_no_head() -> None:
         def adapt(self, support: Support) -> Affine:
             return PROTOTYPE.adapt(support)
 
-        def leave_one_out(self, support: Support) -> np.ndarray:
+        def leave_out(self, support: Support, things: np.ndarray) -> np.ndarray:
             return np.full((len(support.labels), 2), np.inf, np.float32)
 
     with pytest.raises(ExtractorFailed, match="not finite"):
