@@ -7,7 +7,6 @@ here is leave-one-out. Knows nothing of learners, nor of how things are told apa
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 
 import numpy as np
 from array_api_compat import array_namespace, device
@@ -24,10 +23,10 @@ def by_thing(things: np.ndarray, call: Callable[..., Array], *values: Array) -> 
 
     def rows_of(value: Array, size: int) -> Array:
         rows = xp.take(value, xp.asarray(order[sizes[number[order]] == size], device=where), axis=0)
-        return _shaped(xp, rows, (-1, size, *rows.shape[1:]))
+        return xp.reshape(rows, (-1, size, *rows.shape[1:]))
 
     found = [call(*(rows_of(value, int(size)) for value in values)) for size in np.unique(sizes)]
-    flat = xp.concat([_shaped(xp, rows, (-1, *rows.shape[2:])) for rows in found], axis=0)
+    flat = xp.concat([xp.reshape(rows, (-1, *rows.shape[2:])) for rows in found], axis=0)
     return xp.take(flat, xp.asarray(np.argsort(order), device=where), axis=0)
 
 
@@ -39,9 +38,3 @@ def sums(things: np.ndarray, values: Array) -> Array:
         return xp.broadcast_to(xp.sum(rows, axis=1, keepdims=True), rows.shape)
 
     return values if len(np.unique(things)) == len(things) else by_thing(things, summed, values)
-
-
-def _shaped(xp: object, rows: Array, shape: tuple[int, ...]) -> Array:
-    if shape[0] == -1:
-        shape = (prod(rows.shape) // max(1, prod(shape[1:])), *shape[1:])
-    return xp.reshape(rows, shape)  # type: ignore[attr-defined]
