@@ -26,6 +26,7 @@ FOLDS = 5
 MOST_SUSPECTS = 10
 ENOUGH, GOOD = 5, 10  # shots of a class
 MANY_TWINS = 0.3  # of all examples
+MANY = 200  # examples of a task, from which on each fit more is felt
 MANY_WRONG = 0.25  # of what was held out
 
 
@@ -111,16 +112,22 @@ def _held(learner: Learner, support: Support, shown: _Shown, closed_form: Callab
     same = doubles(fetch(support.features), labels)
     if not len(index):
         return HeldOut(index, np.zeros((0, support.way), np.float32), "none", shown.twins, same)
+    logits, again = np.zeros((len(labels), support.way), np.float32), index
     if closed_form is not None:
-        return HeldOut(index, fetch(closed_form())[index], "leave-one-out", shown.twins, same)
-    logits = np.zeros((len(labels), support.way), np.float32)
+        logits[:] = fetch(closed_form())
+        twin = np.isin(index, [row for rows in shown.twins for row in rows])
+        # Where some things are shown again, more of them are so than are told. Of few examples those are therefore held
+        # out with others of all classes, which says less than one thing by itself does, and less that is not so.
+        again = index[twin & (len(labels) < MANY)]
+    for fold in range(FOLDS):
+        out = again[shown.place[again] % FOLDS == fold]
+        if len(out):
+            kept = np.setdiff1d(np.arange(len(labels)), out)
+            affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
+            logits[out] = fetch(support.features[out] @ affine.weight.T + affine.bias)
     folds = min(FOLDS, int(shown.place[index].max()) + 1)
-    for fold in range(folds):
-        out = index[shown.place[index] % FOLDS == fold]
-        kept = np.setdiff1d(np.arange(len(labels)), out)
-        affine = learner.adapt(Support(support.features[kept], support.labels[kept], support.way))
-        logits[out] = fetch(support.features[out] @ affine.weight.T + affine.bias)
-    return HeldOut(index, logits[index], f"{folds}-fold", shown.twins, same)
+    estimate = "leave-one-out" if closed_form is not None else f"{folds}-fold"
+    return HeldOut(index, logits[index], estimate, shown.twins, same)
 
 
 def without_own(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from models.episode import Support
 from models.head import Affine
 from models.learners import LEARNERS
 from models.report import MOST_SUSPECTS, HeldOut, Report, fitted, held_out, report, wilson, without_own
-from tests.models.learners.given import METHODS, NEARLY, clusters, converted, learner
+from tests.models.learners.given import METHODS, clusters, converted, learner
 
 FOLDED = [method for method in METHODS if not hasattr(LEARNERS[method], "leave_out")]
 LABELS = ("ant", "bee", "cat")
@@ -153,15 +153,26 @@ def test_twins_are_held_out_together(method: str) -> None:
     found = leave_out()
     assert found.index.tolist() == list(range(24))
     assert found.twins == tuple((2 * k, 2 * k + 1) for k in range(12))
-    turn, within = (rows % 4, 1e-4) if method in FOLDED else (rows, NEARLY.get(method, 1e-4))
-    for fold in np.unique(turn):
-        out = np.flatnonzero(turn == fold)
+    for fold in range(4):
+        out = np.flatnonzero(rows % 4 == fold)
         kept = np.setdiff1d(np.arange(24), out)
         weight, bias = learner(method).adapt(Support(support.features[kept], support.labels[kept], 3))
-        expected = support.features[out] @ weight.T + bias
-        np.testing.assert_allclose(found.logits[out], expected, rtol=0, atol=within * max(1, np.abs(expected).max()))
+        np.testing.assert_allclose(found.logits[out], support.features[out] @ weight.T + bias, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.logits, held_out(learner(method), support, near=NEAR).logits, rtol=1e-4, atol=1e-4)
     assert not held_out(learner(method), support).twins
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in FOLDED])
+def test_twins_among_many_examples_cost_no_further_fit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    support, rows = with_twins()
+    monkeypatch.setattr("models.report.MANY", len(rows))
+    fits: list[int] = []
+    adapt = LEARNERS[method].adapt
+    monkeypatch.setattr(LEARNERS[method], "adapt", lambda *given: fits.append(1) or adapt(*given))
+    found = held_out(learner(method), support, near=NEAR)
+    assert not fits
+    assert (len(found.twins), found.estimate) == (12, "leave-one-out")
+    np.testing.assert_allclose(found.logits, learner(method).leave_out(support, rows), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
