@@ -141,6 +141,22 @@ def test_a_text_is_told_that_images_are_read(http: httpx.Client) -> None:
     refused(http.post("/v1/tasks", files=FORM), 422, "invalid_request", "holds text where a file belongs")
 
 
+def test_a_text_may_be_made_of_braces_and_colons(texts: httpx.Client) -> None:
+    code = [json.dumps([{"a\\": f'"{k}"'} for k in range(n, n + 60)]) for n in range(20)]
+    rows = [{"label": ("ok", "bad")[n % 2], "text": text} for n, text in enumerate(code)]
+    made = texts.put("/v1/tasks/code", json={"support": rows})
+    assert made.status_code == 201, made.text
+    asked = texts.post("/v1/tasks/code/classify", json={"texts": code[:8]})
+    assert asked.status_code == 200, asked.text
+
+
+@pytest.mark.parametrize("much", [{"a": {}}, {'"{"': "{"}], ids=["keys", "strings"])
+def test_a_json_of_more_objects_than_its_texts_need_is_refused(texts: httpx.Client, much: dict[str, object]) -> None:
+    many = json.dumps([much] * 20_000)
+    found = texts.put("/v1/tasks/code", content=f'{{"support": {many}}}', headers={"Content-Type": "application/json"})
+    assert (found.status_code, found.json()["code"]) == (413, "too_large")
+
+
 def test_what_is_no_text_is_refused_by_name(texts: httpx.Client) -> None:
     def plain(body: bytes, charset: str = "") -> httpx.Response:
         headers = {"Content-Type": f"text/plain{charset}"}
