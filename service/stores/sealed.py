@@ -42,8 +42,15 @@ class History(NamedTuple):
         return {n for known in self.versions for n in (known.version, *self.bases.get(known.version, ())[:1])}
 
     def then(self, pointer: Pointer, base: Base, record: Record, *, most: int, instead: bool) -> History:
-        """The history after a commit: at most so many versions, the new one included. `instead`: see Scope.commit."""
-        kept = [pointer, *self.versions[instead:]][:most]
+        """The history after a commit: at most so many versions, the new one included. `instead`: see Scope.commit.
+
+        Of two that say the same the older goes first: who goes back step by step pushes out none that lies before.
+        """
+        kept = [pointer, *self.versions[instead:]]
+        while len(kept) > most:
+            heads = [known.head for known in kept]
+            again = [place for place, head in enumerate(heads) if head in heads[:place]]
+            del kept[again[-1] if again else -1]
         numbers = {known.version for known in kept}
         told = Told(round(time.time(), 3), record.method, len(record.labels), len(record.classes))
         return History(

@@ -336,6 +336,19 @@ async def test_ten_versions_are_kept_unless_told_otherwise(store: Store) -> None
     assert await scope.record("cats", version=2) is None
 
 
+async def test_going_back_step_by_step_pushes_out_no_version_that_lies_before(bare: Store) -> None:
+    bare.versions_kept = 4  # type: ignore[attr-defined]
+    scope = bare.scope("t")
+    for seed in (1, 2, 3, 4, 3, 2, 1):
+        await commit(scope, "cats", seed)
+    kept = await scope.versions("cats")
+    assert [(known.version, known.head) for known in kept] == [(7, "hd_1"), (6, "hd_2"), (5, "hd_3"), (4, "hd_4")]
+    for known, seed in zip(kept, (1, 2, 3, 4), strict=True):
+        assert same(await read(scope, "cats", known.version), make_record(seed))
+    await commit(scope, "cats", 5)
+    assert [known.version for known in await scope.versions("cats")] == [8, 7, 6, 5]
+
+
 @pytest.mark.parametrize("most", [1, 3])
 async def test_what_is_older_than_the_kept_versions_is_deleted(bare: Store, beneath: Beneath, most: int) -> None:
     bare.versions_kept = most  # type: ignore[attr-defined]
