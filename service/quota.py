@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from models.errors import FewshotError, OverQuota
+from models.errors import FewshotError, OverQuota, TooLarge
 
 WINDOW_S = 60
 
@@ -36,12 +36,12 @@ class Allowance:
         return self.quota - self._spent, math.ceil(remaining)
 
     def spend(self, images: int) -> float:
-        """Takes the images of one request, all or none; tells from which window. Raises OverQuota."""
+        """Takes the images of one request, all or none; tells from which window. Raises OverQuota, or TooLarge for a
+        request that no window has room for."""
         left, seconds = self.left()
         if images > self.quota:
-            raise OverQuota(
-                f"The request has {images} images, and this key's quota is {self.quota} a minute: send fewer at once.",
-                retry_after=seconds,
+            raise TooLarge(
+                f"The request has {images} images, and this key's quota is {self.quota} a minute: send fewer at once."
             )
         if images > left:
             raise OverQuota(
@@ -64,7 +64,8 @@ current: ContextVar[Allowance | None] = ContextVar("allowance", default=None)
 
 @contextmanager
 def spending(images: int, *free: type[FewshotError]) -> Iterator[None]:
-    """Takes images, and gives them back when the block is refused for what costs nothing. Raises OverQuota."""
+    """Takes images, and gives them back when the block is refused for what costs nothing. Raises OverQuota
+    or TooLarge."""
     allowance = current.get()
     window = 0.0 if allowance is None else allowance.spend(images)
     try:

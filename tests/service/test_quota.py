@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from models.errors import OverQuota
+from models.errors import OverQuota, TooLarge
 from service import quota
 from service.quota import Allowance, spending
 
@@ -45,7 +45,7 @@ def test_a_request_is_taken_whole_or_not_at_all() -> None:
 
 def test_a_request_that_never_fits_is_told_so_and_takes_nothing() -> None:
     allowance = Allowance(10, clock=Clock())
-    with pytest.raises(OverQuota, match="send fewer at once"):
+    with pytest.raises(TooLarge, match="send fewer at once"):
         allowance.spend(11)
     assert allowance.left() == (10, 60)
 
