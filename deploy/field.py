@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from training import raw  # noqa: E402
 from training.data import Grouper, members, pieces  # noqa: E402
 from training.episodes import Pool  # noqa: E402
-from training.evaluate import interval  # noqa: E402
+from training.intervals import interval  # noqa: E402
 
 TOGETHER = 64  # images in one request
 REJECT = 0.05  # share of genuine images that may be turned away

@@ -32,7 +32,8 @@ from models.extractor import load_extractor  # noqa: E402
 from models.head import Affine, Head  # noqa: E402
 from training import data  # noqa: E402
 from training.episodes import Pool, frozen  # noqa: E402
-from training.evaluate import embed, interval, support_of  # noqa: E402
+from training.evaluate import embed, support_of  # noqa: E402
+from training.intervals import interval  # noqa: E402
 
 QUERIES = 15
 SEED = 7

@@ -41,6 +41,7 @@ def accuracy_tables(lines: Sequence[Line], others: Sequence[Line], commands: Com
             cells = [line for line in group if line["way"] == way]
             beside = [line for line in others if line["data"] == group[0]["data"] and line["way"] == way]
             comparable = group[0]["split"] == "test" and group[0].get("precision", "float32") == "float32"
+            comparable = comparable and "views" not in group[0]
             parts.append(_way_table(way, cells, beside if comparable else [], commands))
     if any(line["certainty"] != "published" for line in others):
         parts.append("† from memory, not checked against the source.")
@@ -71,9 +72,13 @@ def facts(lines: Sequence[Line]) -> str:
 
     seconds = dict.fromkeys(line.get("seconds") for line in lines)
     clock = " or ".join("not recorded" if value is None else f"{value / 60:,.0f} min" for value in seconds)
+    fewer = {f"{line['shot']}-shot {line['queries_mean']:g}": None for line in lines if line.get("queries_mean")}
+    asked = f"{all_of('queries')} questions a class"
+    if fewer:
+        asked += f" (some have fewer; on average {', '.join(fewer)})"
     notes = dict.fromkeys(f" `{line['method']}`: {line['note']}." for line in lines if line.get("note"))
     return (
-        f"{all_of('episodes')} episodes (seed {all_of('seed')}), {all_of('queries')} questions a class. Trained on "
+        f"{all_of('episodes')} episodes (seed {all_of('seed')}), {asked}. Trained on "
         f"{all_of('trained_on')}, training seed {all_of('training_seed')}, wall-clock {clock}.{''.join(notes)}"
     )
 

@@ -25,6 +25,7 @@ from training import rows as lines
 from training.baselines import Baseline, Given, MetaTrained
 from training.config import BaselineConfig
 from training.episodes import Indices, Pool, digest, frozen
+from training.intervals import interval
 from training.stopping import STATUS, Stop
 
 CHECKPOINT = "baseline.safetensors"
@@ -207,7 +208,7 @@ def rows(
                 "way": config.way,
                 "shot": config.shot,
                 "accuracy": round(100 * float(values.mean()), 2),
-                "interval": round(100 * evaluate.interval(values), 2),
+                "interval": round(100 * interval(values), 2),
                 "episodes": len(values),
                 "queries": config.queries,
                 "seed": config.seed,

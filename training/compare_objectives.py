@@ -21,6 +21,7 @@ from models.resnet import SHAPES
 from training import data, evaluate, pretrain, pretrained, rows, vision
 from training.config import CompareObjectivesConfig, PretrainConfig
 from training.episodes import Pool, digest, frozen
+from training.intervals import interval
 from training.objectives import OBJECTIVES
 
 WAY, QUERIES, EPISODE_SEED = 5, 15, 7
@@ -144,7 +145,7 @@ def _run(
             "weighting": arm.weighting,
             "shot": shot,
             "accuracy": round(100 * float(values.mean()), 2),
-            "interval": round(100 * evaluate.interval(values), 2),
+            "interval": round(100 * interval(values), 2),
             "seed": seed,
             "seconds": round(seconds, 1),
             "steps": run.step,

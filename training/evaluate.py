@@ -22,6 +22,7 @@ from models.views import seen
 from training import data, honesty, paired, raw
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, digest, frozen
+from training.intervals import interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +76,15 @@ def support_of(features: np.ndarray, episode: Indices) -> Support:
 
 
 def accuracy(affine: Affine, features: np.ndarray, episode: Indices) -> float:
-    logits = features[episode.query] @ affine.weight.T + affine.bias
-    return float((logits.argmax(axis=1) == episode.answers).mean())
+    """The mean over classes of the share of their questions that are answered rightly: where classes have unlike many,
+    each counts the same."""
+    right = (features[episode.query] @ affine.weight.T + affine.bias).argmax(axis=1) == episode.answers
+    return float((np.bincount(episode.answers, right) / np.bincount(episode.answers)).mean())
 
 
 def run(learner: Learner, features: np.ndarray, episodes: Sequence[Indices]) -> np.ndarray:
     """Accuracy of each episode, [episodes] in 0..1."""
     return np.array([accuracy(learner.adapt(support_of(features, e)), features, e) for e in episodes])
-
-
-def interval(values: np.ndarray) -> float:
-    """Half the width of the 95 % interval of the mean."""
-    return float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def there(episodes: Sequence[Indices], shot: int, queries: int) -> dict[str, float]:

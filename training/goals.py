@@ -55,12 +55,16 @@ def _mean(goal: Line, name: str, found: Sequence[Line]) -> tuple[list[Line], flo
 def _width(goal: Line, mine: Sequence[Line], beside: Sequence[Sequence[Line]]) -> float | None:
     """Half the width of the 95 % interval: over the seeds, where there are several, else over the episodes.
 
-    Of a difference or a ratio over the seeds that both sides have; None where they have not the same.
+    Of a difference or a ratio over the seeds that both sides have; None where they have not the same. Of a difference
+    of one result and another, as if they had nothing in common.
     """
     name = goal["field"]
     if not beside:
         return half(mine[0], name) if len(mine) == 1 else spread([line[name] for line in mine])
     sides = [{repr(seed_of(line)): float(line[name]) for line in lines} for lines in (mine, *beside)]
+    halves = [half(lines[0], name) for lines in (mine, *beside)]
+    if "less" in goal and all(len(lines) == 1 for lines in (mine, *beside)) and None not in halves:
+        return math.hypot(*(width for width in halves if width is not None))
     if len(mine) < 2 or any(side.keys() != sides[0].keys() or len(side) < len(mine) for side in sides):
         return None
     values = []

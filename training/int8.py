@@ -16,6 +16,7 @@ from models.extractor_onnx import OnnxExtractor
 from models.learners.prototype import Prototype
 from training import data, evaluate
 from training.episodes import Pool, frozen
+from training.intervals import interval
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -77,5 +78,5 @@ def int8_loss(artifact: Artifact, images: data.Images, *, episodes: int, seed: i
         values = {precision: evaluate.run(learner, features[precision], tasks) for precision in features}
         paired = values["int8"] - values["float32"]
         found[f"loss_{way}w{shot}s"] = round(-100 * float(paired.mean()), 3)
-        found[f"interval_{way}w{shot}s"] = round(100 * evaluate.interval(paired), 3)
+        found[f"interval_{way}w{shot}s"] = round(100 * interval(paired), 3)
     return found

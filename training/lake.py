@@ -23,7 +23,8 @@ from models.episode import Support
 from models.extractor import Decoder, load_extractor
 from training import data, raw
 from training.config import LakeConfig
-from training.evaluate import embed, interval
+from training.evaluate import embed
+from training.intervals import interval
 
 RUNS = "one_shot_runs.zip"
 PAIR = re.compile(r"^(\S+/test/\S+)\s+(\S+/training/\S+)$", re.MULTILINE)

@@ -24,7 +24,7 @@ from models.learners.gradient import Gradient
 from models.resnet import SHAPES, ImageExtractor, ResNet
 from training import data, rows
 from training.config import PretextConfig
-from training.evaluate import interval
+from training.intervals import interval
 from training.pretexts import PRETEXTS, Pretext
 from training.pretrained import load_extractor
 from training.stepping import choose_device

@@ -22,8 +22,8 @@ from models.episode import Support
 from models.learners.whitened import Whitened, offset, whitening
 from training.config import EvaluateConfig
 from training.episodes import Pool, digest, frozen
-from training.evaluate import interval
 from training.honesty import auroc
+from training.intervals import interval
 
 COHORT = 20  # of the remembered classes, the nearest ones that a cosine is normalised by
 

@@ -20,6 +20,7 @@ from training import evaluate
 from training.config import EvaluateConfig
 from training.data import DataError
 from training.episodes import Indices, Pool, digest, frozen
+from training.intervals import interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +182,11 @@ def _row(
         config.only_distractors,
         round(100 * config.labelled),
         percent(with_them.mean()),
-        percent(evaluate.interval(with_them)),
+        percent(interval(with_them)),
         percent(without.mean()),
-        percent(evaluate.interval(without)),
+        percent(interval(without)),
         percent(gain.mean()),
-        percent(evaluate.interval(gain)),
+        percent(interval(gain)),
         percent(np.quantile(gain, 0.1)),
         percent(worst.mean()),
         len(gain),

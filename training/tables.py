@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from training.intervals import student
 from training.raw import Line
 
 Columns = Sequence[tuple[str, Callable[[Line], str]]]
 
 # Fields that name a line or tell how it was made, and are shown elsewhere or not at all.
 BESIDE = {"experiment", "labels", "command", "digest", "weights_digest", "episode_list", "measured_in_s", "default"}
-# Half the width of the 95 % interval of a mean over n values is T95[n] deviations over the root of n (Student's t).
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 NOTHING = "–"
 
 
@@ -81,7 +80,7 @@ def fits(line: Line, where: Line) -> bool:
 
 def spread(values: Sequence[float]) -> float:
     """Half the width of the 95 % interval of the mean over training seeds."""
-    return float(T95.get(len(values), 1.96) * statistics.stdev(values) / len(values) ** 0.5)
+    return float(student(len(values)) * statistics.stdev(values) / len(values) ** 0.5)
 
 
 def over_seeds(values: Sequence[float]) -> str:

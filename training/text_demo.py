@@ -26,6 +26,7 @@ from models.learners.prototype import Prototype
 from training import data, evaluate, export, metatrain, pretrain, texts
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig, TextDemoConfig
 from training.episodes import Pool, frozen
+from training.intervals import interval
 
 LENGTH = 160  # bytes of a passage
 FEWEST, MOST = 30, 60  # passages of a module
@@ -183,7 +184,7 @@ def measured(artifact: Artifact, corpus: Path, config: TextDemoConfig, seconds: 
                 "way": way,
                 "shot": shot,
                 "accuracy": round(100 * float(values.mean()), 2),
-                "interval": round(100 * evaluate.interval(values), 2),
+                "interval": round(100 * interval(values), 2),
                 "episodes": len(values),
                 "seed": 7,
                 "labels": "none",

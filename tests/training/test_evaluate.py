@@ -19,6 +19,7 @@ from tests.training.conftest import noise
 from training import data, evaluate, paired
 from training.config import EvaluateConfig
 from training.episodes import Pool, digest, frozen
+from training.intervals import interval
 
 PROTOTYPE = Prototype(np.float32(2.0))
 RIDGE = Ridge(np.float32(2.0), np.float32(0.0))
@@ -42,13 +43,13 @@ def test_the_interval_is_that_of_the_mean() -> None:
     values = np.array([0.2, 0.4, 0.9, 0.5])
     mean = sum(values) / 4
     deviation = (sum((value - mean) ** 2 for value in values) / 3) ** 0.5
-    assert evaluate.interval(values) == pytest.approx(1.96 * deviation / 2)
+    assert interval(values) == pytest.approx(3.18 * deviation / 2)
 
 
 def test_the_interval_holds_the_truth_95_times_in_100() -> None:
     rng = np.random.default_rng(0)
     draws = rng.random((2000, 100))
-    held = [abs(values.mean() - 0.5) <= evaluate.interval(values) for values in draws]
+    held = [abs(values.mean() - 0.5) <= interval(values) for values in draws]
     assert 0.93 < np.mean(held) < 0.97
 
 
@@ -68,7 +69,7 @@ def test_features_that_name_their_class_are_always_right(learner: Prototype | Ri
     features = np.eye(CLASSES, dtype=np.float32)[labels()]
     values = evaluate.run(learner, features, frozen(Pool.of(labels()), way=5, shot=1, queries=3, count=20, seed=0))
     assert values.tolist() == [1.0] * 20
-    assert evaluate.interval(values) == 0
+    assert interval(values) == 0
 
 
 @pytest.mark.slow
@@ -76,8 +77,8 @@ def test_features_that_name_their_class_are_always_right(learner: Prototype | Ri
 def test_features_that_know_nothing_are_right_by_chance(way: int) -> None:
     episodes = frozen(Pool.of(labels()), way=way, shot=3, queries=5, count=800, seed=0)
     values = evaluate.run(PROTOTYPE, random_features(), episodes)
-    assert evaluate.interval(values) < 0.03
-    assert abs(values.mean() - 1 / way) < 2 * evaluate.interval(values)
+    assert interval(values) < 0.03
+    assert abs(values.mean() - 1 / way) < 2 * interval(values)
 
 
 def test_questions_are_answered_alone() -> None:
@@ -128,7 +129,7 @@ def test_a_row_for_every_learner_way_and_shot_on_the_same_episodes() -> None:
         values = single[row.method, row.way, row.shot]
         assert len(values) == row.episodes == 50
         assert row.accuracy == pytest.approx(100 * values.mean(), abs=0.005)
-        assert row.interval == pytest.approx(100 * evaluate.interval(values), abs=0.005)
+        assert row.interval == pytest.approx(100 * interval(values), abs=0.005)
         episodes = frozen(pool, way=row.way, shot=row.shot, queries=4, count=50, seed=9)
         assert row.episode_list == digest(episodes)
         learner = {"prototype": PROTOTYPE, "ridge": RIDGE}[row.method]
