@@ -54,11 +54,18 @@ class FewshotError(Exception):
         self.detail = detail
         self.code = code
         self.status = status  # of HTTP; None when there was no answer
-        self.index = index  # of the image at fault, among those that were sent
+        self.index = index  # of the image at fault, among those that were given; those without a label come last
         self.pointer = pointer
         self.request_id = request_id  # names the request in the log of the service
         self.retry_after = retry_after  # seconds
         self.attempts = 1  # requests it took to get here
+
+    def names(self, index: int, name: str | None) -> None:
+        """Says which image is at fault: its place among all that were given, and its file where it has one."""
+        self.index = index
+        if name is not None:
+            self.detail = f"{name}: {self.detail}"
+            self.args = (self.detail,)
 
 
 class Unreachable(FewshotError):

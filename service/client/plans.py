@@ -13,7 +13,8 @@ import os
 import re
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
@@ -278,14 +279,15 @@ class Plans:
                 self._remember(batch)
                 content, headers = _body(batch)
                 call = _once(dataclasses.replace(call, content=content, headers=headers))
-                try:
-                    state = yield from self._ask(call, self._task)
-                except errors.InvalidSupport as error:
-                    if state is None and not waiting:
-                        raise  # it was all that there is
-                    known = {item.label for item in state.classes} if state else set()
-                    yield from self._leave_out_broken(batch, waiting, known, error)
-                    continue
+                with _naming(batch, waiting.positions(batch)):
+                    try:
+                        state = yield from self._ask(call, self._task)
+                    except errors.InvalidSupport as error:
+                        if state is None and not waiting:
+                            raise  # it was all that there is
+                        known = {item.label for item in state.classes} if state else set()
+                        yield from self._leave_out_broken(batch, waiting, known, error)
+                        continue
                 for item in state.rejected:
                     waiting.leave_out(batch[item.index][0], item.code, item.detail)
                 if progress is not None:
@@ -320,7 +322,7 @@ class Plans:
             label = batch[index][0].label
             if label is not None and label not in known and not waiting.has(label):
                 text = f"The class {label!r} has no usable image: {row.detail}"
-                raise errors.InvalidSupport(text, code=refusal.code, status=refusal.status)
+                raise errors.InvalidSupport(text, code=refusal.code, status=refusal.status, index=index)
 
     def _each(
         self,
@@ -338,12 +340,14 @@ class Plans:
         while left:
             batch = _fitting(left, most=limits.max_queries, room=limits.max_body_bytes - HEADROOM)
             content, headers = wire.form(("image", data) for _, data in batch)
-            try:
-                rows += yield from self._ask(Call("POST", path, query, content, headers), read)
-            except (errors.UndecodableExample, errors.TooLarge) as error:
-                if len(batch) > 1 or on_bad_image == "fail":
-                    raise
-                rows.append(values.ImageError(error.code, error.detail))  # what is wrong with the one is so refused
+            with _naming(batch, range(len(rows), len(rows) + len(batch))):
+                try:
+                    rows += yield from self._ask(Call("POST", path, query, content, headers), read)
+                except (errors.UndecodableExample, errors.TooLarge) as error:
+                    error.index = 0 if len(batch) == 1 else error.index  # a body that is too large names none
+                    if len(batch) > 1 or on_bad_image == "fail":
+                        raise
+                    rows.append(values.ImageError(error.code, error.detail))  # what is wrong with the one is so refused
             if progress is not None:
                 progress(len(rows), len(files))
         return rows
@@ -401,6 +405,10 @@ class Waiting:
         # The service counts what it leaves out in this order.
         return sorted(batch, key=lambda pair: pair[0].label is None)
 
+    def positions(self, batch: Loaded) -> list[int]:
+        """Where the files stand among all that were given."""
+        return [self._positions[id(file)] for file, _ in batch]
+
     def leave_out(self, file: File, code: str, detail: str) -> None:
         self.rejected.append(values.Rejected(self._positions[id(file)], code, detail, file.name))
 
@@ -410,6 +418,19 @@ class Waiting:
     def put_back(self, batch: Loaded) -> None:
         for file, data in reversed(batch):
             self._queues[file.label].appendleft((file, data))
+
+
+@contextmanager
+def _naming(batch: Loaded, positions: Sequence[int]) -> Iterator[None]:
+    """The service counts the images of one request; an error tells the place among all of them, and names the file."""
+    try:
+        yield
+    except errors.FewshotError as error:
+        index = error.index
+        if index is not None and index in range(len(batch)):
+            name = batch[index][0].name
+            error.names(positions[index], None if name.startswith("[") else name)
+        raise
 
 
 def _cost(label: str | None, size: int) -> int:

@@ -141,7 +141,7 @@ def test_what_is_left_out_is_said_beside_the_answer(fewshot: Fewshot, folder: Pa
     assert learned.status == 1  # it is learned, and not from all
     assert learned.err == "Left out red/broken.jpg: This is not an image; JPEG, PNG and WEBP are accepted.\n"
     assert learned.json["rejected"][0]["name"] == "red/broken.jpg"
-    refused(fewshot("adapt", folder, "--on-bad-image", "fail"), "This is not an image")
+    refused(fewshot("adapt", folder, "--on-bad-image", "fail"), "red/broken.jpg: This is not an image")
     asked = fewshot("classify", "beside", folder / "red")
     assert asked.status == 1  # the answers are there, and not all
     assert [line[1] for line in asked.fields] == ["red", "red", "red", ""]

@@ -274,6 +274,54 @@ def test_one_bad_image_of_several_has_its_error_and_the_others_their_answers(cli
     assert rows[1].error.code == "too_large"
 
 
+def test_an_image_at_fault_is_told_by_its_own_place_and_name(
+    running: tuple[str, Faults], client: Client, folder: Path
+) -> None:
+    text = "This is not an image; JPEG, PNG and WEBP are accepted."
+    readme = str(folder / "README.md")
+    reds = [str(folder / "red" / f"{k}.png") for k in range(3)]
+    support = {"red": reds, "blue": [readme, str(folder / "blue" / "1.png")]}
+    task = client.adapt(some("red", "blue"), task="placed")
+    asks: list[tuple[Callable[[], object], int, str]] = [
+        (lambda: client.adapt(support, on_bad_image="fail"), 3, readme),
+        (lambda: task.add(support, unlabelled=reds[:1], on_bad_image="fail"), 3, readme),
+        (lambda: client.adapt(support | {"blue": [readme]}), 3, readme),
+        (lambda: client.adapt(some("red", "blue"), unlabelled=[b"x"], on_bad_image="fail"), 6, "unlabelled[0]"),
+        (lambda: task.classify(reds * 2 + [readme], on_bad_image="fail"), 6, readme),  # of MAX_QUERIES each
+        (lambda: client.embed(reds * 2 + [readme], on_bad_image="fail"), 6, readme),
+        (lambda: client.embed(readme), 0, readme),
+    ]
+    for ask, index, name in asks:
+        with pytest.raises(package.InvalidRequest) as caught:
+            ask()
+        assert caught.value.index == index
+        assert str(caught.value) == caught.value.detail
+        assert caught.value.detail.startswith(f"{name}: ")
+        assert caught.value.detail.endswith(text)
+    with pytest.raises(UndecodableExample) as caught:
+        task.classify([*[RED] * 5, b"nothing"], on_bad_image="fail")
+    assert (caught.value.index, caught.value.detail) == (5, text)
+    with pytest.raises(TooLarge) as large:
+        task.classify([*[RED] * 5, bytes(20_000)], on_bad_image="fail")
+    assert large.value.index == 5
+
+    async def awaited() -> None:
+        async with AsyncClient(running[0]) as other:
+            with pytest.raises(UndecodableExample) as caught:
+                await other.adapt(support, on_bad_image="fail")
+            assert (caught.value.index, caught.value.detail) == (3, f"{readme}: {text}")
+
+    asyncio.run(awaited())
+
+
+def test_an_image_at_fault_in_a_later_request_is_told_by_its_own_place(client: Client, folder: Path) -> None:
+    many = {"red": [picture("red", seed=k) for k in range(18)], "blue": [picture("blue", seed=k) for k in range(3)]}
+    many["red"][15] = b"nothing"
+    with pytest.raises(UndecodableExample) as caught:
+        client.adapt(many, on_bad_image="fail")
+    assert (caught.value.index, caught.value.detail.partition(":")[0]) == (15, "red[15]")
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
 def test_several_images_of_which_none_is_good_have_an_error_each(client: Client, count: int) -> None:
     task = client.adapt(some("red", "blue"))
