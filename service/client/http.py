@@ -22,10 +22,18 @@ def address(url: str | None) -> str:
     if url is None:
         url = os.environ.get("FEWSHOT_URL") or DEFAULT_URL
     url = url if "://" in url else f"http://{url}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not _is_usable(url):
         raise ValueError(f"{url!r} is no address of a service; one looks like {DEFAULT_URL}.")
     return url.rstrip("/")
+
+
+def _is_usable(url: str) -> bool:
+    try:
+        httpx.URL(url)
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (httpx.InvalidURL, ValueError):  # a port that is none, a bracket that is not closed
+        return False
 
 
 def settings(url: str, key: str | None, timeout: float) -> dict[str, Any]:

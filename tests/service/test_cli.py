@@ -241,6 +241,7 @@ def test_what_goes_wrong_is_one_sentence_and_status_1(
     refused(fewshot("adapt", folder, "--method", "magic"), "There is no method 'magic'")
     refused(fewshot("tasks", "--url", "127.0.0.1:9"), "Nothing answers at http://127.0.0.1:9; is the service running")
     refused(fewshot("tasks", "--url", "ftp://x"), "is no address of a service")
+    refused(fewshot("tasks", "--url", "http://localhost:80o0"), "'http://localhost:80o0' is no address of a service")
     monkeypatch.setattr("service.cli.operate.ROOT", tmp_path)
     refused(fewshot("bench"), "deploy/bench.py of the project's source")
 

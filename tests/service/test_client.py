@@ -753,7 +753,7 @@ def test_nothing_there_is_said_so() -> None:
     with Client(url, retries=0) as client, pytest.raises(Unreachable) as caught:
         client.artifact()
     assert caught.value.detail.startswith(f"Nothing answers at http://{url}; is the service running there?")
-    for wrong in ("ftp://somewhere", "http://", ""):
+    for wrong in ("ftp://somewhere", "http://", "", "localhost:80o0", "localhost:99999", "http://[::1", "local\0host"):
         with pytest.raises(ValueError, match="is no address of a service"):
             Client(wrong)
     with pytest.raises(ValueError, match="was it copied whole"):
