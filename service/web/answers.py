@@ -55,14 +55,19 @@ def version(at: Pointer) -> dict[str, Any]:
     }
 
 
-def rejected_rows(rejected: tuple[Rejected, ...]) -> list[dict[str, Any]]:
-    return [{"index": item.index, "code": item.code, "detail": item.detail} for item in rejected]
+def rejected_rows(rejected: tuple[Rejected, ...], names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """`names`: those that the images of the request came with, by index; empty where one had none."""
+    rows = []
+    for item in rejected:
+        name = names[item.index] if names else ""
+        rows.append({"index": item.index, "code": item.code, "detail": item.detail, **({"name": name} if name else {})})
+    return rows
 
 
-def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int) -> Response:
+def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int, names: Sequence[str] = ()) -> Response:
     record, pointer = adapted.record, adapted.pointer
     if adapted.report is None:
-        return _moved(state, adapted)
+        return _moved(state, adapted, names)
     counts = [0] * len(record.labels)
     for index in record.classes:
         counts[index] += 1
@@ -81,7 +86,7 @@ def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int) -> R
         "retained": bool(record.images),
         "rejects": adapted.rejects,
         "report": report(adapted.report),
-        "rejected": rejected_rows(adapted.rejected),
+        "rejected": rejected_rows(adapted.rejected, names),
         "created_at": _time(record.created),
         "expires_at": _time(record.expires),
         "timings_ms": _timing(state, adapted.timings_ms),
@@ -92,14 +97,14 @@ def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int) -> R
     return answer(body, status=status, headers=headers)
 
 
-def _moved(state: MutableMapping[str, Any], adapted: Adapted) -> Response:
+def _moved(state: MutableMapping[str, Any], adapted: Adapted, names: Sequence[str]) -> Response:
     """Where the task is after a change, and no more (RFC 7240)."""
     body = {
         "task": adapted.task,
         "version": adapted.pointer.version,
         "head": adapted.pointer.head,
         "method": adapted.record.method,
-        "rejected": rejected_rows(adapted.rejected),
+        "rejected": rejected_rows(adapted.rejected, names),
         "timings_ms": _timing(state, adapted.timings_ms),
     }
     return answer(body, headers={"ETag": etag(adapted), "Preference-Applied": "return=minimal"})
@@ -148,6 +153,7 @@ def predictions(
     found: Predictions,
     rejected: tuple[Rejected, ...] = (),
     *,
+    names: Sequence[str] = (),
     reject: float,
     top: int | None = None,
     lines: bool = False,
@@ -164,7 +170,7 @@ def predictions(
         "stale": found.pointer.stale if found.pointer else False,
         "reject": reject or None,
         "predictions": rows,
-        "rejected": rejected_rows(rejected),
+        "rejected": rejected_rows(rejected, names),
         "timings_ms": timings,
     }
     return answer(body)

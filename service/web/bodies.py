@@ -9,7 +9,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from tempfile import SpooledTemporaryFile
 from typing import TypeVar
@@ -52,6 +52,7 @@ TAR_TYPES = ("application/x-tar", "application/tar")
 SPARE = 100  # objects and keys of a JSON beyond those of its examples
 # What clients write for what the name of a field cannot hold; nothing else is escaped in it, a "%" neither (WHATWG).
 ESCAPED = (("%22", '"'), ("%0D", "\r"), ("%0A", "\n"))
+LONGEST_NAME = 255  # of a file, where an answer tells it; its end tells most
 UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
 
 
@@ -63,6 +64,7 @@ class Given:
     unlabelled: list[bytes]
     queries: list[bytes]
     method: str = ""
+    names: tuple[str, ...] = ()  # that the examples came with, and then the unlabelled ones: as an answer counts them
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
             _check_charset(request)
         return [await request.body()]
     if kind == "multipart/form-data":
-        return [data for _, data in await _multipart(request, bounds)]
+        return [data for _, _, data in await _multipart(request, bounds)]
     if kind == "application/json":
         body = await request.body()
 
@@ -182,8 +184,8 @@ async def _aside(body: bytes, work: Callable[[bytes], T]) -> T:
     return work(body) if len(body) < 100_000 else await asyncio.to_thread(work, body)
 
 
-async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, bytes]]:
-    """(field name, content) of every file of a form, in order."""
+async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, str, bytes]]:
+    """(field name, file name, content) of every file of a form, in order."""
 
     body = await request.body()  # whole, so that what is refused on its way in never reaches the parser
 
@@ -206,7 +208,7 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, bytes]
         raise InvalidRequest("The multipart body cannot be read; is its boundary right, and does it end?") from None
     except (HTTPException, KeyError, ValueError, UnicodeError):
         raise InvalidRequest("The multipart body cannot be read; is its boundary right, and does it end?") from None
-    files: list[tuple[str, bytes]] = []
+    files: list[tuple[str, str, bytes]] = []
     try:
         for index, (name, value) in enumerate(form.multi_items()):
             if not isinstance(value, UploadFile):
@@ -216,22 +218,30 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, bytes]
                 )
             for escape, letter in ESCAPED:
                 name = name.replace(escape, letter)
-            files.append((name, await value.read()))
+            files.append((name, value.filename or "", await value.read()))
     finally:
         await form.close()
     return files
 
 
-def _from_fields(files: list[tuple[str, bytes]], with_queries: bool) -> Given:
-    given = Given([], [], [])
-    for name, data in files:
-        if name == UNLABELLED:
+def _from_fields(files: list[tuple[str, str, bytes]], with_queries: bool) -> Given:
+    given, names, more = Given([], [], []), [], []
+    for field, file, data in files:
+        name = _told(f"{field}/{file}") if file else ""
+        if field == UNLABELLED:
             given.unlabelled.append(data)
-        elif name == QUERY and with_queries:
+            more.append(name)
+        elif field == QUERY and with_queries:
             given.queries.append(data)
         else:
-            given.examples.append(Example(name.removeprefix(LABEL), data))
-    return given
+            given.examples.append(Example(field.removeprefix(LABEL), data))
+            names.append(name)
+    return replace(given, names=(*names, *more))
+
+
+def _told(name: str) -> str:
+    """A name as it may stand in an answer: of letters that UTF-8 has, and not of any length."""
+    return name.encode(errors="replace").decode()[-LONGEST_NAME:]
 
 
 AnySupport = SupportBody | TextSupportBody
@@ -359,14 +369,16 @@ def _from_entries(entries: Iterator[tuple[PurePosixPath, bytes]]) -> Given:
     shared = 0
     while len({folder[: shared + 1] for folder in folders}) == 1 and all(len(f) > shared + 1 for f in folders):
         shared += 1
-    given = Given([], [], [])
-    for (_, data), folder in zip(found, folders, strict=True):
+    given, names, more = Given([], [], []), [], []
+    for (path, data), folder in zip(found, folders, strict=True):
         label = "/".join(folder[shared:])
         if label == UNLABELLED:
             given.unlabelled.append(data)
+            more.append(_told(str(path)))
         else:
             given.examples.append(Example(_decoded(label.removeprefix(LABEL)), data))
-    return given
+            names.append(_told(str(path)))
+    return replace(given, names=(*names, *more))
 
 
 def _decoded(folder: str) -> str:

@@ -76,7 +76,9 @@ def create_router(engine: Engine, bounds: Bounds, *, reject: float) -> APIRouter
         )
         rate = _rate(options.reject, reject)
         engine.metrics.none_of_these.inc(predictions.none_of_these(rate))
-        return answers.predictions(request.scope["state"], predictions, rejected, reject=rate, top=options.top)
+        return answers.predictions(
+            request.scope["state"], predictions, rejected, names=given.names, reject=rate, top=options.top
+        )
 
     @router.post(
         "/v1/embed",

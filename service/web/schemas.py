@@ -144,9 +144,12 @@ class ExampleInfo(Closed):
 
 
 class RejectedInfo(Closed):
-    index: int
+    """An image that could not be used, and why."""
+
+    index: int = Field(description="from 0; of a support set those with a label come first, then those without")
     code: str
     detail: str
+    name: str | None = Field(None, description="of a support set: field and file name in a form, or path in an archive")
 
 
 class ConfusionInfo(Closed):

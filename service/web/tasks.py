@@ -69,8 +69,10 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
             adapted = await engine.copy(
                 scope, task, options.from_task, method=options.method, ttl_s=options.ttl, expect=expect
             )
+            names: tuple[str, ...] = ()
         else:
             given = await read_support(request, bounds)
+            names = given.names
             adapted = await engine.adapt(
                 scope,
                 task,
@@ -82,7 +84,8 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
                 expect=expect,
                 on_bad_image=options.on_bad_image,
             )
-        return answers.task(request.scope["state"], adapted, status=201 if adapted.created else 200)
+        status = 201 if adapted.created else 200
+        return answers.task(request.scope["state"], adapted, status=status, names=names)
 
     @router.post(
         "/v1/tasks",
@@ -172,7 +175,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
                 on_bad_image=options.on_bad_image,
                 **_terms(request),
             )
-            return answers.task(request.scope["state"], adapted, status=200)
+            return answers.task(request.scope["state"], adapted, status=200, names=given.names)
 
         return await once(request, task, work)
 

@@ -23,11 +23,12 @@ from service.web.app import create_app
 from service.web.retained import folder_of
 from tests.fakes import DIM, MeanColour, picture, tiny_artifact
 from tests.service.live import served
-from tests.service.web.asks import colours, refused, support_json, text, zipped
+from tests.service.web.asks import colours, refused, support_json, tarred, text, zipped
 from tests.service.web.conftest import LIMITS
 
 RED, LIME, INDIGO, BLACK = (picture(colour, seed=60) for colour in ("red", "lime", "indigo", "black"))
 PNG, LINES = {"Content-Type": "image/png"}, {"Content-Type": "application/x-ndjson"}
+ZIP, TAR = {"Content-Type": "application/zip"}, {"Content-Type": "application/x-tar"}
 AWKWARD = [
     "a/b",
     "/a/b/",
@@ -182,6 +183,31 @@ def test_an_answer_says_what_was_left_out_of_what_was_added(http: httpx.Client) 
     refused(http.post("/v1/tasks/grown/examples", files=[("red", b"junk")]), 422, "undecodable_example")
     again = task_of(http.post("/v1/tasks/grown/examples", files=files[:1]))
     assert (again.version, len(again.rejected)) == (2, 1)
+
+
+def test_what_was_left_out_has_its_place_and_the_name_that_it_came_with(http: httpx.Client) -> None:
+    """Counted are the examples with a label and then those without, whatever the order in which they came."""
+    files = [*colours("red", "blue"), ("unlabelled", ("u.png", b"junk")), ("red", ("bad.png", b"junk"))]
+    entries = {f"photos/{field}/{name}": data for field, (name, data) in files} | {"photos/red/.hidden": b""}
+    odd = {name.replace("bad", "b\udcffd"): data for name, data in entries.items()}
+    lines = [{"image": text(data)} | ({} if label == "unlabelled" else {"label": label}) for label, (_, data) in files]
+    bodies: list[tuple[dict[str, Any], list[str | None]]] = [
+        ({"files": files}, ["red/bad.png", "unlabelled/u.png"]),
+        ({"content": zipped(entries), "headers": ZIP}, ["photos/red/bad.png", "photos/unlabelled/u.png"]),
+        ({"content": tarred(odd), "headers": TAR}, ["photos/red/b?d.png", "photos/unlabelled/u.png"]),
+        ({"content": "\n".join(map(json.dumps, lines)), "headers": LINES}, [None, None]),
+        ({"files": [*files[:6], ("red", ("n" * 900, b"junk"))]}, ["n" * 255]),
+    ]
+    taught(http, "named")
+    for body, names in bodies:
+        task = task_of(http.put("/v1/tasks/named", **body))
+        assert [(item.index, item.name) for item in task.rejected] == list(zip((6, 7), names, strict=False))
+    named = [(6, "red/bad.png"), (7, "unlabelled/u.png")]
+    added = http.post("/v1/tasks/named/examples", files=files).json()["rejected"]
+    moved = http.post("/v1/tasks/named/examples", files=files, headers={"Prefer": "return=minimal"}).json()["rejected"]
+    once = http.post("/v1/classify", files=[*files, ("query", LIME)]).json()["rejected"]
+    for rows in (added[6:], moved[6:], once):
+        assert [(row["index"], row["name"]) for row in rows] == named
 
 
 def test_a_task_grows_to_its_limits_and_no_further(http: httpx.Client) -> None:
