@@ -19,10 +19,7 @@ from service.stores import Pointer
 from service.support import Rejected
 from service.tasks import Adapted
 from service.web.bodies import JSON_LINES
-
-
-def etag(adapted: Adapted) -> str:
-    return f'"v{adapted.pointer.version}-{adapted.pointer.head}"'
+from service.web.conditions import etag
 
 
 def answer(body: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -91,7 +88,7 @@ def task(state: MutableMapping[str, Any], adapted: Adapted, *, status: int, name
         "expires_at": _time(record.expires),
         "timings_ms": _timing(state, adapted.timings_ms),
     }
-    headers = {"ETag": etag(adapted)}
+    headers = {"ETag": etag(pointer)}
     if status == 201:
         headers["Location"] = f"/v1/tasks/{adapted.task}"
     return answer(body, status=status, headers=headers)
@@ -107,7 +104,7 @@ def _moved(state: MutableMapping[str, Any], adapted: Adapted, names: Sequence[st
         "rejected": rejected_rows(adapted.rejected, names),
         "timings_ms": _timing(state, adapted.timings_ms),
     }
-    return answer(body, headers={"ETag": etag(adapted), "Preference-Applied": "return=minimal"})
+    return answer(body, headers={"ETag": etag(adapted.pointer), "Preference-Applied": "return=minimal"})
 
 
 def report(found: Report) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from service.engine import Engine
 from service.export_onnx import bundle, export
 from service.web import schemas
 from service.web.access import scope_of
+from service.web.conditions import unchanged
 from service.web.openapi import NOT_FOUND, PROBLEMS
 
 OFFLINE = Path(__file__).parent / "offline"  # filled by deploy/offline.sh
@@ -71,7 +72,7 @@ def create_router(engine: Engine, *, precision: str, reject: float, views: int) 
                 f"A file sees one view of an image, and this service {views} (VIEWS): export from one that sees one."
             )
         headers = {"ETag": f'"{pointer.head}"'}
-        if request.headers.get("if-none-match") == headers["ETag"]:
+        if unchanged(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         who = tenant.get()
         if asked[who] >= MOST_ASKED:

@@ -67,12 +67,12 @@ def optional(body: dict[str, Any]) -> dict[str, Any]:
 
 # Headers that we read ourselves, by operation, and those that answers have.
 HEADERS = {
-    "If-Match": "the ETag that the task must be at; 412 where it is not",
+    "If-Match": "the ETag that the task must be at, or several, or `*`: any; 412 where it is not",
     "If-None-Match": "`*`: only where there is no such task; 412 where there is one",
     "Idempotency-Key": "1 to 255 printable characters: a request that is sent again within a day is not done again",
     "Prefer": "`return=minimal`: answered once the change is kept, and learned behind that",
 }
-UNLESS = {"If-None-Match": "an ETag: 304 where the task is still at it"}
+UNLESS = {"If-None-Match": "an ETag, or several, or `*`: any; 304 where the task is still at it"}
 TERMS = ("If-Match", "Idempotency-Key", "Prefer")
 TAKES: Mapping[str, tuple[str, ...]] = {
     "adapt_named": ("If-Match", "If-None-Match", "Idempotency-Key"),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
+from service.web.conditions import unchanged
+
 FOLDER = Path(__file__).parent / "page"
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -100,7 +102,6 @@ def create_router(*, kind: str = "image", offline: bool = False) -> APIRouter:
 
 def _answer(request: Request, file: File) -> Response:
     headers = {**HEADERS, "ETag": file.etag}
-    asked = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-    if file.etag in asked:
+    if unchanged(request, file.etag):
         return Response(status_code=304, headers=headers)
     return Response(file.body, media_type=file.media_type, headers=headers)

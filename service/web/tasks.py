@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
-from models.errors import ExampleNotFound, InvalidRequest, VersionConflict
+from models.errors import ExampleNotFound, InvalidRequest
 from service.engine import Engine
-from service.stores import Expected, Pointer
 from service.web import answers, schemas
 from service.web.access import scope_of
 from service.web.bodies import Bounds, one_of, read_support
+from service.web.conditions import etag, expected, unchanged
 from service.web.idempotency import once
 from service.web.openapi import AT_WORK, CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STALE, SUPPORT_BODY, optional
 from service.web.retained import archive, media_type_of, retained
@@ -61,8 +61,12 @@ class ListOptions(schemas.Closed):
 def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     router = APIRouter(tags=["tasks"])
 
+    async def terms(request: Request, task: str) -> dict[str, Any]:
+        return {"expect": await expected(request, engine, task), "brief": _is_brief(request)}
+
     async def made(request: Request, task: str | None, options: NewOptions) -> Response:
-        scope, expect = scope_of(request), None if task is None else _expected(request)
+        scope = scope_of(request)
+        expect = None if task is None else await expected(request, engine, task, makes=True)
         if options.from_task:
             if await request.body() or options.model_fields_set & {"retain", "on_bad_image"}:
                 raise InvalidRequest("With `from_task` come no examples, and only `method` and `ttl` beside it.")
@@ -138,8 +142,9 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     )
     async def get_task(request: Request, task: str, options: Annotated[GetOptions, Query()]) -> Response:
         adapted = await engine.describe(scope_of(request), task, version=options.version)
-        if request.headers.get("if-none-match") == answers.etag(adapted):
-            return Response(status_code=304, headers={"ETag": answers.etag(adapted)})
+        tag = etag(adapted.pointer)
+        if unchanged(request, tag):
+            return Response(status_code=304, headers={"ETag": tag})
         return answers.task(request.scope["state"], adapted, status=200)
 
     @router.delete(
@@ -150,7 +155,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         responses={503: PROBLEMS[503], 422: PROBLEMS[422], **NOT_FOUND, **CONFLICT},
     )
     async def delete_task(request: Request, task: str, _: Annotated[schemas.NoOptions, Query()]) -> Response:
-        await engine.forget(scope_of(request), task, expect=_expected(request))
+        await engine.forget(scope_of(request), task, expect=await expected(request, engine, task))
         return Response(status_code=204)
 
     @router.post(
@@ -173,7 +178,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
                 given.examples,
                 unlabelled=given.unlabelled,
                 on_bad_image=options.on_bad_image,
-                **_terms(request),
+                **await terms(request, task),
             )
             return answers.task(request.scope["state"], adapted, status=200, names=given.names)
 
@@ -191,7 +196,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         request: Request, task: str, example: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
         async def work() -> Response:
-            adapted = await engine.remove_example(scope_of(request), task, example, **_terms(request))
+            adapted = await engine.remove_example(scope_of(request), task, example, **await terms(request, task))
             return answers.task(request.scope["state"], adapted, status=200)
 
         return await once(request, task, work)
@@ -208,7 +213,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         request: Request, task: str, label: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
         async def work() -> Response:
-            adapted = await engine.remove_class(scope_of(request), task, label, **_terms(request))
+            adapted = await engine.remove_class(scope_of(request), task, label, **await terms(request, task))
             return answers.task(request.scope["state"], adapted, status=200)
 
         return await once(request, task, work)
@@ -234,7 +239,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     )
     async def change_task(request: Request, task: str, options: Annotated[ChangeOptions, Query()]) -> Response:
         async def work() -> Response:
-            adapted = await engine.learn_with(scope_of(request), task, options.method, **_terms(request))
+            adapted = await engine.learn_with(scope_of(request), task, options.method, **await terms(request, task))
             return answers.task(request.scope["state"], adapted, status=200)
 
         return await once(request, task, work)
@@ -249,7 +254,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     )
     async def rollback(request: Request, task: str, options: Annotated[RollbackOptions, Query()]) -> Response:
         async def work() -> Response:
-            adapted = await engine.rollback(scope_of(request), task, options.version, **_terms(request))
+            adapted = await engine.rollback(scope_of(request), task, options.version, **await terms(request, task))
             return answers.task(request.scope["state"], adapted, status=200)
 
         return await once(request, task, work)
@@ -289,22 +294,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     return router
 
 
-def _terms(request: Request) -> dict[str, Any]:
-    """Where the task must be for a change, and whether the client prefers a short answer to a report (RFC 7240)."""
+def _is_brief(request: Request) -> bool:
+    """Whether the client prefers a short answer to a report (RFC 7240)."""
     preferences = ",".join(request.headers.getlist("prefer")).lower().replace(";", ",").replace('"', "").split(",")
-    return {"expect": _expected(request), "brief": "return=minimal" in (part.strip() for part in preferences)}
-
-
-def _expected(request: Request) -> Expected:
-    """Where the task must be by If-Match or If-None-Match: see Scope.commit."""
-    none_match, match = request.headers.get("if-none-match"), request.headers.get("if-match")
-    if none_match == "*" and match is None:
-        return 0
-    if none_match is not None:
-        raise InvalidRequest("If-None-Match takes only '*' here.")
-    if match is None:
-        return None
-    version, _, head = match.strip('"').removeprefix("v").partition("-")
-    if not version.isdecimal() or len(version) > 18:
-        raise VersionConflict("If-Match is no ETag of a task.")
-    return Pointer(int(version), head) if head else int(version)
+    return "return=minimal" in (part.strip() for part in preferences)

@@ -370,6 +370,7 @@ def test_every_change_can_ask_that_the_task_has_not_moved(http: httpx.Client) ->
         for wrong in (etag, '"v99-hd_x"', '"nonsense"'):
             refused(http.request(method, url, headers={"If-Match": wrong}, **body), 412, "version_conflict")
         refused(http.request(method, url, headers={"If-None-Match": "*"}, **body), 412, "version_conflict")
+        refused(http.request(method, url, headers={"If-Match": f"W/{etag}"}, **body), 412, "version_conflict")
         now = http.get("/v1/tasks/t").headers["etag"]
         assert now.startswith(f'"v{version}-')
         assert task_of(http.request(method, url, headers={"If-Match": now}, **body)).version == version + 1

@@ -240,6 +240,30 @@ def test_conditions_on_the_version_are_held(http: httpx.Client) -> None:
     assert moved.json()["version"] == 2
     refused(http.put(url, files=files, headers={"If-Match": etag}), 412, "version_conflict")
     refused(http.put(url, files=files, headers={"If-Match": '"nonsense"'}), 412, "version_conflict")
+    now = moved.headers["etag"]
+    for refusing in (f"W/{now}", f'{etag}, "x"', '"v0"', '""', '"*"'):
+        refused(http.put(url, files=files, headers={"If-Match": refusing}), 412, "version_conflict")
+    several = http.put(url, files=files, headers={"If-Match": f'"x", {now}'})
+    assert several.json()["version"] == 3
+    assert http.put(url, files=colours("red", "lime"), headers={"If-Match": "*"}).json()["version"] == 4
+    refused(http.put(url, files=files, headers={"If-None-Match": now}), 422, "invalid_request", "only '*'")
+    both = {"If-None-Match": "*", "If-Match": "*"}
+    refused(http.put(url, files=files, headers=both), 422, "invalid_request", "not both")
+
+
+@pytest.mark.parametrize("tag", ["*", '"v0"', '"v1"', '"v1-hd_x"', 'W/"v1"'])
+def test_a_condition_on_a_task_that_is_not_there_makes_none(http: httpx.Client, tag: str) -> None:
+    for made in ({"files": colours("red", "blue")}, {"params": {"from_task": "told"}}):
+        taught(http, "told")
+        problem = refused(http.put("/v1/tasks/none", headers={"If-Match": tag}, **made), 412, "version_conflict")  # type: ignore[arg-type]
+        assert problem["detail"] == "There is no task 'none'."
+    refused(http.get("/v1/tasks/none"), 404, "task_not_found")
+    refused(http.delete("/v1/tasks/none", headers={"If-Match": tag}), 404, "task_not_found")
+
+
+def test_a_task_at_any_version_is_forgotten_where_any_will_do(http: httpx.Client) -> None:
+    taught(http, "any")
+    assert http.delete("/v1/tasks/any", headers={"If-Match": "*"}).status_code == 204
 
 
 def test_a_task_is_described_and_not_sent_again_unchanged(http: httpx.Client) -> None:
@@ -247,8 +271,13 @@ def test_a_task_is_described_and_not_sent_again_unchanged(http: httpx.Client) ->
     response = http.get("/v1/tasks/told")
     found = schemas.Task.model_validate_json(response.text)
     assert (found.head, found.examples, found.expires_at) == (task.head, task.examples, None)
-    again = http.get("/v1/tasks/told", headers={"If-None-Match": response.headers["etag"]})
-    assert (again.status_code, again.content) == (304, b"")
+    etag = response.headers["etag"]
+    for known in (etag, f"W/{etag}", f'"x", {etag}', f'"x",W/{etag}', "*"):
+        again = http.get("/v1/tasks/told", headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
+    for other in ('"x"', f"{etag[:-1]}", f'"x{etag[1:]}', ""):
+        assert http.get("/v1/tasks/told", headers={"If-None-Match": other}).status_code == 200
+    refused(http.get("/v1/tasks/nobody", headers={"If-None-Match": "*"}), 404, "task_not_found")
 
 
 def test_a_task_with_an_end_says_when(http: httpx.Client) -> None:
