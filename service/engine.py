@@ -86,7 +86,7 @@ class Engine:
         expect: Expected = None,
         on_bad_image: OnBadImage = "skip",
     ) -> Adapted:
-        """Learns a task and stores it; without a name it is named after its head.
+        """Learns a task and stores it; without a name it is named after the head of all that was sent.
 
         When this returns, the record is on disk. `expect`: see Scope.commit. `retain`: the images are kept as well. A
         support set that is there already costs nothing. Raises the errors of models/errors.py.
@@ -125,6 +125,17 @@ class Engine:
             with spending(len(examples) + len(unlabelled), Overloaded):
                 return await self._flights.once(flight, work)
 
+    def name(self, examples: Sequence[Example], *, unlabelled: Sequence[bytes] = (), method: str = "") -> str:
+        """What `adapt` will call a task that is given no name. Raises what it raises for such examples."""
+        method = method or self.default_method
+        self._learning.learner(method)
+        examples = checked(examples, unlabelled, self.limits)
+        return _name_of(head_id_of(self.artifact.digest, method, examples, unlabelled))
+
+    async def name_of_copy(self, scope: Scope, other: str, *, method: str = "") -> str:
+        """What `copy` will call a task that is given no name, while the other stays as it is."""
+        return _name_of(record_id(await self._like(scope, other, method)))
+
     async def copy(
         self,
         scope: Scope,
@@ -140,12 +151,8 @@ class Engine:
         So what was tried under one name takes the place of another at once. Raises TaskNotFound where there is no such
         other, and what `adapt` raises.
         """
-        if method:
-            self._learning.learner(method)
-        _, found = await self._tasks.found(scope, other)
-        record, now = await self._learning.ours(other, found), time.time()
-        ends = None if ttl_s is None else now + ttl_s
-        record = replace(record, method=method or record.method, created=now, expires=ends)
+        record, now = await self._like(scope, other, method), time.time()
+        record = replace(record, created=now, expires=None if ttl_s is None else now + ttl_s)
         head_id = record_id(record)
         name = task_name(task) if task is not None else _name_of(head_id)
         async with self._places.kept(scope, name):
@@ -154,6 +161,14 @@ class Engine:
                 if there:
                     return there
             return await self._tasks.store(scope, name, record, head_id, expect)
+
+    async def _like(self, scope: Scope, other: str, method: str) -> Record:
+        """The record of another task, as it is learned with the method; with its own where that is empty."""
+        if method:
+            self._learning.learner(method)
+        _, found = await self._tasks.found(scope, other)
+        record = await self._learning.ours(other, found)
+        return replace(record, method=method or record.method)
 
     async def _known(
         self, scope: Scope, name: str, head_id: str, *, retain: bool, admitted: bool = False

@@ -22,6 +22,7 @@ from service.stores import Scope, SealBroken
 from service.support import task_name
 from service.web.access import scope_of
 
+KEY = "idempotency-key"
 ANSWER_S = 24 * 3600
 CLAIM_S = 60  # whoever dies at work stands in the way for so long
 LONGEST = 255
@@ -30,13 +31,15 @@ WHERE = ("if-match", "if-none-match")  # what a request asks for beside its addr
 BOUNDARY = re.compile(r"""multipart/form-data;.*\bboundary="?([^";]+)""", re.IGNORECASE)
 
 
-async def once(request: Request, task: str, work: Callable[[], Awaitable[Response]]) -> Response:
-    """Does the work, or answers what it answered before.
+async def once(
+    request: Request, task: str, work: Callable[[], Awaitable[Response]], *, makes: bool = False
+) -> Response:
+    """Does the work, or answers what it answered before. `makes`: the task need not be there.
 
     Raises InFlight while another request with the key is at work, IdempotencyMismatch when that one asked something
     else.
     """
-    given = request.headers.get("idempotency-key")
+    given = request.headers.get(KEY)
     if given is None:
         return await work()
     if not given or len(given) > LONGEST or not given.isprintable():
@@ -45,7 +48,7 @@ async def once(request: Request, task: str, work: Callable[[], Awaitable[Respons
     fingerprint = _fingerprint(request, await request.body())
     task_name(task)
     with suppress(SealBroken):  # damaged: the work says so, in its own words
-        if request.method != "PUT" and await scope.pointer(task) is None:
+        if not makes and await scope.pointer(task) is None:
             return await work()  # nothing is kept beside a task that is not there, and may never be
     claim = json.dumps({"fingerprint": fingerprint}).encode()
     while not await scope.remember(task, key, claim, ttl_s=CLAIM_S, new=True):

@@ -75,7 +75,7 @@ HEADERS = {
 UNLESS = {"If-None-Match": "an ETag, or several, or `*`: any; 304 where the task is still at it"}
 TERMS = ("If-Match", "Idempotency-Key", "Prefer")
 TAKES: Mapping[str, tuple[str, ...]] = {
-    "adapt_named": ("If-Match", "If-None-Match", "Idempotency-Key"),
+    **dict.fromkeys(("adapt", "adapt_named"), ("If-Match", "If-None-Match", "Idempotency-Key")),
     "get_task": ("If-None-Match",),
     "delete_task": ("If-Match",),
     **dict.fromkeys(("add_examples", "remove_example", "remove_class", "change_task", "rollback"), TERMS),
@@ -99,7 +99,7 @@ def _with_headers(operation: dict[str, Any]) -> None:
     )
     for status, answer in operation["responses"].items():
         headers: dict[str, Any] = {}
-        if status in ("200", "201") and (names or operation["operationId"] == "adapt"):
+        if status in ("200", "201") and names:
             headers["ETag"] = _header(ETAG)
             if "Idempotency-Key" in names:
                 headers["Idempotent-Replayed"] = _header(REPLAYED)

@@ -12,9 +12,9 @@ from models.errors import ExampleNotFound, InvalidRequest
 from service.engine import Engine
 from service.web import answers, schemas
 from service.web.access import scope_of
-from service.web.bodies import Bounds, one_of, read_support
+from service.web.bodies import Bounds, Given, one_of, read_support
 from service.web.conditions import etag, expected, unchanged
-from service.web.idempotency import once
+from service.web.idempotency import KEY, once
 from service.web.openapi import AT_WORK, CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STALE, SUPPORT_BODY, optional
 from service.web.retained import archive, media_type_of, retained
 
@@ -64,32 +64,33 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     async def terms(request: Request, task: str) -> dict[str, Any]:
         return {"expect": await expected(request, engine, task), "brief": _is_brief(request)}
 
-    async def made(request: Request, task: str | None, options: NewOptions) -> Response:
-        scope = scope_of(request)
+    async def asked(request: Request, options: NewOptions) -> Given:
+        if not options.from_task:
+            return await read_support(request, bounds)
+        if await request.body() or options.model_fields_set & {"retain", "on_bad_image"}:
+            raise InvalidRequest("With `from_task` come no examples, and only `method` and `ttl` beside it.")
+        return Given([], [], [])
+
+    async def made(request: Request, task: str | None, options: NewOptions, given: Given | None = None) -> Response:
+        scope, given = scope_of(request), given or await asked(request, options)
         expect = None if task is None else await expected(request, engine, task, makes=True)
+        method = one_of(options.method, given.method)
         if options.from_task:
-            if await request.body() or options.model_fields_set & {"retain", "on_bad_image"}:
-                raise InvalidRequest("With `from_task` come no examples, and only `method` and `ttl` beside it.")
-            adapted = await engine.copy(
-                scope, task, options.from_task, method=options.method, ttl_s=options.ttl, expect=expect
-            )
-            names: tuple[str, ...] = ()
+            adapted = await engine.copy(scope, task, options.from_task, method=method, ttl_s=options.ttl, expect=expect)
         else:
-            given = await read_support(request, bounds)
-            names = given.names
             adapted = await engine.adapt(
                 scope,
                 task,
                 given.examples,
                 unlabelled=given.unlabelled,
-                method=one_of(options.method, given.method),
+                method=method,
                 ttl_s=options.ttl,
                 retain=options.retain == "images",
                 expect=expect,
                 on_bad_image=options.on_bad_image,
             )
         status = 201 if adapted.created else 200
-        return answers.task(request.scope["state"], adapted, status=status, names=names)
+        return answers.task(request.scope["state"], adapted, status=status, names=given.names)
 
     @router.post(
         "/v1/tasks",
@@ -98,10 +99,25 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         status_code=201,
         response_model=schemas.Task,
         openapi_extra=optional(SUPPORT_BODY),
-        responses={200: {"model": schemas.Task, "description": "known already"}, **PROBLEMS, **NOT_FOUND, **STALE},
+        responses={
+            200: {"model": schemas.Task, "description": "known already"},
+            **PROBLEMS,
+            **NOT_FOUND,
+            **AT_WORK,
+            **CONFLICT,
+        },
     )
     async def adapt(request: Request, options: Annotated[NewOptions, Query()]) -> Response:
-        return await made(request, None, options)
+        if not any(header in request.headers for header in ("if-match", "if-none-match", KEY)):
+            return await made(request, None, options)
+        # These are about a task by its name, which is that of the head and so has to be found first.
+        given = await asked(request, options)
+        method = one_of(options.method, given.method)
+        if options.from_task:
+            task = await engine.name_of_copy(scope_of(request), options.from_task, method=method)
+        else:
+            task = engine.name(given.examples, unlabelled=given.unlabelled, method=method)
+        return await once(request, task, lambda: made(request, task, options, given), makes=True)
 
     @router.put(
         "/v1/tasks/{task}",
@@ -118,7 +134,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         },
     )
     async def adapt_named(request: Request, task: str, options: Annotated[NewOptions, Query()]) -> Response:
-        return await once(request, task, lambda: made(request, task, options))
+        return await once(request, task, lambda: made(request, task, options), makes=True)
 
     @router.get(
         "/v1/tasks",

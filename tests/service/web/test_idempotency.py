@@ -140,6 +140,7 @@ def test_another_request_under_the_same_key_is_refused_and_changes_nothing(http:
         post(http, "k", If_Match=first.headers["etag"]),
         post(http, "k", If_None_Match="*"),
         http.put("/v1/tasks/t", files=colours("red", "blue"), headers={"Idempotency-Key": "k"}),
+        http.put("/v1/tasks/t", json=["no support set"], headers={"Idempotency-Key": "k"}),
         http.post("/v1/tasks/t/rollback?version=1", headers={"Idempotency-Key": "k"}),
     ):
         refused(other, 422, "idempotency_mismatch", "take a new one")
@@ -357,3 +358,21 @@ def test_each_tenant_has_keys_of_its_own(tmp_path: Path, extractor: Gated) -> No
             found.append(post(client, "k", body))
         assert [(one.status_code, replayed(one)) for one in found] == [(200, False)] * 2
         assert post(client, "k", WHITE).content == found[1].content
+
+
+def test_a_task_without_a_name_is_made_once(http: httpx.Client) -> None:
+    files, key = colours("tan", "teal"), {"Idempotency-Key": "k"}
+    first = http.post("/v1/tasks", files=files, headers=key)
+    name = first.json()["task"]
+    assert (first.status_code, "idempotent-replayed" in first.headers) == (201, False)
+    assert http.post(f"/v1/tasks/{name}/examples", files=colours("gold")).json()["version"] == 2
+    again = http.post("/v1/tasks", files=files, headers=key)
+    assert (again.status_code, again.headers["idempotent-replayed"], again.text) == (201, "true", first.text)
+    assert http.get(f"/v1/tasks/{name}").json()["version"] == 2
+    refused(http.post("/v1/tasks?ttl=600", files=files, headers=key), 422, "idempotency_mismatch")
+    copied = http.post(f"/v1/tasks?from_task={name}", headers=key)
+    assert (copied.status_code, copied.json()["task"] == name) == (201, False)
+    assert http.post(f"/v1/tasks?from_task={name}", headers=key).headers["idempotent-replayed"] == "true"
+    http.delete(f"/v1/tasks/{name}")
+    anew = http.post("/v1/tasks", files=files, headers=key)
+    assert (anew.status_code, "idempotent-replayed" in anew.headers) == (201, False)

@@ -261,6 +261,23 @@ def test_a_condition_on_a_task_that_is_not_there_makes_none(http: httpx.Client, 
     refused(http.delete("/v1/tasks/none", headers={"If-Match": tag}), 404, "task_not_found")
 
 
+def test_a_task_that_is_named_after_its_head_heeds_conditions_too(http: httpx.Client) -> None:
+    files = colours("tan", "teal")
+    first = http.post("/v1/tasks", files=files, headers={"If-None-Match": "*"})
+    assert first.status_code == 201
+    name = first.json()["task"]
+    more = http.post(f"/v1/tasks/{name}/examples", files=colours("gold"))
+    assert http.put("/v1/tasks/same", files=files).status_code == 201
+    for asked in ({"files": files}, {"params": {"from_task": "same"}}):
+        for condition in ({"If-None-Match": "*"}, {"If-Match": first.headers["etag"]}, {"If-Match": '"x"'}):
+            refused(http.post("/v1/tasks", headers=condition, **asked), 412, "version_conflict")  # type: ignore[arg-type]
+    assert http.get(f"/v1/tasks/{name}").json()["version"] == 2
+    back = http.post("/v1/tasks", files=files, headers={"If-Match": more.headers["etag"]})
+    assert (back.status_code, back.json()["task"], back.json()["version"]) == (200, name, 3)
+    assert http.post("/v1/tasks?from_task=same", headers={"If-Match": "*"}).json()["task"] == name
+    refused(http.post("/v1/tasks", files=colours("gold", "teal"), headers={"If-Match": "*"}), 412, "version_conflict")
+
+
 def test_a_task_at_any_version_is_forgotten_where_any_will_do(http: httpx.Client) -> None:
     taught(http, "any")
     assert http.delete("/v1/tasks/any", headers={"If-Match": "*"}).status_code == 204
