@@ -255,7 +255,13 @@ class Engine:
 
         async def earlier(before: Record) -> tuple[Record, tuple[Rejected, ...]]:
             _, record = await self._tasks.found(scope, task, version=version)
-            return await self._learning.ours(task, record), ()
+            try:
+                return await self._learning.ours(task, record), ()
+            except TaskStale:
+                raise TaskStale(
+                    f"Version {version} of the task {task!r} was learned with another artifact, and cannot be learned "
+                    "again; the task stays as it is."
+                ) from None
 
         return await self._tasks.change(scope, task, earlier, expect=expect, brief=brief)
 

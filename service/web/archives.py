@@ -7,6 +7,7 @@ client made reaches the file system. Knows nothing of labels.
 from __future__ import annotations
 
 import io
+import re
 import stat
 import tarfile
 import zipfile
@@ -17,6 +18,7 @@ from pathlib import PurePosixPath
 
 from models.errors import InvalidRequest, TooLarge, UnsupportedMedia
 
+DRIVE = re.compile(r"[A-Za-z]:")  # of Windows; a label may hold a colon
 JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
@@ -32,7 +34,7 @@ class Most:
 def _checked(name: str, index: int) -> PurePosixPath | None:
     """The path of an archive entry; None for what operating systems leave behind. Raises InvalidRequest."""
     path = PurePosixPath(name)
-    if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or ":" in (path.parts or ("",))[0]:
+    if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or DRIVE.match(name):
         raise InvalidRequest("An entry of the archive leads out of it.", index=index)
     if any(part in JUNK or part.startswith(".") for part in path.parts):
         return None

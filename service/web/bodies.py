@@ -52,6 +52,7 @@ TAR_TYPES = ("application/x-tar", "application/tar")
 SPARE = 100  # objects and keys of a JSON beyond those of its examples
 # What clients write for what the name of a field cannot hold; nothing else is escaped in it, a "%" neither (WHATWG).
 ESCAPED = (("%22", '"'), ("%0D", "\r"), ("%0A", "\n"))
+NO_FILE = "A form field holds text where a file belongs; with curl, write -F label=@file, with the @."
 LONGEST_NAME = 255  # of a file, where an answer tells it; its end tells most
 UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
 
@@ -192,9 +193,9 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, str, b
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
+    kind = _TextParser if bounds.kind == "text" else _Parser
+    parser = kind(request.headers, stream(), max_files=bounds.parts, max_fields=bounds.parts, max_part_size=1024)
     try:
-        kind = _TextParser if bounds.kind == "text" else _Parser
-        parser = kind(request.headers, stream(), max_files=bounds.parts, max_fields=bounds.parts, max_part_size=1024)
         form = await parser.parse()
         if not parser.whole:
             for part in parser._files_to_close_on_error:
@@ -203,6 +204,8 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, str, b
     except MultiPartException as error:
         if error.message.startswith("Too many"):
             raise TooLarge(f"The form has too many parts; the limit is {bounds.parts}.") from None
+        if error.message.startswith("Part exceeded"):  # only what is no file is held to a size
+            raise InvalidRequest(NO_FILE, index=len(parser.items)) from None
         if "header size" in str(error.__cause__):  # names of fields are in the headers of parts
             raise InvalidSupport("A label is far too long; see MAX_LABEL.") from None
         raise InvalidRequest("The multipart body cannot be read; is its boundary right, and does it end?") from None
@@ -212,10 +215,7 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, str, b
     try:
         for index, (name, value) in enumerate(form.multi_items()):
             if not isinstance(value, UploadFile):
-                raise InvalidRequest(
-                    "A form field holds text where a file belongs; with curl, write -F label=@file, with the @.",
-                    index=index,
-                )
+                raise InvalidRequest(NO_FILE, index=index)
             for escape, letter in ESCAPED:
                 name = name.replace(escape, letter)
             files.append((name, value.filename or "", await value.read()))

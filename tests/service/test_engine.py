@@ -1293,6 +1293,18 @@ def test_a_method_that_the_new_artifact_lacks_gives_way_to_its_default_and_can_c
     run(tmp_path, work)
 
 
+def test_a_version_of_another_artifact_is_named_where_the_task_itself_is_fine(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+        other = served_by_another(engine, tmp_path)
+        await other.adapt(scope, "t", SUPPORT)
+        with pytest.raises(TaskStale, match="Version 1 of the task 't' was learned with another artifact"):
+            await other.rollback(scope, "t", 1)
+        assert (await other.describe(scope, "t")).pointer.version == 2
+
+    run(tmp_path, work)
+
+
 def test_images_that_cannot_be_read_any_more_leave_the_task_stale_and_the_question_unblamed(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         await engine.adapt(scope, "t", SUPPORT, retain=True)

@@ -165,6 +165,14 @@ def test_an_archive_entry_that_leads_out(http: httpx.Client, name: str) -> None:
     refused(http.post("/v1/tasks", content=tarred(entries), headers=TAR), 422, "invalid_request", "leads out")
 
 
+@pytest.mark.parametrize("size", [10, 1024, 1025, 40_000])
+def test_a_text_where_a_file_belongs_is_told_so_however_long_it_is(http: httpx.Client, size: int) -> None:
+    form = [*colours("red", shots=1), ("blue", (None, "data:image/png;base64,".ljust(size, "A")))]
+    for url in ("/v1/tasks", "/v1/classify", "/v1/embed"):
+        problem = refused(http.post(url, files=form), 422, "invalid_request", "holds text where a file belongs")
+        assert problem["index"] == 1
+
+
 def test_an_archive_that_unpacks_to_too_much(http: httpx.Client) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:

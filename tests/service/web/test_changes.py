@@ -23,7 +23,7 @@ from service.web.app import create_app
 from service.web.retained import folder_of
 from tests.fakes import DIM, MeanColour, picture, tiny_artifact
 from tests.service.live import served
-from tests.service.web.asks import colours, refused, support_json, tarred, text, zipped
+from tests.service.web.asks import colours, folders, refused, support_json, tarred, text, zipped
 from tests.service.web.conftest import LIMITS
 
 RED, LIME, INDIGO, BLACK = (picture(colour, seed=60) for colour in ("red", "lime", "indigo", "black"))
@@ -208,6 +208,15 @@ def test_what_was_left_out_has_its_place_and_the_name_that_it_came_with(http: ht
     once = http.post("/v1/classify", files=[*files, ("query", LIME)]).json()["rejected"]
     for rows in (added[6:], moved[6:], once):
         assert [(row["index"], row["name"]) for row in rows] == named
+
+
+@pytest.mark.parametrize("name", ["10:30", "label:unlabelled", "::", "ab:c"])
+def test_a_colon_in_the_name_of_a_folder_leads_nowhere(http: httpx.Client, name: str) -> None:
+    entries = {**folders("red"), f"{name}/1.png": picture("blue")}
+    for made, kind in ((zipped, ZIP), (tarred, TAR)):
+        answer = http.put("/v1/tasks/colon", content=made(entries), headers=kind)
+        labels = [item["label"] for item in answer.json()["classes"]]
+        assert sorted(labels) == sorted(["red", name.removeprefix("label:")])
 
 
 def test_a_task_grows_to_its_limits_and_no_further(http: httpx.Client) -> None:
