@@ -107,20 +107,20 @@ def create_router(
     @router.post("/models/{name}/infer")
     @router.post("/models/{name}/versions/{version}/infer")
     async def infer(request: Request, name: str) -> Response:
+        at = EXTRACTOR_VERSION
         if name != EXTRACTOR:
-            await engine.at(scope_of(request), name)  # an unknown model costs no work
+            at = str((await engine.at(scope_of(request), name)).version)
+        _check_version(request, name, at)  # an unknown model, or another version, costs no work
         body = await request.body()
         encoding = request.headers.get("content-encoding", "")
         header_length = request.headers.get(codec.HEADER_LENGTH)
         large = bool(encoding) or len(body) > LARGE  # a compressed body is small only until it is unpacked
         asked = await _aside(large, lambda: read_request(body, encoding, header_length, most, kind))
-        at = EXTRACTOR_VERSION
         if name == EXTRACTOR:
-            _check_version(request, name, at)
             tensors = await _features(engine, asked)
         else:
             at, tensors = await _predictions(engine, scope_of(request), name, asked, reject)
-            _check_version(request, name, at)
+            _check_version(request, name, at)  # it may have moved meanwhile
         members = {"model_name": name, "model_version": at, **({} if asked.id is None else {"id": asked.id})}
         outputs = [codec.Output(key, tensors[key], asked.binary.get(key, asked.binary_default)) for key in tensors]
         return await _response(members, outputs, request.headers.get("accept-encoding", ""))

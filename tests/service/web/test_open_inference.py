@@ -133,6 +133,17 @@ def test_the_server_is_live_and_ready(http: httpx.Client) -> None:
     assert http.get("/v2/health/ready").json() == {"live": True, "ready": True}
 
 
+@pytest.mark.parametrize("model", ["colours", "extractor"])
+def test_a_version_that_is_not_served_costs_no_work(http: httpx.Client, model: str) -> None:
+    def looked_at() -> list[str]:
+        return [line for line in http.get("/metrics").text.splitlines() if line.startswith("fewshot_images_total")]
+
+    before = looked_at()
+    for body in (ask(image_input(RED)), {}):
+        refused(http.post(f"/v2/models/{model}/versions/7/infer", json=body), 404, "at version 1")
+    assert looked_at() == before
+
+
 @pytest.mark.parametrize("path", ["/v2/models/colours", "/v2/models/colours/versions/1"])
 def test_a_task_is_a_model(http: httpx.Client, path: str) -> None:
     assert http.get(path).json() == {
