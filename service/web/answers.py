@@ -32,7 +32,8 @@ def text(body: Any) -> str:
 
 
 def _timing(state: MutableMapping[str, Any], timings_ms: Mapping[str, float]) -> dict[str, float]:
-    state["timing"] = ", ".join(f"{name};dur={value:.2f}" for name, value in timings_ms.items())
+    if timings_ms:
+        state["timing"] = ", ".join(f"{name};dur={value:.2f}" for name, value in timings_ms.items())
     return {name: round(value, 3) for name, value in timings_ms.items()}
 
 
@@ -175,7 +176,6 @@ def predictions(
 
 def features(state: MutableMapping[str, Any], embedded: Embedded, *, artifact: str, dim: int) -> Response:
     errors = [(i, item) for i, item in enumerate(embedded.items) if isinstance(item, FewshotError)]
-    timings = {"queue": embedded.queued_s * 1e3, "decode": embedded.decode_s * 1e3, "embed": embedded.embed_s * 1e3}
     body = {
         "artifact": artifact,
         "dim": dim,
@@ -184,6 +184,6 @@ def features(state: MutableMapping[str, Any], embedded: Embedded, *, artifact: s
             for item in embedded.items
         ],
         "errors": [{"index": i, "code": item.code, "detail": item.detail} for i, item in errors],
-        "timings_ms": _timing(state, timings),
+        "timings_ms": _timing(state, embedded.stages()),
     }
     return answer(body)

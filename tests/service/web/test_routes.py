@@ -297,6 +297,12 @@ def test_a_task_is_described_and_not_sent_again_unchanged(http: httpx.Client) ->
     refused(http.get("/v1/tasks/nobody", headers={"If-None-Match": "*"}), 404, "task_not_found")
 
 
+def test_an_answer_without_stages_tells_the_whole_time_alone(http: httpx.Client) -> None:
+    taught(http, "told")
+    for path in ("/v1/tasks/told", "/v1/tasks", "/v1/limits"):
+        assert re.fullmatch(r"total;dur=[\d.]+", http.get(path).headers["server-timing"])
+
+
 def test_a_task_with_an_end_says_when(http: httpx.Client) -> None:
     assert http.put("/v1/tasks/brief?ttl=3600", files=colours("red", "blue")).json()["expires_at"].endswith("+00:00")
 
