@@ -145,7 +145,8 @@ def create_app(
         app.include_router(router)
 
     generated = app.openapi
-    app.openapi = lambda: openapi.complete(generated())  # type: ignore[method-assign]
+    # What FastAPI made is kept by it, and was completed where it stands: to do so again would name each header twice.
+    app.openapi = lambda: app.openapi_schema or openapi.complete(generated())  # type: ignore[method-assign]
 
     @app.exception_handler(FewshotError)
     async def ours(request: Request, error: FewshotError) -> Response:

@@ -389,6 +389,13 @@ def test_the_openapi_file_names_every_route_and_operation(http: httpx.Client) ->
                 assert "application/problem+json" in operation["responses"]["422"]["content"]
 
 
+def test_the_openapi_file_is_the_same_however_often_it_is_asked_for(http: httpx.Client) -> None:
+    first = http.get("/openapi.json").text
+    assert http.get("/openapi.json").text == first
+    told = http.get("/openapi.json").json()["paths"]["/v1/tasks/{task}"]["get"]["parameters"]
+    assert [row["name"] for row in told] == ["task", "version", "If-None-Match"]
+
+
 def test_every_reference_in_the_openapi_file_leads_somewhere(http: httpx.Client) -> None:
     text = http.get("/openapi.json").text
     names = set(re.findall(r'"\$ref":\s*"([^"]+)"', text))
