@@ -11,7 +11,7 @@ from service.engine import Engine
 from service.web import answers, schemas
 from service.web.access import scope_of
 from service.web.bodies import JSON_LINES, Bounds, one_of, read_queries, read_support
-from service.web.openapi import NOT_FOUND, ONE_CALL_BODY, PROBLEMS, QUERY_BODY, STALE
+from service.web.openapi import LINES, NOT_FOUND, ONE_CALL_BODY, PROBLEMS, QUERY_BODY, STALE
 
 Reject = Literal["off"] | Annotated[float, Field(ge=0.001, le=0.5)]
 REJECT = Field(None, description="share of genuine images that may be turned away as none of these, or off")
@@ -43,7 +43,8 @@ def create_router(engine: Engine, bounds: Bounds, *, reject: float) -> APIRouter
         summary="Classify images with a task",
         response_model=schemas.Predictions,
         openapi_extra=QUERY_BODY,
-        responses={**PROBLEMS, **NOT_FOUND, **STALE},
+        description=f"With `Accept: {JSON_LINES}` the predictions come one a line, and nothing around them.",
+        responses={**LINES, **PROBLEMS, **NOT_FOUND, **STALE},
     )
     async def classify(request: Request, task: str, options: Annotated[ClassifyOptions, Query()]) -> Response:
         payloads = await read_queries(request, bounds)

@@ -76,7 +76,7 @@ UNLESS = {"If-None-Match": "an ETag, or several, or `*`: any; 304 where the task
 TERMS = ("If-Match", "Idempotency-Key", "Prefer")
 TAKES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("adapt", "adapt_named"), ("If-Match", "If-None-Match", "Idempotency-Key")),
-    "get_task": ("If-None-Match",),
+    **dict.fromkeys(("get_task", "export_task"), ("If-None-Match",)),
     "delete_task": ("If-Match",),
     **dict.fromkeys(("add_examples", "remove_example", "remove_class", "change_task", "rollback"), TERMS),
 }
@@ -91,16 +91,17 @@ def _header(description: str, kind: str = "string") -> dict[str, Any]:
 
 def _with_headers(operation: dict[str, Any]) -> None:
     """Adds what `TAKES` says of an operation, and the headers of its answers."""
-    names = TAKES.get(operation["operationId"], ())
-    told = UNLESS if operation["operationId"] == "get_task" else HEADERS
+    kind = operation["operationId"]
+    names = TAKES.get(kind, ())
+    told = UNLESS if kind in ("get_task", "export_task") else HEADERS
     operation.setdefault("parameters", []).extend(
         {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": told[name]}
         for name in names
     )
     for status, answer in operation["responses"].items():
         headers: dict[str, Any] = {}
-        if status in ("200", "201") and names:
-            headers["ETag"] = _header(ETAG)
+        if status in ("200", "201", "304") and names:
+            headers["ETag"] = _header("head of the task" if kind == "export_task" else ETAG)
             if "Idempotency-Key" in names:
                 headers["Idempotent-Replayed"] = _header(REPLAYED)
         if status in ("429", "503"):
@@ -133,6 +134,7 @@ QUERY_BODY = _body(
         "image/png": _binary("one image"),
         "image/webp": _binary("one image"),
         "text/plain": {"schema": {"type": "string"}, "description": "one text, where the artifact reads texts"},
+        "application/octet-stream": _binary("one image or text: what the artifact reads"),
         "multipart/form-data": {**_FILES, "description": "files"},
         "application/json": _either(schemas.QueryBody, schemas.TextQueryBody),
         "application/x-ndjson": {
@@ -141,6 +143,12 @@ QUERY_BODY = _body(
         },
     }
 )
+
+
+# Beside the usual form of the answer, which FastAPI knows.
+LINES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/x-ndjson": {"schema": ref(schemas.Prediction), "description": "one a line"}}}
+}
 
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:

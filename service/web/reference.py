@@ -136,11 +136,18 @@ def _operation(method: str, path: str, operation: JSON) -> Iterator[str]:
                 refusals.append(f"{status} ({answer['description']})")
             continue
         when = "" if answer["description"] == "Successful Response" else answer["description"]
-        held = [_type(value["schema"]) if value.get("schema") else f"`{media}`" for media, value in content.items()]
-        yield _row(status, ", ".join(held) or "nothing", when)
+        yield _row(status, ", ".join(_held(media, value) for media, value in content.items()) or "nothing", when)
     yield ""
     if refusals:
         yield f"[Problems](#problems): {', '.join(refusals)}.\n"
+
+
+def _held(media: str, content: JSON) -> str:
+    """What an answer of this form holds. One of JSON lines holds many; a file is called by its type alone."""
+    if not content.get("schema"):
+        return f"`{media}`"
+    kind = _type(content["schema"])
+    return kind if media == "application/json" else f"{kind} ({content['description']}) as `{media}`"
 
 
 def _schema(name: str, schema: JSON) -> Iterator[str]:

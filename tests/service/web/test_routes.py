@@ -396,6 +396,19 @@ def test_the_openapi_file_is_the_same_however_often_it_is_asked_for(http: httpx.
     assert [row["name"] for row in told] == ["task", "version", "If-None-Match"]
 
 
+def test_the_openapi_file_names_every_body_answer_and_header_of_a_question_and_an_export(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    for path in ("/v1/tasks/{task}/classify", "/v1/embed"):
+        assert "application/octet-stream" in paths[path]["post"]["requestBody"]["content"]
+    lines = paths["/v1/tasks/{task}/classify"]["post"]["responses"]["200"]["content"]
+    assert lines.keys() == {"application/json", "application/x-ndjson"}
+    assert lines["application/x-ndjson"]["schema"]["$ref"].endswith("/Prediction")
+    for path in ("/v1/tasks/{task}", "/v1/tasks/{task}/export"):
+        told = paths[path]["get"]
+        assert [row["name"] for row in told["parameters"] if row["in"] == "header"] == ["If-None-Match"]
+        assert all("ETag" in told["responses"][status]["headers"] for status in ("200", "304"))
+
+
 def test_every_reference_in_the_openapi_file_leads_somewhere(http: httpx.Client) -> None:
     text = http.get("/openapi.json").text
     names = set(re.findall(r'"\$ref":\s*"([^"]+)"', text))

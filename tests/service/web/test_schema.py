@@ -91,7 +91,7 @@ def body_of(path: str, kind: str, made: Any) -> Any:
     if kind == "application/x-ndjson":
         lines = [{"image": image} for image in QUERY["images"]] if questions else SUPPORT["support"]
         return "\n".join(map(json.dumps, lines)).encode()
-    if kind.startswith("image/"):
+    if kind.startswith("image/") or kind == "application/octet-stream":
         return picture("red", seed=9)
     if kind == "application/json" and path.startswith("/v1"):
         if path == "/v1/classify":
