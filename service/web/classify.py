@@ -8,12 +8,14 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from service.engine import Engine
+from service.support import OnBadImage
 from service.web import answers, schemas
 from service.web.access import scope_of
 from service.web.bodies import JSON_LINES, Bounds, one_of, read_queries, read_support
 from service.web.openapi import LINES, NOT_FOUND, ONE_CALL_BODY, PROBLEMS, QUERY_BODY, STALE
 
 Reject = Literal["off"] | Annotated[float, Field(ge=0.001, le=0.5)]
+BadImage = Annotated[OnBadImage, Field(description="an error for each bad image, or refuse them all")]
 REJECT = Field(None, description="share of genuine images that may be turned away as none of these, or off")
 
 
@@ -23,7 +25,7 @@ class ClassifyOptions(schemas.Closed):
     top: int | None = Field(
         None, ge=1, description="probabilities of so many classes, the likeliest first; else of all"
     )
-    on_bad_image: Literal["skip", "fail"] = Field("skip", description="an error for each bad image, or refuse them all")
+    on_bad_image: BadImage = "skip"
 
 
 class OneCallOptions(ClassifyOptions):
@@ -31,7 +33,7 @@ class OneCallOptions(ClassifyOptions):
 
 
 class EmbedOptions(schemas.Closed):
-    on_bad_image: Literal["skip", "fail"] = Field("skip", description="an error for each bad image, or refuse them all")
+    on_bad_image: BadImage = "skip"
 
 
 def create_router(engine: Engine, bounds: Bounds, *, reject: float) -> APIRouter:

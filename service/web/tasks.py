@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -10,6 +12,8 @@ from pydantic import Field
 
 from models.errors import ExampleNotFound, InvalidRequest
 from service.engine import Engine
+from service.support import OnBadImage
+from service.tasks import Adapted
 from service.web import answers, schemas
 from service.web.access import scope_of
 from service.web.bodies import Bounds, Given, one_of, read_support
@@ -22,15 +26,13 @@ CHANGED: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status 
 BRIEFLY = "With `Prefer: return=minimal` in the header a change is answered once it is kept, and learned behind that."
 READ: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (422, 503)}
 Version = Annotated[int, Field(ge=1, lt=2**53)]
+BadImage = Annotated[OnBadImage, Field(description="leave unreadable images out, or refuse them all")]
 
 
-class AdaptOptions(schemas.Closed):
+class NewOptions(schemas.Closed):
     method: str = Field("", max_length=64, description="learner; empty = the default of the service")
     ttl: float | None = Field(None, gt=0, le=10 * 365 * 86400, description="seconds until the task is forgotten")
-    on_bad_image: Literal["skip", "fail"] = Field("skip", description="leave unreadable images out, or refuse them all")
-
-
-class NewOptions(AdaptOptions):
+    on_bad_image: BadImage = "skip"
     from_task: str = Field("", max_length=64, description="a task that this one is to equal; then there is no body")
     retain: Literal["features", "images"] = Field(
         "features", description="images: kept too, so that the task outlives a change of artifact"
@@ -38,7 +40,7 @@ class NewOptions(AdaptOptions):
 
 
 class AddOptions(schemas.Closed):
-    on_bad_image: Literal["skip", "fail"] = Field("skip", description="leave unreadable images out, or refuse them all")
+    on_bad_image: BadImage = "skip"
 
 
 class GetOptions(schemas.Closed):
@@ -70,6 +72,14 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         if await request.body() or options.model_fields_set & {"retain", "on_bad_image"}:
             raise InvalidRequest("With `from_task` come no examples, and only `method` and `ttl` beside it.")
         return Given([], [], [])
+
+    async def changed(request: Request, task: str, change: Callable[..., Awaitable[Adapted]]) -> Response:
+        """The answer to a change of a task, which takes the terms of the request."""
+
+        async def work() -> Response:
+            return answers.task(request.scope["state"], await change(**await terms(request, task)), status=200)
+
+        return await once(request, task, work)
 
     async def made(request: Request, task: str | None, options: NewOptions, given: Given | None = None) -> Response:
         scope, given = scope_of(request), given or await asked(request, options)
@@ -211,11 +221,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     async def remove_example(
         request: Request, task: str, example: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
-        async def work() -> Response:
-            adapted = await engine.remove_example(scope_of(request), task, example, **await terms(request, task))
-            return answers.task(request.scope["state"], adapted, status=200)
-
-        return await once(request, task, work)
+        return await changed(request, task, partial(engine.remove_example, scope_of(request), task, example))
 
     @router.delete(
         "/v1/tasks/{task}/classes/{label:path}",
@@ -228,11 +234,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
     async def remove_class(
         request: Request, task: str, label: str, _: Annotated[schemas.NoOptions, Query()]
     ) -> Response:
-        async def work() -> Response:
-            adapted = await engine.remove_class(scope_of(request), task, label, **await terms(request, task))
-            return answers.task(request.scope["state"], adapted, status=200)
-
-        return await once(request, task, work)
+        return await changed(request, task, partial(engine.remove_class, scope_of(request), task, label))
 
     @router.get(
         "/v1/tasks/{task}/versions",
@@ -254,11 +256,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         responses={**CHANGED, **NOT_FOUND, **AT_WORK, **CONFLICT},
     )
     async def change_task(request: Request, task: str, options: Annotated[ChangeOptions, Query()]) -> Response:
-        async def work() -> Response:
-            adapted = await engine.learn_with(scope_of(request), task, options.method, **await terms(request, task))
-            return answers.task(request.scope["state"], adapted, status=200)
-
-        return await once(request, task, work)
+        return await changed(request, task, partial(engine.learn_with, scope_of(request), task, options.method))
 
     @router.post(
         "/v1/tasks/{task}/rollback",
@@ -269,11 +267,7 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         responses={**CHANGED, **NOT_FOUND, **AT_WORK, **CONFLICT},
     )
     async def rollback(request: Request, task: str, options: Annotated[RollbackOptions, Query()]) -> Response:
-        async def work() -> Response:
-            adapted = await engine.rollback(scope_of(request), task, options.version, **await terms(request, task))
-            return answers.task(request.scope["state"], adapted, status=200)
-
-        return await once(request, task, work)
+        return await changed(request, task, partial(engine.rollback, scope_of(request), task, options.version))
 
     @router.get(
         "/v1/tasks/{task}/support",
