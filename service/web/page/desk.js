@@ -451,9 +451,10 @@ export class Desk extends EventTarget {
   // The photos once more under the new name, then without the former one: two versions, and one undo for both.
   async #relabel(box) {
     const [former, label, before] = [box.label, box.wanted, this.task?.version];
+    if (label === null) return; // an earlier step has done this one, too
     const batch = box.held.map((photo) => ({ photo, blob: photo.blob, label }));
     try {
-      if (batch.length) {
+      if (batch.length && label !== former) {
         await api.add(this.name, batch);
         const task = await this.#orAsItIs(() => api.removeClass(this.name, former));
         for (const { photo, blob } of batch) {
@@ -472,7 +473,7 @@ export class Desk extends EventTarget {
       if (error instanceof Away) throw error;
       this.note(box, error.message);
     }
-    box.wanted = null;
+    if (box.wanted === label) box.wanted = null; // another may have been typed meanwhile
   }
 
   // The boxes as the task has them now; what is not sent yet stays where it is.

@@ -518,6 +518,69 @@ def test_a_class_can_be_renamed_and_the_name_taken_back(watched: Watched, servic
     assert name.input_value() == "alpha"
 
 
+SLOWLY = """() => {
+  const { fetch } = window;
+  window.fetch = async (address, options) => {
+    if (options?.method === "POST") await new Promise((resolve) => setTimeout(resolve, 700));
+    return fetch(address, options);
+  };
+}"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("others", [0, 1], ids=["while it is being done", "before its turn"])
+def test_a_name_that_is_corrected_at_once_is_the_one_that_counts(
+    watched: Watched, service: httpx.Client, others: int
+) -> None:
+    page = taught(watched)
+    page.evaluate(SLOWLY)
+    if others:
+        drop(box(page, 2), photos("theta", 6))  # to be done first
+    name = box(page, 1).locator(".name")
+    for typed in ("mgu", "mug"):
+        name.fill(typed)
+        name.press("Enter")
+        page.wait_for_timeout(150)
+    settled(page, service, {"mug": 5, "theta": 5 + others})
+    page.wait_for_timeout(100)
+    assert name.input_value() == "mug"
+    assert page.locator(".note").all_inner_texts() == []
+
+
+@pytest.mark.browser
+def test_a_name_that_is_taken_back_before_its_turn_leaves_the_class_as_it_is(
+    watched: Watched, service: httpx.Client
+) -> None:
+    page = taught(watched)
+    page.evaluate(SLOWLY)
+    drop(box(page, 2), photos("theta", 6))
+    name = box(page, 1).locator(".name")
+    for typed in ("mgu", "alpha"):
+        name.fill(typed)
+        name.press("Enter")
+    settled(page, service, {"alpha": 5, "theta": 6})
+    drop(box(page, 1), photos("alpha", 6))
+    settled(page, service, {"alpha": 6, "theta": 6})
+    assert page.locator(".note").all_inner_texts() == []
+
+
+@pytest.mark.browser
+def test_a_name_that_is_corrected_before_there_is_a_task_is_kept(watched: Watched, service: httpx.Client) -> None:
+    page = watched.open()
+    drop(box(page, 1), photos("alpha", 1, 2))
+    box(page, 1).locator(".photo.waiting").nth(1).wait_for()
+    page.evaluate("""() => {
+      const name = document.querySelector(".name");
+      for (const typed of ["mgu", "mug"]) {
+        name.value = typed;
+        name.dispatchEvent(new Event("change"));
+      }
+    }""")
+    drop(box(page, 2), photos("theta", 1))
+    page.locator(".photo.learned").nth(2).wait_for()
+    assert shots(page, service) == {"mug": 2, "Class 2": 1}
+
+
 @pytest.mark.browser
 def test_the_last_photo_of_one_of_two_classes_stays_with_a_word_of_why(watched: Watched, service: httpx.Client) -> None:
     page = watched.open()
