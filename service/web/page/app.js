@@ -38,13 +38,15 @@ function put(next) {
   $("boxes").replaceChildren();
   showBoxes(next, $("boxes"));
   table.follow(next);
-  const here = (action) => (event) => next === desk && action(event);
-  next.addEventListener("change", here(draw));
-  next.addEventListener("task", here(() => {
+  next.addEventListener("change", draw);
+  next.addEventListener("task", () => {
     if (location.hash.slice(1) !== next.name) history.replaceState(null, "", `#${next.name}`);
-  }));
-  next.addEventListener("said", here((event) => say(said(event.detail))));
-  next.addEventListener("problem", here((event) => tell(event.detail)));
+  });
+  next.addEventListener("said", (event) => say(said(event.detail)));
+  next.addEventListener("problem", ({ detail }) => {
+    const lost = next.unsent ? "Not all that you did there has arrived. " : "";
+    tell(next === desk ? detail : `The task "${next.name}": ${lost}${detail}`);
+  });
   tell("");
   draw();
   lookForTasks();
@@ -93,8 +95,13 @@ async function listTasks(after = "") {
   }
 }
 
-// Photos that no task has learned are nowhere but here.
-const loose = () => !desk.task && desk.boxes.some((box) => box.shown.length);
+// Photos that no task has learned are nowhere but here; those that are on their way to one need not be waited for.
+function loose() {
+  const arrives = (state) => state === "learned" || (state !== "failed" && desk.task && !desk.away);
+  return desk.boxes.some((box) => box.shown.some(({ state }) => !arrives(state)));
+}
+
+const mayLeave = () => !loose() || confirm("The photos here are in no task yet and would be gone. Leave them?");
 
 // A name that was typed may be that of a task, which is opened unless there is something here.
 async function openNamed() {
@@ -295,12 +302,12 @@ $("task").addEventListener("change", () => {
   if (right && !desk.task && !loose()) openNamed();
 });
 $("task").addEventListener("keydown", (event) => event.key === "Enter" && event.target.blur());
-$("fresh").addEventListener("click", fresh);
+$("fresh").addEventListener("click", () => mayLeave() && fresh());
 $("list").addEventListener("click", () => listTasks());
 $("tasks").addEventListener("click", (event) => {
   if (!event.target.matches("a")) return;
-  if (loose() && !confirm("The photos here are in no task yet and would be gone. Leave them?")) event.preventDefault();
-  else $("tasks").close();
+  if (mayLeave()) $("tasks").close();
+  else event.preventDefault();
 });
 $("forget").addEventListener("click", async () => {
   if (!confirm(`Delete the task "${desk.name}", here and in the service?`)) return;

@@ -98,10 +98,15 @@ export class Desk extends EventTarget {
     return found;
   }
 
-  // The task stays in the service; what is on its way still arrives.
+  // The task stays in the service; what is to be done there is still done, unless the service is away. Afterwards nothing
+  // fires but "problem".
   close() {
     this.#closed = true;
     this.tryNow();
+    this.#hide();
+  }
+
+  #hide() {
     for (const { url } of new Set([...this.#photos, ...this.#seen.values()])) if (url) URL.revokeObjectURL(url);
   }
 
@@ -113,8 +118,9 @@ export class Desk extends EventTarget {
     return this.#all.flatMap((box) => box.photos);
   }
 
+  // Whether the service is still to be told something, or has refused it.
   get unsent() {
-    return this.#photos.some((photo) => ["waiting", "sending"].includes(photo.state));
+    return this.#all.some((box) => box.wanted || box.photos.some(({ gone, state }) => gone || state !== "learned"));
   }
 
   get undoable() {
@@ -196,6 +202,7 @@ export class Desk extends EventTarget {
       this.#changed();
     });
     await this.#step(() => this.#send());
+    if (this.#closed) this.#hide();
   }
 
   remove(box, photo) {
@@ -221,6 +228,7 @@ export class Desk extends EventTarget {
   }
 
   note(box, text, retry = false) {
+    if (this.#closed) this.#fire("problem", text); // there is no box to be seen
     if (!box.notes.some((note) => note.text === text)) box.notes.push({ text, retry });
     this.#changed();
   }
@@ -256,14 +264,16 @@ export class Desk extends EventTarget {
     for (const wake of this.#resting) wake();
   }
 
-  // Resolves when `work` is done, however long the service is away. Any other error is the caller's.
+  // Resolves when `work` is done, however long the service is away. Any other error is the caller's, and so is that one
+  // once the desk is closed.
   async patiently(work) {
-    for (let pause = 1; !this.#closed; pause = Math.min(2 * pause, LONGEST_PAUSE_S)) {
+    for (let pause = 1; ; pause = Math.min(2 * pause, LONGEST_PAUSE_S)) {
       try {
         const done = await work();
         this.#isAway(null);
         return done;
       } catch (error) {
+        if (this.#closed) throw error;
         if (!(error instanceof Away)) {
           this.#isAway(null);
           throw error;
@@ -273,7 +283,6 @@ export class Desk extends EventTarget {
         await this.#rest(seconds);
       }
     }
-    return undefined;
   }
 
   #isAway(away) {
@@ -299,7 +308,7 @@ export class Desk extends EventTarget {
       try {
         await this.patiently(work);
       } catch (error) {
-        if (!(error instanceof Problem)) console.error(error);
+        if (!(error instanceof Problem || error instanceof Away)) console.error(error);
         this.#fire("problem", error.message);
       }
       this.#changed();
@@ -308,6 +317,7 @@ export class Desk extends EventTarget {
   }
 
   #fire(type, detail) {
+    if (this.#closed && type !== "problem") return;
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 

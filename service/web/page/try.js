@@ -86,7 +86,7 @@ export class Try {
       while (this.#again && desk === this.desk) {
         this.#again = false;
         const live = this.camera.on;
-        const answer = await desk.patiently(() => this.#classify(desk, this.#photo, !live));
+        const answer = await desk.patiently(() => desk === this.desk && this.#classify(desk, this.#photo, !live));
         if (!answer || desk !== this.desk) break;
         this.#answer = answer;
         this.#note("");
@@ -94,9 +94,11 @@ export class Try {
         this.#tell(live);
       }
     } catch (error) {
-      this.#answer = null;
-      this.#note(error.message);
-      this.#draw();
+      if (desk === this.desk) {
+        this.#answer = null;
+        this.#note(error.message);
+        this.#draw();
+      }
     } finally {
       this.#asking = false;
     }

@@ -519,6 +519,11 @@ def test_a_class_can_be_renamed_and_the_name_taken_back(watched: Watched, servic
 
 
 SLOWLY = """() => {
+  const { createImageBitmap } = window;
+  window.createImageBitmap = async (file) => {
+    await new Promise((resolve) => setTimeout(resolve, 300));
+    return createImageBitmap(file);
+  };
   const { fetch } = window;
   window.fetch = async (address, options) => {
     if (options?.method === "POST") await new Promise((resolve) => setTimeout(resolve, 700));
@@ -689,6 +694,85 @@ def test_photos_that_are_in_no_task_yet_are_not_left_without_a_question(
     warm.click()
     page.locator(".photo.learned").nth(1).wait_for()
     assert page.url.endswith("#warm")
+
+
+@pytest.mark.browser
+def test_a_new_task_is_not_begun_over_such_photos_without_the_same_question(watched: Watched) -> None:
+    page = watched.open()
+    page.evaluate(SLOWLY)
+    drop(box(page, 1), photos("alpha", 1, 2, 3))
+    new = page.get_by_role("button", name="New task")
+    asked = []
+
+    def refuse(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.dismiss()
+
+    page.once("dialog", refuse)
+    new.click()
+    assert "in no task yet" in asked[0]
+    box(page, 1).locator(".photo.waiting").nth(2).wait_for()
+    page.once("dialog", lambda dialog: dialog.accept())
+    new.click()
+    box(page, 1).locator(".photo").first.wait_for(state="hidden")
+
+
+@pytest.mark.browser
+def test_what_was_done_at_a_task_still_arrives_there_after_it_was_left(watched: Watched, service: httpx.Client) -> None:
+    page = taught(watched)
+    name = page.url.split("#")[1]
+    page.evaluate(SLOWLY)
+    drop(box(page, 1), photos("alpha", 6, 7, 8, 9))
+    drop(box(page, 2), [("letter.txt", b"Dear Sir or Madam,")])
+    box(page, 1).locator(".photo.sending").nth(3).wait_for()
+    drop(box(page, 2), photos("theta", 6, 7))
+    page.evaluate("""() => {
+      document.querySelector("[aria-label='Remove photo 1 of theta']").click();
+      document.getElementById("fresh").click();
+    }""")
+    classes: dict[str, int] = {}
+    give_up = time.monotonic() + WAIT_MS / 1000
+    while classes != {"alpha": 9, "theta": 6}:
+        assert time.monotonic() < give_up, classes
+        page.wait_for_timeout(50)
+        classes = {item["label"]: item["shots"] for item in service.get(f"/v1/tasks/{name}").json()["classes"]}
+    page.wait_for_timeout(100)
+    assert page.locator(".box").count() == 2
+    assert page.locator(".photo").count() == 0
+    assert not page.get_by_role("alert").is_visible()
+    assert name not in page.url
+
+
+@pytest.mark.browser
+def test_what_cannot_arrive_at_a_task_that_was_left_is_asked_about_and_told(watched: Watched) -> None:
+    watched.expected.append("ERR_FAILED")
+    page = taught(watched)
+    name = page.url.split("#")[1]
+    page.route("**/examples", lambda route: route.abort())
+    drop(box(page, 1), photos("alpha", 6))
+    page.get_by_role("alert").filter(has_text="The service does not answer.").wait_for()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="New task").click()
+    told = page.get_by_role("alert").filter(has_text="Not all that you did there has arrived.")
+    told.wait_for()
+    assert f'The task "{name}"' in told.inner_text()
+    page.wait_for_timeout(1500)
+    sent = len(watched.sent("POST", "/examples"))
+    page.wait_for_timeout(1500)
+    assert len(watched.sent("POST", "/examples")) == sent  # it is not asked for ever
+
+
+@pytest.mark.browser
+def test_the_page_is_not_closed_over_photos_that_are_being_read(watched: Watched) -> None:
+    page = taught(watched)
+    page.evaluate(SLOWLY)
+    asks = "window.dispatchEvent(new Event('beforeunload', {cancelable: true})) === false"
+    assert not page.evaluate(asks)
+    drop(box(page, 1), photos("alpha", 6))
+    assert box(page, 1).locator(".photo.reading").count() == 1
+    assert page.evaluate(asks)
+    box(page, 1).locator(".photo.learned").nth(5).wait_for()
+    assert not page.evaluate(asks)
 
 
 @pytest.mark.browser
