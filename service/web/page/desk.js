@@ -243,7 +243,10 @@ export class Desk extends EventTarget {
       const last = this.#undo.at(-1);
       if (!last) return;
       const task = await api.rollback(this.name, last.version).catch((error) => {
-        if (!(error instanceof Away)) this.#undo.pop();
+        if (error.code === "version_not_found") {
+          this.#undo = []; // nor is any that is older
+          error.message = `Not undone: ${last.what}. What was before is not kept any more.`;
+        } else if (!(error instanceof Away)) this.#undo.pop();
         throw error;
       });
       this.#undo.pop();
@@ -305,8 +308,10 @@ export class Desk extends EventTarget {
 
   #step(work) {
     this.#last = this.#last.then(async () => {
+      const before = this.task?.version;
       try {
         await this.patiently(work);
+        if (this.#undo.length && this.task?.version !== before) await this.#offerKept();
       } catch (error) {
         if (!(error instanceof Problem || error instanceof Away)) console.error(error);
         this.#fire("problem", error.message);
@@ -314,6 +319,13 @@ export class Desk extends EventTarget {
       this.#changed();
     });
     return this.#last;
+  }
+
+  // The service keeps only so many versions. What it has let go of is not offered to be gone back to.
+  async #offerKept() {
+    const found = await api.versions(this.name).catch(() => null);
+    const kept = found?.items.map(({ version }) => version);
+    if (kept) this.#undo = this.#undo.filter(({ version }) => kept.includes(version));
   }
 
   #fire(type, detail) {

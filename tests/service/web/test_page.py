@@ -587,6 +587,38 @@ def test_a_name_that_is_corrected_before_there_is_a_task_is_kept(watched: Watche
 
 
 @pytest.mark.browser
+def test_an_undo_is_offered_only_to_what_the_service_still_keeps(browser: Browser) -> None:
+    app = create_app(Settings(artifact=PRETRAINED / "characters"), store=MemoryStore(versions_kept=3))
+    with served(app) as client:
+        for watched in _watched(browser, client):
+            watched.expected.append("404")
+            page = taught(watched)
+            name = page.url.split("#")[1]
+            for number in (6, 7, 8, 9):
+                drop(box(page, 1), photos("alpha", number))
+                settled(page, client, {"alpha": number, "theta": 5})
+            undo = page.get_by_role("button", name="Undo")
+            undone = 0
+            while undo.is_visible():
+                with page.expect_response("**/rollback*") as answer:
+                    undo.click()
+                assert answer.value.ok
+                undone += 1
+                page.wait_for_timeout(500)
+            assert undone > 0
+            assert not page.get_by_role("alert").is_visible()
+
+            # Somebody else has changed it meanwhile, so that the earlier ones are gone.
+            drop(box(page, 2), photos("theta", 6))
+            undo.wait_for()
+            for path in photos("omega", 1, 2, 3):
+                assert client.post(f"/v1/tasks/{name}/examples", files={"theta": path.read_bytes()}).is_success
+            undo.click()
+            page.get_by_role("alert").filter(has_text="What was before is not kept any more.").wait_for()
+            assert not undo.is_visible()
+
+
+@pytest.mark.browser
 def test_the_last_photo_of_one_of_two_classes_stays_with_a_word_of_why(watched: Watched, service: httpx.Client) -> None:
     page = watched.open()
     drop(box(page, 1), photos("alpha", 1))
