@@ -71,6 +71,7 @@ export class Desk extends EventTarget {
   #seen = new Map(); // example id -> photo, also of those taken away: an undo shows them again
   #last = Promise.resolve();
   #resting = new Set();
+  #most = BATCH.photos; // in one request; fewer once the service has found it too large
   #closed = false;
 
   constructor(name = null) {
@@ -361,7 +362,7 @@ export class Desk extends EventTarget {
       if (!items.length || (!this.task && classes < 2)) return;
       let bytes = 0;
       const fits = ({ blob }, index) => index < classes || (bytes += blob.size) < BATCH.bytes;
-      const stop = items.findIndex((item, index) => index >= BATCH.photos || !fits(item, index));
+      const stop = items.findIndex((item, index) => index >= this.#most || !fits(item, index));
       await this.#sendBatch(stop < 0 ? items : items.slice(0, stop), goesOn);
     }
   }
@@ -378,7 +379,9 @@ export class Desk extends EventTarget {
       task = this.task ? await api.add(this.name, batch) : await this.#create(batch);
     } catch (error) {
       const culprit = batch[error.index]; // left out, and the others are sent again
-      const again = culprit || error instanceof Away || this.#lost(error);
+      const smaller = error.status === 413 && batch.length > (this.task ? 1 : 2);
+      if (smaller && !culprit) this.#most = Math.ceil(batch.length / 2);
+      const again = culprit || smaller || error instanceof Away || this.#lost(error);
       for (const { photo } of batch) photo.state = again ? "waiting" : "failed";
       if (error instanceof Away) throw error;
       if (culprit) this.#refuse(culprit.box, culprit.photo, error.message);

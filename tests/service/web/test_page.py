@@ -1040,6 +1040,44 @@ def test_a_busy_service_is_asked_again(watched: Watched, service: httpx.Client) 
 
 
 @pytest.mark.browser
+def test_photos_that_are_too_many_at_once_go_in_smaller_requests(watched: Watched, service: httpx.Client) -> None:
+    watched.expected.append("413")
+    page = watched.open()
+    sizes: list[int] = []
+
+    def at_most(limit: int, route: Route) -> None:
+        images = (route.request.post_data_buffer or b"").count(b"Content-Disposition:")
+        if images > limit:
+            problem = {"code": "too_large", "detail": f"The request has {images} images, and the quota is {limit}."}
+            return route.fulfill(status=413, json=problem)
+        sizes.append(images)
+        return route.continue_()
+
+    tasks = re.compile(r"/v1/tasks/[^/?]+(/examples)?$")
+    page.route(tasks, lambda route: at_most(3, route))
+    drop(box(page, 1), photos("alpha", 1, 2, 3, 4, 5))
+    box(page, 1).locator(".photo.waiting").nth(4).wait_for()
+    drop(box(page, 2), photos("theta", 1, 2, 3, 4, 5))
+    page.locator(".photo.learned").nth(9).wait_for()
+    assert shots(page, service) == {"Class 1": 5, "Class 2": 5}
+    images = [size for size in sizes if size]
+    assert max(images) <= 3
+    assert sum(images) == 10
+    assert page.locator(".note").count() == 0
+
+    # Where not even one is taken, the sentence is shown, and nothing is asked for ever.
+    page.unroute(tasks)
+    page.route(tasks, lambda route: at_most(0, route))
+    drop(box(page, 1), photos("alpha", 6, 7))
+    box(page, 1).get_by_text("The request has 1 images, and the quota is 0.").wait_for()
+    box(page, 1).locator(".photo.failed").nth(1).wait_for()
+    assert not page.get_by_role("alert").is_visible()
+    page.unroute(tasks)
+    box(page, 1).get_by_role("button", name="Try again").click()
+    settled(page, service, {"Class 1": 7, "Class 2": 5})
+
+
+@pytest.mark.browser
 def test_the_commands_that_it_shows_work(watched: Watched, service: httpx.Client, tmp_path: Path) -> None:
     page = taught(watched)
     shutil.copy(photos("theta", 9)[0], tmp_path / "photo.jpg")
