@@ -7,7 +7,13 @@ import { sha256 } from "./sha256.js";
 
 const LONGEST = 640;
 const QUALITY = 0.9;
-const AS_THEY_ARE = ["jpeg", "png", "webp"];
+// What goes as it is, unless it has notes: EXIF, XMP or IPTC. They may stand anywhere in a file, and what looks like them
+// by chance is only written anew for nothing.
+const NOTES = {
+  jpeg: /Exif\0|ns\.adobe\.com\/x[am]p\/|Photoshop 3\.0\0/,
+  png: /eXIf|XML:com\.adobe\.xmp|Raw profile type /,
+  webp: /EXIF|XMP /,
+};
 
 // A file that cannot be used; the message says why and what to do.
 export class Unusable extends Error {}
@@ -15,7 +21,7 @@ export class Unusable extends Error {}
 export async function prepare(file) {
   let head;
   try {
-    head = new TextDecoder("latin1").decode(await file.slice(0, 65536).arrayBuffer());
+    head = await textOf(file.slice(0, 65536));
   } catch {
     throw new Unusable("It cannot be read. If it is a folder, open it and drop the photos in it.");
   }
@@ -29,13 +35,15 @@ export async function prepare(file) {
   }
   try {
     const small = Math.max(bitmap.width, bitmap.height) <= LONGEST;
-    const notes = kind === "jpeg" && head.includes("Exif\0");
-    if (small && AS_THEY_ARE.includes(kind) && !notes) return file.slice(0, file.size, `image/${kind}`);
+    const asItIs = small && kind in NOTES && !NOTES[kind].test(await textOf(file));
+    if (asItIs) return file.slice(0, file.size, `image/${kind}`);
     return await jpeg(bitmap, bitmap.width, bitmap.height);
   } finally {
     bitmap.close();
   }
 }
+
+const textOf = async (blob) => new TextDecoder("latin1").decode(await blob.arrayBuffer());
 
 // Draws a picture, or the frame that a video shows, no larger than the service needs it.
 export function jpeg(source, width, height) {

@@ -6,6 +6,7 @@ FEWSHOT_TEST_SCREENSHOTS they leave pictures of the page in that folder.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from models.images import ImageDecoder
 from service import keys
@@ -471,6 +473,51 @@ def test_large_photos_are_made_small_and_their_notes_stay_here(watched: Watched,
     ]
     assert not any(b"MAKER-OF-CAMERA" in data for data in sent)
     assert photos("theta", 1)[0].read_bytes() in sent  # what is small already goes as it is
+
+
+MADE_READY = """async (data) => {
+  const { prepare } = await import("/page/photos.js");
+  const file = new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], "photo");
+  const bytes = new Uint8Array(await (await prepare(file)).arrayBuffer());
+  return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+}"""
+
+
+@pytest.mark.browser
+def test_no_format_carries_the_notes_of_a_camera_out_of_the_browser(watched: Watched) -> None:
+    page = watched.open()
+    glyph = Image.open(photos("alpha", 1)[0]).convert("RGB")
+    mark = "MAKER-OF-CAMERA"
+    exif = Image.Exif()
+    exif[0x010F] = mark
+    xmp = f"<x:xmpmeta xmlns:x='adobe:ns:meta/'>{mark}</x:xmpmeta>"
+    in_png, profile = PngInfo(), PngInfo()
+    in_png.add_itxt("XML:com.adobe.xmp", xmp)
+    profile.add_text("Raw profile type exif", mark)
+    iptc = b"Photoshop 3.0\x008BIM" + mark.encode()
+    notes: dict[str, dict[str, Any]] = {
+        "JPEG EXIF": {"exif": exif},
+        "JPEG XMP": {"xmp": xmp.encode()},
+        "JPEG IPTC": {"extra": b"\xff\xed" + (len(iptc) + 2).to_bytes(2) + iptc},
+        "JPEG EXIF after much else": {"icc_profile": bytes(200_000), "exif": exif},
+        "PNG EXIF": {"exif": exif},
+        "PNG XMP": {"pnginfo": in_png},
+        "PNG EXIF as text": {"pnginfo": profile},
+        "WEBP EXIF": {"exif": exif},
+        "WEBP XMP": {"xmp": xmp.encode()},
+    }
+    for name, options in notes.items():
+        out = io.BytesIO()
+        glyph.save(out, name.split()[0], **options)
+        assert mark.encode() in out.getvalue(), name
+        ready = base64.b64decode(page.evaluate(MADE_READY, base64.b64encode(out.getvalue()).decode()))
+        assert mark.encode() not in ready, name
+        assert Image.open(io.BytesIO(ready)).size == glyph.size
+    for kind in ("JPEG", "PNG", "WEBP"):  # without notes they go as they are
+        out = io.BytesIO()
+        glyph.save(out, kind)
+        ready = page.evaluate(MADE_READY, base64.b64encode(out.getvalue()).decode())
+        assert base64.b64decode(ready) == out.getvalue()
 
 
 @pytest.mark.browser
