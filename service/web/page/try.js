@@ -13,6 +13,7 @@ export class Try {
   desk = null;
   offline = null; // when switched on: answers in this browser
   #photo = null;
+  #turn = 0; // counts what has come onto the table: whatever belongs to an earlier one is too late
   #answer = null;
   #asking = false;
   #again = false;
@@ -54,6 +55,7 @@ export class Try {
   follow(desk) {
     this.camera.stop();
     this.desk = desk;
+    this.#turn++;
     this.#show(null);
     this.#answer = null;
     desk.addEventListener("task", () => desk === this.desk && this.ask());
@@ -64,15 +66,21 @@ export class Try {
   async take(files) {
     if (!files.length) return this.#note("That was no file. Save the picture first, or copy it and paste it here.");
     this.camera.stop();
+    const turn = ++this.#turn;
     this.#answer = null;
     this.#note("");
     this.#draw();
+    let photo = null;
+    let why = "";
     try {
-      this.#show(await prepare(files[0]));
-      await this.ask();
+      photo = await prepare(files[0]);
     } catch (error) {
-      this.#note(`${files[0].name || "The picture"}: ${error.message}`);
+      why = `${files[0].name || "The picture"}: ${error.message}`;
     }
+    if (turn !== this.#turn) return;
+    this.#show(photo);
+    this.#note(why);
+    await this.ask();
   }
 
   // Asks about what is on the table; of several questions at a time only the newest is asked.
@@ -83,18 +91,18 @@ export class Try {
     if (this.#asking) return;
     this.#asking = true;
     try {
-      while (this.#again && desk === this.desk) {
+      while (this.#again && this.#photo && desk === this.desk) {
         this.#again = false;
-        const live = this.camera.on;
-        const answer = await desk.patiently(() => desk === this.desk && this.#classify(desk, this.#photo, !live));
-        if (!answer || desk !== this.desk) break;
+        const [live, turn] = [this.camera.on, this.#turn];
+        const answer = await desk.patiently(() => turn === this.#turn && this.#classify(desk, this.#photo, !live));
+        if (turn !== this.#turn) continue;
         this.#answer = answer;
         this.#note("");
         this.#draw();
         this.#tell(live);
       }
     } catch (error) {
-      if (desk === this.desk) {
+      if (desk === this.desk && !this.#again) {
         this.#answer = null;
         this.#note(error.message);
         this.#draw();
@@ -110,6 +118,7 @@ export class Try {
   }
 
   async #live() {
+    const turn = ++this.#turn;
     try {
       this.#show(null);
       this.#note("");
@@ -119,14 +128,16 @@ export class Try {
       await starting;
       let frame = null;
       while (this.camera.on) {
-        this.#photo = frame = await this.camera.frame();
+        const next = await this.camera.frame();
+        if (turn !== this.#turn) return;
+        this.#photo = frame = next;
         await this.ask();
         await new Promise((resolve) => setTimeout(resolve, BETWEEN_FRAMES_MS));
       }
-      if (frame && this.#photo === frame) this.#show(frame); // the last one stays, unless another has come
+      if (frame && turn === this.#turn) this.#show(frame); // the last one stays, unless another has come
       this.#draw();
     } catch (error) {
-      this.#note(error.message);
+      if (turn === this.#turn) this.#note(error.message);
     }
   }
 
@@ -167,7 +178,8 @@ export class Try {
     this.answerPart.classList.toggle("none", none);
     this.answerPart.classList.toggle("blank", answer === null);
     this.forced.hidden = !none;
-    const nothing = this.#photo ? "Looking..." : "No photo yet";
+    const looking = this.noteLine.textContent ? "No answer" : "Looking..."; // the note says why
+    const nothing = this.#photo ? looking : "No photo yet";
     write(this.verdict, answer === null ? nothing : none ? "None of these" : answer.label);
     write(this.share, answer === null || none ? "" : percent(answer.probability));
     const known = answer?.known;

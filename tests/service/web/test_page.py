@@ -369,6 +369,68 @@ def test_what_belongs_to_no_class_is_called_none_of_these(watched: Watched, serv
 
 
 @pytest.mark.browser
+def test_a_picture_that_cannot_be_asked_about_is_not_waited_for(watched: Watched) -> None:
+    watched.expected.append("422")
+    page = taught(watched)
+    shown, verdict_line = page.locator("#try .stage img"), page.locator(".verdict")
+    assert ask(page, *photos("alpha", 8)) == "alpha"
+    drop(page.locator("#try"), [("phone.heic", b"\0\0\0\x18ftypheic" + bytes(200))])
+    page.locator("#try").get_by_text("phone.heic: This looks like HEIC").wait_for()
+    assert verdict_line.inner_text() == "No photo yet"
+    assert not shown.is_visible()  # the earlier one is not what the note is about
+
+    flat = io.BytesIO()
+    Image.new("RGB", (400, 4), "red").save(flat, "PNG")
+    drop(page.locator("#try"), [("flat.png", flat.getvalue())])
+    page.locator("#try").get_by_text("each side needs at least 8 pixels").wait_for()
+    assert verdict_line.inner_text() == "No answer"
+    assert shown.is_visible()
+    assert ask(page, *photos("theta", 8)) == "theta"
+    assert page.locator("#try .notes").inner_text() == ""
+
+
+@pytest.mark.browser
+def test_of_two_pictures_the_one_that_came_last_is_asked_about(watched: Watched, service: httpx.Client) -> None:
+    page = taught(watched)
+    page.evaluate("""() => {
+      const { createImageBitmap } = window;
+      window.createImageBitmap = async (file) => {
+        await new Promise((resolve) => setTimeout(resolve, file.size > 2000 ? 500 : 0));
+        return createImageBitmap(file);
+      };
+    }""")
+    large = io.BytesIO()
+    Image.open(photos("alpha", 8)[0]).convert("RGB").resize((400, 400)).save(large, "PNG", compress_level=0)
+    drop(page.locator("#try"), [("large.png", large.getvalue())])
+    assert ask(page, *photos("theta", 8)) == "theta"
+    page.wait_for_timeout(1000)
+    assert page.locator(".verdict").inner_text() == "theta"
+    assert page.locator("#try .stage img").evaluate("node => node.naturalWidth") == 105
+    assert len(watched.sent("POST", "/classify")) == 1
+
+    # Nor does one that is still being read come onto the next desk.
+    drop(page.locator("#try"), [("large.png", large.getvalue())])
+    page.get_by_role("button", name="New task").click()
+    page.wait_for_timeout(1000)
+    assert not page.locator("#try .stage img").is_visible()
+
+
+@pytest.mark.browser
+def test_the_answer_to_an_earlier_picture_is_not_shown_beside_the_next(watched: Watched) -> None:
+    page = taught(watched)
+    page.evaluate(SLOWLY)
+    page.evaluate("""() => {
+      globalThis.shown = [];
+      const line = document.querySelector(".verdict");
+      new MutationObserver(() => shown.push(line.textContent)).observe(line, {childList: true});
+    }""")
+    drop(page.locator("#try"), photos("alpha", 8))
+    page.wait_for_timeout(700)  # it is being asked about
+    assert ask(page, *photos("theta", 8)) == "theta"
+    assert "alpha" not in page.evaluate("shown")
+
+
+@pytest.mark.browser
 def test_the_report_names_the_photo_that_looks_like_another_class(watched: Watched) -> None:
     page = taught(watched)
     drop(box(page, 2), photos("alpha", 6))
