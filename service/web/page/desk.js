@@ -259,7 +259,9 @@ export class Desk extends EventTarget {
   // Afterwards there is no task, unless the service refused.
   forget() {
     return this.#step(async () => {
-      await api.forget(this.name);
+      await api.forget(this.name).catch((error) => {
+        if (error.code !== "task_not_found") throw error; // perhaps by this very request, whose answer was lost
+      });
       this.task = null;
     });
   }

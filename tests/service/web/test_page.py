@@ -987,6 +987,26 @@ def test_a_task_can_be_deleted_and_one_deleted_elsewhere_is_made_anew(watched: W
 
 
 @pytest.mark.browser
+def test_a_task_is_deleted_even_where_the_answer_is_lost(watched: Watched, service: httpx.Client) -> None:
+    watched.expected += ["404", "ERR_FAILED"]
+    page = taught(watched)
+    name = page.url.split("#")[1]
+
+    def lose(route: Route) -> None:
+        route.fetch()
+        route.abort()
+
+    page.route(f"**/v1/tasks/{name}", lose, times=1)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_text("Name two boxes").wait_for()
+    assert len(watched.sent("DELETE", name)) == 2
+    assert name not in page.url
+    assert not page.get_by_role("alert").is_visible()
+    assert service.get(f"/v1/tasks/{name}").status_code == 404
+
+
+@pytest.mark.browser
 def test_the_camera_teaches_and_asks(watched: Watched, service: httpx.Client) -> None:
     page = watched.open()
     drop(box(page, 2), photos("theta", 1, 2))
