@@ -77,7 +77,15 @@ function field(label) {
   return (reserved ? `label:${label}` : label).replace(/["\\]/g, "\\$&");
 }
 
-const at = (task, ...rest) => ["tasks", task, ...rest].map(encodeURIComponent).join("/");
+// Within an address these are folders, however they are written: a request would go elsewhere.
+export const isFolder = (name) => [".", ".."].includes(name);
+
+function at(task, ...rest) {
+  const folder = [task, ...rest].find(isFolder);
+  if (folder) throw new Problem(0, { detail: `A browser cannot send a request about "${folder}".` });
+  return ["tasks", task, ...rest].map(encodeURIComponent).join("/");
+}
+
 const json = async (response) => (await response).json();
 
 export function create(task, photos, { retain }) {

@@ -15,7 +15,7 @@ export function showBoxes(desk, parent) {
 }
 
 function newBox(desk, box) {
-  const add = (files) => (files.length ? (commit(), desk.add(box, files)) : desk.note(box, NO_FILE));
+  const add = (files) => (files.length ? desk.add(box, files, name.value) : desk.note(box, NO_FILE));
   const commit = () => desk.rename(box, name.value);
   const name = el("input", { class: "name", maxlength: 100, autocomplete: "off", spellcheck: "false", onchange: commit });
   name.addEventListener("keydown", (event) => event.key === "Enter" && name.blur());

@@ -174,7 +174,8 @@ export class Desk extends EventTarget {
     const label = normal(typed);
     if (label === this.labelOf(box)) return;
     const twin = this.boxes.find((other) => other !== box && (other.label || other.wanted) && this.labelOf(other) === label);
-    if (twin) this.note(box, `There is a box named "${label}" already.`);
+    if (api.isFolder(label)) this.note(box, `A class cannot be called "${label}" here. Choose another name.`);
+    else if (twin) this.note(box, `There is a box named "${label}" already.`);
     else if (!box.photos.length) box.label = label;
     else if (label && !box.held.every((photo) => photo.blob)) {
       this.note(box, "Another name needs the photos, and those of this class are no longer here. Add them again.");
@@ -185,11 +186,13 @@ export class Desk extends EventTarget {
     this.#changed();
   }
 
-  // Takes files into a box: each is made ready, and what cannot be used is named beside the box.
-  async add(box, files) {
+  // Takes files into a box, under the name that was typed: each is made ready, and what cannot be used is named beside
+  // the box.
+  async add(box, files, typed) {
     if (!files.length) return;
-    box.label ||= this.labelOf(box);
     box.notes = [];
+    this.rename(box, typed);
+    box.label ||= this.labelOf(box);
     const photos = files.map((file) => new Photo("reading", file.name));
     box.photos.push(...photos);
     this.#changed();
