@@ -23,6 +23,7 @@ from training.config import CompareObjectivesConfig, PretrainConfig
 from training.episodes import Pool, digest, frozen
 from training.intervals import interval
 from training.objectives import OBJECTIVES
+from training.stepping import choose_device, choose_precision
 
 WAY, QUERIES, EPISODE_SEED = 5, 15, 7
 SHOTS = (1, 5)
@@ -93,6 +94,7 @@ def main(config: CompareObjectivesConfig) -> list[dict[str, Any]]:
 
 def _settings(config: CompareObjectivesConfig) -> dict[str, Any]:
     """What rows must share to be compared."""
+    device = choose_device(config.device)
     return {
         "experiment": "objectives",
         "data": config.data.name,
@@ -113,6 +115,8 @@ def _settings(config: CompareObjectivesConfig) -> dict[str, Any]:
         "per_class": config.per_class,
         "budget_s": config.seconds,
         "clock": config.clock,
+        "device": device.type,
+        "precision": choose_precision(config.precision, device),
     }
 
 
@@ -130,8 +134,6 @@ def _run(
         }
     )
     run = vision.Run(settings, images)
-    if run.precision == "auto":
-        run.precision = run.time_precision()
     seconds = train(run, config.seconds, clock=config.clock)
     pretrain.finish(run, settings.out / pretrained.CHECKPOINT)
     extractor, _ = pretrained.load_extractor(settings.out)
@@ -150,7 +152,6 @@ def _run(
             "seconds": round(seconds, 1),
             "steps": run.step,
             "images": len(run.trained),
-            "precision": run.precision,
             "weights": {name: round(value, 3) for name, value in run.weighting.weights().items()},
             "episode_list": digest(episodes),
             "command": rows.command("compare-objectives", config),

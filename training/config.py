@@ -21,6 +21,7 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 NUMBERS = r"^[1-9]\d*(,[1-9]\d*)*$"
+PRECISION = "auto: bfloat16 on a GPU that has it, else (and for texts) float32"
 
 
 class PretrainConfig(Config):
@@ -74,7 +75,7 @@ class PretrainConfig(Config):
     per_class: int = Field(0, ge=0, description="at most so many images a class; 0 = all")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: timed on the spot")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description=PRECISION)
     checkpoint_s: float = Field(60, description="seconds between checkpoints")
     check_epochs: int = Field(0, ge=0, description="epochs between quick looks at the validation classes; 0 = none")
     minutes: float = Field(0, ge=0, description="stop after a checkpoint when this time is up; run again to go on")
@@ -268,7 +269,7 @@ class CompareObjectivesConfig(Config):
     weighting_lr: float = Field(0.01, gt=0, description="learning rate of the learned weights")
     per_class: int = Field(0, ge=0, description="at most so many training images a class; 0 = all")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: timed on the spot")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description=PRECISION)
 
 
 class PretextConfig(Config):

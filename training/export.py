@@ -158,6 +158,7 @@ def main(config: ExportConfig) -> Path:
             "labels_used": labelled(pretrained) or learned_from["tasks"] == "labels" or bool(learned_from.get("cell")),
             "epochs": epochs(pretrained),
             "seed": pretrained.seed,
+            "precision": pretrained.precision,
             "calibration": f"{config.tasks} of {config.calibration_split}",
         },
         "accuracy": accuracy,

@@ -68,7 +68,8 @@ class Run(Stepper):
         self.weighting = Fixed(self.weights)
         self.optimizer = optimizer(self.network, config)
         self.step = 0
-        self.precision: str = config.precision
+        # A trunk of this size is cheap in any precision.
+        self.precision = "float32" if config.precision == "auto" else config.precision
         self.augment = inputs.augmentation(config)
         self.steps_per_epoch = max(1, len(self.labels) // config.batch)
         self.steps = self.steps_per_epoch * config.epochs
@@ -105,10 +106,6 @@ class Run(Stepper):
         self.optimizer.step()
         self.step += 1
         return {name: loss.detach() for name, loss in losses.items()}
-
-    def time_precision(self) -> str:
-        """float32, untimed: a trunk of this size is cheap in any precision."""
-        return "float32"
 
     @torch.no_grad()
     def extractor(self) -> TextExtractor:

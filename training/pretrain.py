@@ -118,8 +118,6 @@ def train(
         if "extractor" in state:  # made anew it might differ in a last bit, and the learners would not fit it any more
             return path
         run.restore(state)
-    elif run.precision == "auto":
-        run.precision = run.time_precision()
     rows.cut(config.out / "pretrain.jsonl", lambda line: line.get("step", math.inf) <= run.step)
     start = last = time.monotonic()
     with (

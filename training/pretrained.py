@@ -30,7 +30,7 @@ def load_extractor(folder: Path) -> tuple[inputs.Network, PretrainConfig]:
     state = checkpoint.load(path)
     if "extractor" not in state:
         raise data.DataError(f"{path} is not finished: run the same `pretrain` command again, it goes on.")
-    # With the precision that was decided on, where it was to be timed.
+    # With the precision that it had, where that was left to the device.
     try:
         config = PretrainConfig(**{**state["config"], "precision": state["precision"]})
     except (KeyError, ValidationError):

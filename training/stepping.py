@@ -25,6 +25,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "auto" follows from the device alone, for a clock would give one command now these weights and now others."""
+    if name != "auto":
+        return name
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if able else "float32"
+
+
 def generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step, the same whenever it is run."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)

@@ -5,7 +5,6 @@ Knows nothing of files but the weights that it starts from, nor of episodes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import cast
 
@@ -20,7 +19,16 @@ from training.heldout import SHARE, HeldOut
 from training.objective import Fixed, Learned, Uncertainty, unchanged
 from training.objectives import OBJECTIVES, Kept, Objective, Posed, View, rotated
 from training.pretrained import starting
-from training.stepping import Stepper, autocast, choose_device, generator, learning_rate, optimizer, trial
+from training.stepping import (
+    Stepper,
+    autocast,
+    choose_device,
+    choose_precision,
+    generator,
+    learning_rate,
+    optimizer,
+    trial,
+)
 
 
 class Run(Stepper):
@@ -53,7 +61,7 @@ class Run(Stepper):
         self.views = max(OBJECTIVES[name].views for name in self.weights)
         self.optimizer = optimizer(self.network, config)
         self.step = 0
-        self.precision: str = config.precision
+        self.precision = choose_precision(config.precision, self.device)
         self.augment = AUGMENTATIONS[config.augment]
         self.detail = close(self.augment)
         self.trained = torch.arange(len(self.labels))
@@ -157,23 +165,6 @@ class Run(Stepper):
         sizes = [len(images) for images in shown]
         parts = zip(shown, torch.split(maps, sizes), torch.split(maps.mean(dim=(2, 3)), sizes), strict=True)
         return [View(*part) for part in parts]
-
-    def time_precision(self) -> str:
-        """Times a few steps in each precision and puts everything back as it was."""
-        before = {name: value.clone() for name, value in self.network.state_dict().items()}
-        seconds = {}
-        for precision in ("float32", "bfloat16"):
-            self.precision = precision
-            for count in range(4):
-                if count == 1:
-                    start = time.perf_counter()
-                self.advance()
-            seconds[precision] = time.perf_counter() - start
-        self.network.load_state_dict(before)
-        self.optimizer = optimizer(self.network, self.config)
-        self.weighting = self._weighting()
-        self.step = 0
-        return min(seconds, key=lambda name: seconds[name])
 
     @torch.no_grad()
     def extractor(self) -> ImageExtractor:

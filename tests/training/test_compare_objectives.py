@@ -75,6 +75,28 @@ def test_every_arm_is_trained_measured_and_not_run_again(
     assert again[:8] == [row for row in rows if row["method"] != "uniform"]
 
 
+def test_rows_of_another_device_or_precision_are_not_compared(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(compare_objectives, "_run", lambda arm, *_: asked.append(arm.name) or [])
+    given = config(many, tmp_path, precision="auto")
+    lines = [
+        {**compare_objectives._settings(given), "method": arm, "shot": shot, "seed": 0, "accuracy": 50.0, "steps": 2}
+        for arm in ARMS
+        for shot in (1, 5)
+    ]
+    assert {(line["device"], line["precision"]) for line in lines} == {("cpu", "float32")}
+    given.results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compare_objectives.main(given)
+    assert asked == []
+    for name, value in (("precision", "bfloat16"), ("device", "cuda")):
+        asked.clear()
+        given.results.write_text("".join(json.dumps({**line, name: value}) + "\n" for line in lines))
+        compare_objectives.main(given)
+        assert asked == ARMS
+
+
 def test_the_time_is_kept_and_the_rate_has_fallen_when_it_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     run = vision.Run(
         PretrainConfig(data=Path("d"), out=Path("o"), shape="tiny", size=16, batch=8, precision="float32"), noise(3, 20)

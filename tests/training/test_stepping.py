@@ -35,6 +35,15 @@ def test_the_learning_rate_rises_evenly_and_then_falls_to_nothing() -> None:
     assert stepping.learning_rate(0, 1, config(lr=0.4, warmup=0)) == 0.4
 
 
+def test_the_precision_follows_from_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    for able, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation, able=able: able)
+        assert stepping.choose_precision("auto", card) == expected
+        assert stepping.choose_precision("auto", cpu) == "float32"
+        assert [stepping.choose_precision(name, card) for name in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+
+
 def test_weight_decay_spares_offsets_and_normalisation() -> None:
     run = a_run(weight_decay=0.1)
     decayed, plain = run.optimizer.param_groups
