@@ -25,6 +25,7 @@ import numpy as np
 
 from models.errors import FewshotError
 from models.extractor import Decoder
+from models.leftovers import left_behind
 from models.text import TextDecoder
 from training import texts
 
@@ -54,11 +55,14 @@ class Images:
 
 
 def members(source: Path, suffixes: Container[str] = SUFFIXES) -> Iterator[tuple[str, str, zipfile.ZipFile | None]]:
-    """Yields (class, member, archive or None) of every image under a folder or in a zip, sorted by name."""
+    """Yields (class, member, archive or None) of every image under a folder or in a zip, sorted by name.
+
+    What is hidden, and what operating systems leave behind, is passed over.
+    """
     if source.is_file():
         archives = [source]
     elif source.is_dir():
-        archives = sorted(source.glob("*.zip"))
+        archives = sorted(path for path in source.glob("*.zip") if not left_behind(path.relative_to(source)))
     else:
         raise DataError(f"{source} does not exist.")
     if archives:
@@ -75,7 +79,7 @@ def members(source: Path, suffixes: Container[str] = SUFFIXES) -> Iterator[tuple
                 raise DataError(f"{path} is no zip, or a damaged one.") from None
             for name in sorted(archive.namelist()):
                 member = PurePosixPath(name)
-                if member.suffix.lower() in suffixes and len(member.parts) > 1:
+                if member.suffix.lower() in suffixes and len(member.parts) > 1 and not left_behind(member):
                     yield str(member.parent), name, archive
         return
     for path in sorted(_loose(source, suffixes)):
@@ -84,7 +88,8 @@ def members(source: Path, suffixes: Container[str] = SUFFIXES) -> Iterator[tuple
 
 def _loose(source: Path, suffixes: Container[str]) -> Iterator[Path]:
     """The examples in class folders, in the order of the disk."""
-    return (path for path in source.rglob("*") if path.suffix.lower() in suffixes and path.parent != source)
+    found = (path for path in source.rglob("*") if path.suffix.lower() in suffixes and path.parent != source)
+    return (path for path in found if not left_behind(path.relative_to(source)))
 
 
 def said(source: Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from models.errors import InvalidRequest, TooLarge, UnsupportedMedia
+from models.leftovers import left_behind
 
 DRIVE = re.compile(r"[A-Za-z]:")  # of Windows; a label may hold a colon
-JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,7 @@ def _checked(name: str, index: int) -> PurePosixPath | None:
     path = PurePosixPath(name)
     if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or DRIVE.match(name):
         raise InvalidRequest("An entry of the archive leads out of it.", index=index)
-    if any(part in JUNK or part.startswith(".") for part in path.parts):
-        return None
-    return path
+    return None if left_behind(path) else path
 
 
 @dataclass(frozen=True, slots=True)

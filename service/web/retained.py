@@ -7,8 +7,8 @@ import zipfile
 from urllib.parse import quote
 
 from models.errors import NotRetained
+from models.leftovers import JUNK
 from service.stores import Record
-from service.web.archives import JUNK
 from service.web.bodies import UNLABELLED
 
 SAFE = " !#$&'()+,-.;=@[]^_`{}~"  # in the name of a folder on any file system

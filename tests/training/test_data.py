@@ -89,6 +89,24 @@ def test_a_class_may_be_a_path_of_several_levels_and_other_files_are_left_out(tm
     assert images.labels.tolist() == [0, 1, 1, 2]
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip", "zips"])
+def test_what_is_hidden_or_left_behind_by_a_system_is_no_example(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / ".hidden" / "set"  # where it lies does not matter
+    for name in ("a/1.png", "b/1.png", "b/.ipynb_checkpoints/1.png"):
+        picture(source / name, 50)
+    for name in ("__MACOSX/a/1.png", "a/._1.png", "a/.DS_Store", "b/Thumbs.db"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(b"\0\5\x16\7")
+    if kind != "folder":
+        source = zipped(source, tmp_path / "zips" / "set.zip")
+    if kind == "zips":
+        source = source.parent
+        (source / "._set.zip").write_bytes(b"\0\5\x16\7")
+    images = data.load(source, "all", DECODER)
+    assert images.classes == ("a", "b")
+    assert len(images) == 2
+
+
 def test_per_class_takes_the_first_of_each(folder: Path) -> None:
     assert greys(data.load(folder, "all", DECODER, per_class=2)) == [
         10 * label + number for label in range(10) for number in range(2)
