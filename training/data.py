@@ -14,7 +14,7 @@ import random
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -35,6 +35,8 @@ SPLITS = ("train", "val", "test")
 # training/lake.py), and the twenty alphabets that their one-shot runs are drawn from.
 FIVE = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")
 BY_ALPHABET = ("background30", "background5", "evaluation20")
+# Folders that deal the images of each class, as torchvision's ImageFolder is used, and not the classes.
+BY_IMAGE = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class DataError(Exception):
@@ -184,6 +186,8 @@ def _of_split(
     found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
     for name, member, read in _examples(source, decoder):
         found.setdefault(name, []).append((member, read))
+    named = {name for part in SPLITS for name in said(source).get(part, [])}
+    _each_once(source, named & set(found) if named and split != "all" else found)
     if split == "all":
         classes = sorted(found)
     elif split in BY_ALPHABET:
@@ -198,6 +202,24 @@ def _of_split(
     if not classes:
         raise DataError(f"{source} has no classes in its split '{split}'.")
     return found, classes
+
+
+def _each_once(source: Path, names: Iterable[str]) -> None:
+    """Raises DataError where a class lies under two folders that deal its images: it would be two classes."""
+    seen: dict[tuple[str, ...], str] = {}
+    for name in sorted(names):
+        parts = name.split("/")
+        dealt = [place for place, part in enumerate(parts) if part.lower() in BY_IMAGE]
+        rest = tuple(part for place, part in enumerate(parts) if place not in dealt[:1])
+        if not dealt or not rest:
+            continue
+        if rest in seen:
+            raise DataError(
+                f"{source} has one class in two places, {seen[rest]} and {name}, and what is learned from can measure "
+                "nothing. The split is by class: give one folder in which each class is once, and say in splits.json "
+                "which classes are for what, or leave it out."
+            )
+        seen[rest] = name
 
 
 def census(counts: Mapping[str, int]) -> dict[str, Any]:

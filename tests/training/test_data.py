@@ -107,6 +107,35 @@ def test_what_is_hidden_or_left_behind_by_a_system_is_no_example(tmp_path: Path,
     assert len(images) == 2
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("paths", ["Train/cat test/cat", "pets/val/cat pets/VALID/cat", "cat/train cat/test"])
+def test_one_class_under_folders_that_deal_its_images_is_refused(tmp_path: Path, paths: str, kind: str) -> None:
+    source = tmp_path / "set"
+    for name in ("train/dog", *paths.split()):
+        picture(source / name / "1.png", 50)
+    given = source if kind == "folder" else zipped(source, tmp_path / "set.zip")
+    first, second = sorted(paths.split())
+    for split in ("train", "all"):
+        with pytest.raises(data.DataError, match=f"class in two places, {first} and {second}, .* each class is once"):
+            data.load(given, split, DECODER)
+
+
+def test_folders_that_deal_classes_are_no_matter(tmp_path: Path) -> None:
+    for name in ("train/cat", "test/dog", "train/Latin/a", "test/Greek/a", "train", "test", "other/cat"):
+        picture(tmp_path / name / "1.png", 50)
+    assert len(data.load(tmp_path, "all", DECODER).classes) == 7
+
+
+def test_of_one_class_in_two_places_a_splits_json_may_name_one(tmp_path: Path) -> None:
+    for name in ("train/cat", "test/cat", "train/dog", "test/dog"):
+        picture(tmp_path / name / "1.png", 50)
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["train/cat"], "test": ["train/dog"]}))
+    assert data.load(tmp_path, "train", DECODER).classes == ("train/cat",)
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["train/cat"], "test": ["test/cat"]}))
+    with pytest.raises(data.DataError, match="one class in two places, test/cat and train/cat"):
+        data.load(tmp_path, "train", DECODER)
+
+
 def test_per_class_takes_the_first_of_each(folder: Path) -> None:
     assert greys(data.load(folder, "all", DECODER, per_class=2)) == [
         10 * label + number for label in range(10) for number in range(2)
