@@ -62,6 +62,8 @@ class Manifest:
     files: Mapping[str, str]  # file name -> sha256
     rejections: Mapping[str, Rejection] = field(default_factory=dict)  # of the methods that can say "none of these"
     twins: float = 0.0  # squared distance of features up to which two examples of a class show one thing; 0: not known
+    # Digests of names, with blanks, of the classes "learned" from and "calibrated" on; nothing where that is not known.
+    classes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def portable(self) -> bool:
@@ -98,6 +100,7 @@ class Manifest:
             files=data["files"],
             rejections=rejections,
             twins=float(data.get("twins", 0.0)),
+            classes={str(name): str(value) for name, value in data.get("classes", {}).items()},
         )
 
 

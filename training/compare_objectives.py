@@ -135,7 +135,8 @@ def _run(
     )
     run = vision.Run(settings, images)
     seconds = train(run, config.seconds, clock=config.clock)
-    pretrain.finish(run, settings.out / pretrained.CHECKPOINT)
+    told = {"classes": data.digests(images.classes)}
+    pretrain.finish(run, settings.out / pretrained.CHECKPOINT, told)
     extractor, _ = pretrained.load_extractor(settings.out)
     features = pretrained.embed(extractor.to(run.device), asked.pixels, run.device)
     pool = Pool.of(asked.labels, asked.groups)

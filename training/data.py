@@ -204,14 +204,32 @@ def _of_split(
     return found, classes
 
 
+def _itself(name: str) -> str:
+    """The name of a class without the first folder that deals images, where it lies in one."""
+    parts = name.split("/")
+    dealt = next((place for place, part in enumerate(parts) if part.lower() in BY_IMAGE), len(parts))
+    return "/".join([*parts[:dealt], *parts[dealt + 1 :]]) or name
+
+
+def digests(names: Iterable[str]) -> str:
+    """A short digest of each name, in order, with blanks: what an artifact knows classes again by without naming them.
+
+    Of the whole path, for characters of many alphabets are called alike.
+    """
+    return " ".join(sorted({hashlib.sha256(_itself(name).encode()).hexdigest()[:8] for name in names}))
+
+
+def together(*parts: str) -> str:
+    """What several `digests` name."""
+    return " ".join(sorted({digest for part in parts for digest in part.split()}))
+
+
 def _each_once(source: Path, names: Iterable[str]) -> None:
     """Raises DataError where a class lies under two folders that deal its images: it would be two classes."""
-    seen: dict[tuple[str, ...], str] = {}
+    seen: dict[str, str] = {}
     for name in sorted(names):
-        parts = name.split("/")
-        dealt = [place for place, part in enumerate(parts) if part.lower() in BY_IMAGE]
-        rest = tuple(part for place, part in enumerate(parts) if place not in dealt[:1])
-        if not dealt or not rest:
+        rest = _itself(name)
+        if rest == name:
             continue
         if rest in seen:
             raise DataError(

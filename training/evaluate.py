@@ -158,8 +158,20 @@ def _used(by_way: Mapping[int, int], asked: int) -> str:
     return ", ".join(f"{count} at {way}-way" for way, count in by_way.items())
 
 
-def learned_from(artifact: Artifact, config: EvaluateConfig) -> str:
-    """What is to be said where the classes measured on may be those learned from."""
+def learned_from(artifact: Artifact, config: EvaluateConfig, classes: Sequence[str]) -> str:
+    """What is to be said where the classes measured on are those learned from or calibrated on, or may be."""
+    digests, known = set(data.digests(classes).split()), artifact.manifest.classes
+    if known.get("learned"):
+        says = {
+            "learned": "that the artifact learned from: their figures say nothing of new classes",
+            "calibrated": "that the artifact was calibrated on: its probabilities were fitted to them",
+        }
+        both = {name: len(digests & set(known.get(name, "").split())) for name in says}
+        return "\n".join(
+            f"Of {len(digests)} classes {count} are, by their names, among those {says[name]}."
+            for name, count in both.items()
+            if count
+        )
     training = artifact.manifest.training
     seen = (training.get("data"), training.get("split"))
     if seen[0] == config.data.name and ("all" in (config.split, seen[1]) or config.split == seen[1]):
@@ -220,6 +232,7 @@ def main(config: EvaluateConfig) -> list[Row]:
     images = data.load(
         config.data, config.split, artifact.decoder(), per_class=config.per_class or None, group=config.group
     )
+    known_as = images.classes
     if config.rotations:
         images = turned(images)
     learners = artifact.learners()
@@ -237,7 +250,7 @@ def main(config: EvaluateConfig) -> list[Row]:
                 f"--{flag}: {config.data} has {len(images.classes)} classes in its split '{config.split}', which all "
                 f"are of a task at --way {len(images.classes)}. Fewer leave some."
             )
-    if said := learned_from(artifact, config):
+    if said := learned_from(artifact, config, known_as):
         print(said, file=sys.stderr)
     print(
         f"{len(images)} {artifact.kind}s of {len(images.classes)} classes: {config.data} ({config.split})",

@@ -31,7 +31,7 @@ from training.calibrate import SHOTS, apart, calibrate, limits
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.graphs import graph, rounded, share_weights
 from training.int8 import after_pool, int8_loss, quantise
-from training.pretrained import digest, epochs, labelled, load_extractor
+from training.pretrained import classes_of, digest, epochs, labelled, load_extractor
 
 MEASURED = {field.name for field in dataclasses.fields(evaluate.Row)}  # what the manifest keeps of a line
 PARITY = 1e-4  # largest difference between torch and onnxruntime, of features of unit length
@@ -105,7 +105,8 @@ def main(config: ExportConfig) -> Path:
     arrays = metatrain.load_learners(config.checkpoint)
     metatrain.fits(config.checkpoint, digest(extractor))
     check_default(config.default, arrays)
-    learned_from = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)["config"]
+    practised = checkpoint.load(config.checkpoint / metatrain.CHECKPOINT)
+    learned_from = practised["config"]
     extractor = rounded(extractor)
     decoder, given = inputs.decoder(pretrained), inputs.described(pretrained)
     int8 = config.int8 and given["kind"] == "image"  # the trunk for texts is small, and not quantised
@@ -160,6 +161,10 @@ def main(config: ExportConfig) -> Path:
             "seed": pretrained.seed,
             "precision": pretrained.precision,
             "calibration": f"{config.tasks} of {config.calibration_split}",
+        },
+        "classes": {
+            "learned": data.together(classes_of(config.checkpoint), practised.get("classes", "")),
+            "calibrated": data.digests(images.classes),
         },
         "accuracy": accuracy,
         "int8": None,

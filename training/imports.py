@@ -208,6 +208,8 @@ def _make(config: ImportConfig, backbone: Backbone, seen: data.Images, held_out:
             "seed": config.seed,
             "calibration": "labels of val",
         },
+        # What the backbone itself learned from nobody says.
+        "classes": {"learned": data.digests(seen.classes), "calibrated": data.digests(held_out.classes)},
         "accuracy": [],
         "int8": None,
     }

@@ -251,11 +251,11 @@ def main(config: MetatrainConfig) -> Path:
     fits(config.out, known)
     extractor.to(device)
     decoder = inputs.decoder(pretrained)
-    trained_on = _trained_on(config, decoder)
+    told = {"extractor": known, **_told(config, decoder)}
     remembered, sources = practice(extractor, decoder, config, pretrained)
     check_images = data.load(config.data, "val", decoder, per_class=config.per_class or None)
     check_tasks = cached(extractor, check_images, config, pretrained, seed=config.seed + 1)
-    return train(config, remembered, sources, check_tasks, device, {"extractor": known, "trained_on": trained_on})
+    return train(config, remembered, sources, check_tasks, device, told)
 
 
 def fits(folder: Path, extractor: str) -> None:
@@ -271,17 +271,19 @@ def fits(folder: Path, extractor: str) -> None:
         )
 
 
-def _trained_on(config: MetatrainConfig, decoder: Decoder) -> dict[str, Any]:
-    """The census of what is learned from, in all folders, and of the classes that decide which step is kept."""
+def _told(config: MetatrainConfig, decoder: Decoder) -> dict[str, Any]:
+    """The census of what is learned from, in all folders, and of the classes that decide which step is kept.
+
+    And the digests of the classes learned from.
+    """
     folders = [Path(name) for name in config.practise.split(",") if name]
     parts = [(config.data, config.split), *((folder, "train") for folder in folders), (config.data, "val")]
-    return data.census(
-        {
-            f"{place} {name}": count
-            for place, (folder, split) in enumerate(parts)
-            for name, count in data.listed(folder, split, decoder, per_class=config.per_class or None).items()
-        }
-    )
+    found = [data.listed(folder, split, decoder, per_class=config.per_class or None) for folder, split in parts]
+    counts = {f"{place} {name}": count for place, part in enumerate(found) for name, count in part.items()}
+    return {
+        "trained_on": data.census(counts),
+        "classes": data.digests(name for part in found[:-1] for name in part),
+    }
 
 
 def train(

@@ -23,7 +23,7 @@ from training import checkpoint, data, evaluate, inputs, language, rows, vision
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
 from training.objectives import OBJECTIVES
-from training.pretrained import CHECKPOINT, embed
+from training.pretrained import CHECKPOINT, embed, learned
 from training.stopping import STATUS, Stop
 
 
@@ -100,13 +100,16 @@ def train(
     check: data.Images | None,
     *,
     trained_on: Mapping[str, Any] | None = None,
+    classes: str | None = None,
 ) -> Path:
     """Trains on these images, or goes on, and looks at others now and then; returns the path of the checkpoint.
 
-    `trained_on`: the census that a resumed training is held to, where it is not that of these images. Asked to end, it
-    does so after the step, with a checkpoint and STATUS.
+    `trained_on`: the census that a resumed training is held to, where it is not that of these images, and
+    `classes` the digests of what is learned from, likewise. Asked to end, it does so after the step, with a checkpoint
+    and STATUS.
     """
     known = trained_on or data.census(data.counted(images))
+    told = {"trained_on": dict(known), "classes": learned(config, images.classes) if classes is None else classes}
     run = language.Run(config, images) if inputs.kind(config.shape) == "text" else vision.Run(config, images)
     path = config.out / CHECKPOINT
     config.out.mkdir(parents=True, exist_ok=True)
@@ -157,23 +160,21 @@ def train(
             if check is not None and at == 0 and epoch % config.check_epochs == 0:
                 write(check=quick_look(run, check))
             if save:
-                checkpoint.save(path, {**run.state(), "trained_on": known})
+                checkpoint.save(path, {**run.state(), **told})
                 last = time.monotonic()
             if late and not done:
                 print(f"Stopped at step {run.step} of {run.steps}; run the same command to go on.", file=sys.stderr)
                 if stop.asked:
                     sys.exit(STATUS)
                 return path
-    finish(run, path, known)
+    finish(run, path, told)
     return path
 
 
-def finish(run: vision.Run | language.Run, path: Path, known: Mapping[str, Any] | None = None) -> None:
-    """Adds the finished extractor, in float32, to the checkpoint; `known`: what it was trained on."""
+def finish(run: vision.Run | language.Run, path: Path, told: Mapping[str, Any]) -> None:
+    """Adds the finished extractor, in float32, to the checkpoint; `told`: what it says of what was learned from."""
     extractor = run.extractor()
-    state = {**run.state(), **({"trained_on": dict(known)} if known else {})}
-    state["extractor"] = dict(extractor.state_dict())
-    checkpoint.save(path, state)
+    checkpoint.save(path, {**run.state(), **told, "extractor": dict(extractor.state_dict())})
 
 
 def quick_look(run: vision.Run | language.Run, images: data.Images) -> dict[str, float]:

@@ -6,6 +6,7 @@ Knows nothing of how it was trained.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,22 @@ def labelled(config: PretrainConfig) -> bool:
     if is_artifact(config.start):
         return bool(Artifact.load(config.start).manifest.training["labels_used"])
     return not (config.start / CHECKPOINT).exists() or labelled(load_extractor(config.start)[1])
+
+
+def learned(config: PretrainConfig, classes: Iterable[str]) -> str:
+    """Digests of the classes behind an extractor: these, and those of what it starts from, as far as that knows."""
+    before = ""
+    if config.start is not None and is_artifact(config.start):
+        before = Artifact.load(config.start).manifest.classes.get("learned", "")
+    elif config.start is not None:
+        before = classes_of(config.start)
+    return data.together(data.digests(classes), before)
+
+
+def classes_of(folder: Path) -> str:
+    """Digests of the classes that a pretraining has learned from. Older ones, and what is no pretraining, know none."""
+    path = folder / CHECKPOINT
+    return str(checkpoint.load(path).get("classes", "")) if path.exists() else ""
 
 
 def epochs(config: PretrainConfig) -> int:

@@ -27,6 +27,7 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
     """All rounds, or the rest of them; returns the path of the checkpoint, which is there when all are done."""
     if config.start is None:
         sys.exit("--labels clusters needs --start: clusters of what an untrained extractor sees mean nothing.")
+    classes = pretrained.learned(config, images.classes)
     if config.rotations:
         images = evaluate.turned(images)
     path, began = config.out / pretrained.CHECKPOINT, time.monotonic()
@@ -47,7 +48,7 @@ def train(config: PretrainConfig, images: data.Images, check: data.Images | None
             }
         )
         if not finished(own, known):
-            pretrain.train(own, clustered(own, images), check, trained_on=known)
+            pretrain.train(own, clustered(own, images), check, trained_on=known, classes=classes)
         if not finished(own, known):
             return path
         start = own.out

@@ -405,7 +405,18 @@ def test_features_that_are_not_finite_are_refused() -> None:
     ],
 )
 def test_classes_that_were_learned_from_are_said_to_be(trained: dict[str, str], split: str, said: str) -> None:
-    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(training=trained))
-    found = evaluate.learned_from(artifact, config(split=split))
+    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(training=trained, classes={}))
+    found = evaluate.learned_from(artifact, config(split=split), ["a", "b"])
     assert found.startswith(said)
     assert bool(found) == bool(said)
+
+
+def test_classes_that_the_artifact_knows_again_are_counted_wherever_they_lie() -> None:
+    """By their names: neither that of the folder nor that of the split matters."""
+    known = {"learned": data.digests(["train/cat", "dog", "Latin/a"]), "calibrated": data.digests(["fox", "hen"])}
+    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(training={"data": "e", "split": "train"}, classes=known))
+    found = evaluate.learned_from(artifact, config(split="val"), ["cat", "dog", "fox", "Greek/a"]).splitlines()
+    assert [line.split(", by their names, ")[0] for line in found] == ["Of 4 classes 2 are", "Of 4 classes 1 are"]
+    assert "learned from" in found[0]
+    assert "calibrated on" in found[1]
+    assert evaluate.learned_from(artifact, config(split="train"), ["cow"]) == ""

@@ -285,6 +285,8 @@ def test_the_artifact_is_complete_and_says_what_it_is(artifact: Artifact) -> Non
     assert manifest.default in manifest.methods
     assert manifest.training["data"] == "shapes"
     assert manifest.training["precision"] == "float32"
+    splits = data.split_classes(Path("."), [f"class{label:02}" for label in range(30)])
+    assert manifest.classes == {"learned": data.digests(splits["train"]), "calibrated": data.digests(splits["val"])}
     assert manifest.training["labels_used"] is True  # not by the extractor, but by the learners
     assert manifest.accuracy == ()
     assert artifact.digest == "sha256:" + hashlib.sha256((artifact.path / MANIFEST).read_bytes()).hexdigest()

@@ -57,6 +57,7 @@ def test_each_round_starts_from_the_one_before_and_the_last_is_the_result(unbrok
     assert config.start == unbroken / "round1"
     assert pretrained.load_extractor(unbroken / "round1")[1].start == start
     assert 5 < heads(unbroken) <= 12  # 72 images in clusters of six
+    assert pretrained.classes_of(unbroken) == pretrained.classes_of(start) != ""  # not those of the clusters
 
 
 def test_no_label_is_read(
