@@ -79,13 +79,14 @@ def main(config: CompareObjectivesConfig) -> list[dict[str, Any]]:
         )
     Pool.of(asked.labels, asked.groups, asked.classes)  # raises where a class is too small, before any training
     settings = _settings(config)
-    found = [row for row in rows.read(config.results) if all(row.get(key) == value for key, value in settings.items())]
+    results = config.results or config.out / "objectives.jsonl"
+    found = [row for row in rows.read(results) if all(row.get(key) == value for key, value in settings.items())]
     for seed in range(config.seeds):
         for arm in arms(config.objectives):
             if any(row["method"] == arm.name and row["seed"] == seed for row in found):
                 continue
             new = [{**settings, **row} for row in _run(arm, seed, config, images, asked)]
-            rows.append(config.results, new)
+            rows.append(results, new)
             found += new
             print(f"{arm.name}, seed {seed}: {[row['accuracy'] for row in new]}", file=sys.stderr)
     print(f"{table(found)}\n\n{gains(found)}")

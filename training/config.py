@@ -246,8 +246,8 @@ class CompareObjectivesConfig(Config):
 
     data: Path = Field(description="folder or zip with one folder per class")
     out: Path = Field(description="folder for the extractors")
-    results: Path = Field(
-        Path("training/results/objectives.jsonl"), description="file to add rows to; what is in it is not run again"
+    results: Path | None = Field(
+        None, description="file to add rows to, objectives.jsonl in --out if not given; what is in it is not run again"
     )
     objectives: str = Field(
         "momentum,clusters,reconstruction,rotation", pattern=r"^\w+(,\w+)+$", description="two or more, with commas"
@@ -280,7 +280,7 @@ class PretextConfig(Config):
         pattern=r"^[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*$",
         description="name=folder of a finished pretraining, with commas; one of random weights is added",
     )
-    results: Path = Field(Path("training/results/pretext.jsonl"), description="file to add rows to")
+    results: Path | None = Field(None, description="also add the rows there, one JSON line each")
     images: int = Field(10, ge=2, description="images that the quick head learns from")
     steps: int = Field(10, ge=1, description="its gradient steps")
     draws: int = Field(50, ge=2, description="times that those images are drawn")

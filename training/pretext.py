@@ -75,7 +75,7 @@ def accuracy(head: Affine, asked: np.ndarray) -> float:
 
 
 def main(config: PretextConfig) -> list[dict[str, Any]]:
-    """Adds a row for each extractor and task to the results and prints the table."""
+    """Measures each extractor on each task, adds a row for each to the results, if any, and prints the table."""
     device = choose_device(config.device)
     folders = [part.partition("=")[::2] for part in config.extractors.split(",")]
     loaded = {name: load_extractor(Path(folder)) for name, folder in folders}
@@ -132,7 +132,8 @@ def main(config: PretextConfig) -> list[dict[str, Any]]:
                     "command": rows.command("pretext", config),
                 }
             )
-            rows.append(config.results, found[-1:])
+            if config.results:
+                rows.append(config.results, found[-1:])
     print(table(found))
     return found
 

@@ -9,13 +9,15 @@ from typing import Any
 
 from training.config import Config
 
+SILENT = {"results"}  # flags that change nothing of what is measured
+
 
 def command(name: str, config: Config) -> str:
     """What to type for this configuration, without flags at their defaults; DATA/ stands for where the data lie."""
     words = [f"python -m training {name}"]
     for field, info in type(config).model_fields.items():
         value = getattr(config, field)
-        if not info.is_required() and value == info.default:
+        if field in SILENT or (not info.is_required() and value == info.default):
             continue
         flag = "--" + field.replace("_", "-")
         if isinstance(value, bool):

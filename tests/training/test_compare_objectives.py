@@ -75,6 +75,19 @@ def test_every_arm_is_trained_measured_and_not_run_again(
     assert again[:8] == [row for row in rows if row["method"] != "uniform"]
 
 
+def test_rows_go_beside_the_extractors_unless_another_file_is_asked_for(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        compare_objectives,
+        "_run",
+        lambda arm, *_: [{"method": arm.name, "shot": s, "seed": 0, "accuracy": 1.0, "steps": 2} for s in (1, 5)],
+    )
+    compare_objectives.main(config(many, tmp_path, results=None))
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.jsonl")] == [Path("runs/objectives.jsonl")]
+
+
 def test_rows_of_another_device_or_precision_are_not_compared(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,3 +144,13 @@ def test_extractors_of_different_sizes_are_refused(shapes: Path, trained: Path, 
     )
     with pytest.raises(SystemExit, match="must be of one shape and size"):
         pretext.main(PretextConfig(data=shapes, extractors=f"a={trained},b={other}", results=tmp_path / "x"))
+
+
+def test_without_a_file_for_them_rows_are_printed_alone(
+    shapes: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"extractors": f"mine={trained}", "draws": 2, "images": 2, "full": 10, "asked": 4, "device": "cpu"}
+    assert len(pretext.main(PretextConfig(data=shapes, **given))) == 6
+    assert capsys.readouterr().out.count("| mine |") == 3
+    assert list(tmp_path.iterdir()) == []
