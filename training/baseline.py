@@ -236,18 +236,22 @@ def main(config: BaselineConfig) -> list[dict[str, Any]]:
     if not isinstance(decoder, ImageDecoder):
         raise data.DataError(f"{config.artifact} reads texts; baselines are measured on images.")
     size, _, channels = decoder.shape
-    config.out.mkdir(parents=True, exist_ok=True)
-    progress = Progress(config, artifact)
-    method: Any = getattr(kind, name)(settings, Given(config.way, config.shot, size, channels, config.seed, artifact))
-    images = images_of(config, config.split, decoder)
-    training = images_of(config, config.train_split, decoder) if config.method in META_TRAINED else None
-    for split, part in ((config.split, images), (config.train_split, training)):
-        if part and len(part.classes) < config.way:
-            raise data.DataError(f"--way: {config.data} has only {len(part.classes)} classes in its split '{split}'.")
-    pool = Pool.of(images.labels, images.groups, images.classes)
-    progress.of(*(part for part in (training, images) if part))
-    with progress.stop:
-        found = _measured(config, method, training, images, pool, settings, progress, artifact)
+    with checkpoint.alone(config.out):
+        progress = Progress(config, artifact)
+        method: Any = getattr(kind, name)(
+            settings, Given(config.way, config.shot, size, channels, config.seed, artifact)
+        )
+        images = images_of(config, config.split, decoder)
+        training = images_of(config, config.train_split, decoder) if config.method in META_TRAINED else None
+        for split, part in ((config.split, images), (config.train_split, training)):
+            if part and len(part.classes) < config.way:
+                raise data.DataError(
+                    f"--way: {config.data} has only {len(part.classes)} classes in its split '{split}'."
+                )
+        pool = Pool.of(images.labels, images.groups, images.classes)
+        progress.of(*(part for part in (training, images) if part))
+        with progress.stop:
+            found = _measured(config, method, training, images, pool, settings, progress, artifact)
     if progress.stop.asked:
         sys.exit(STATUS)
     return found

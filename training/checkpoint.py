@@ -5,8 +5,12 @@ No pickle, so that a checkpoint from a stranger runs nothing. Knows nothing of w
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from safetensors.torch import save_file
 
 from training.data import DataError
 
+LOCK = ".lock"
 _TENSOR = "tensor:"
 
 
@@ -47,6 +52,26 @@ def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return value
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the folder of a run, and takes out what a kill left half written there.
+
+    Raises DataError where another run holds it: each would write its own checkpoints over those of the other.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:  # stays: whoever removed it would let two runs hold one each
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"Another run is at work in {folder}: wait for its end, or choose another --out.") from None
+        except OSError:
+            pass  # a network's file system may have no locks
+        for left in folder.glob("*.safetensors.*.partial"):
+            with suppress(OSError):
+                left.unlink()
+        yield
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` so that after a kill or a power cut either the old file or the new one is there, whole.
 
@@ -55,7 +80,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     tree = _flatten(state, "", tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    # A name of its own: nobody else's half goes in its place, even where a file system has no locks.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         save_file(tensors, partial, metadata={"tree": json.dumps(tree)})
     except (OSError, SafetensorError) as error:  # which says "I/O error" in a sentence of its own on a full disk

@@ -18,7 +18,7 @@ import numpy as np
 from models.images import ImageDecoder
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES
-from training import data, evaluate, pretrain, pretrained, rows, vision
+from training import checkpoint, data, evaluate, pretrain, pretrained, rows, vision
 from training.config import CompareObjectivesConfig, PretrainConfig
 from training.episodes import Pool, digest, frozen
 from training.intervals import interval
@@ -80,15 +80,16 @@ def main(config: CompareObjectivesConfig) -> list[dict[str, Any]]:
     Pool.of(asked.labels, asked.groups, asked.classes)  # raises where a class is too small, before any training
     settings = _settings(config)
     results = config.results or config.out / "objectives.jsonl"
-    found = [row for row in rows.read(results) if all(row.get(key) == value for key, value in settings.items())]
-    for seed in range(config.seeds):
-        for arm in arms(config.objectives):
-            if any(row["method"] == arm.name and row["seed"] == seed for row in found):
-                continue
-            new = [{**settings, **row} for row in _run(arm, seed, config, images, asked)]
-            rows.append(results, new)
-            found += new
-            print(f"{arm.name}, seed {seed}: {[row['accuracy'] for row in new]}", file=sys.stderr)
+    with checkpoint.alone(config.out):
+        found = [row for row in rows.read(results) if all(row.get(key) == value for key, value in settings.items())]
+        for seed in range(config.seeds):
+            for arm in arms(config.objectives):
+                if any(row["method"] == arm.name and row["seed"] == seed for row in found):
+                    continue
+                new = [{**settings, **row} for row in _run(arm, seed, config, images, asked)]
+                rows.append(results, new)
+                found += new
+                print(f"{arm.name}, seed {seed}: {[row['accuracy'] for row in new]}", file=sys.stderr)
     print(f"{table(found)}\n\n{gains(found)}")
     return found
 

@@ -248,14 +248,15 @@ def main(config: MetatrainConfig) -> Path:
     device = choose_device(config.device)
     extractor, pretrained = load_extractor(config.out)
     known = digest(extractor)
-    fits(config.out, known)
-    extractor.to(device)
-    decoder = inputs.decoder(pretrained)
-    told = {"extractor": known, **_told(config, decoder)}
-    remembered, sources = practice(extractor, decoder, config, pretrained)
-    check_images = data.load(config.data, "val", decoder, per_class=config.per_class or None)
-    check_tasks = cached(extractor, check_images, config, pretrained, seed=config.seed + 1)
-    return train(config, remembered, sources, check_tasks, device, told)
+    with checkpoint.alone(config.out):
+        fits(config.out, known)
+        extractor.to(device)
+        decoder = inputs.decoder(pretrained)
+        told = {"extractor": known, **_told(config, decoder)}
+        remembered, sources = practice(extractor, decoder, config, pretrained)
+        check_images = data.load(config.data, "val", decoder, per_class=config.per_class or None)
+        check_tasks = cached(extractor, check_images, config, pretrained, seed=config.seed + 1)
+        return train(config, remembered, sources, check_tasks, device, told)
 
 
 def fits(folder: Path, extractor: str) -> None:
@@ -321,7 +322,8 @@ def train(
         for pool in source.tasks.pools:
             turns.append((source, features, pool, near if pool is source.tasks.pool else None))
     began = last = time.monotonic()
-    with Stop() as stop, (config.out / "metatrain.jsonl").open("a") as log:
+    # Each line is out before the checkpoint that counts on it: what a kill took from a buffer nobody writes again.
+    with Stop() as stop, (config.out / "metatrain.jsonl").open("a", buffering=1) as log:
         for number, method in enumerate(config.learners.split(",")):
             arrays = start(method, remembered, config)
             if "log_shrink" in arrays:
@@ -339,7 +341,6 @@ def train(
                 if training.step % config.check_steps == 0:
                     value = training.check(check_tasks, episodes)
                     log.write(json.dumps({"learner": method, "step": training.step, "check": round(value, 5)}) + "\n")
-                    log.flush()
                 source, features, pool, near = turns[training.step % len(turns)]
                 drawn = list(
                     varied(

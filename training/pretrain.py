@@ -62,11 +62,12 @@ def main(config: PretrainConfig) -> Path:
     check = data.load(config.data, "val", decoder) if config.check_epochs else None
     if config.labels == "clusters" and text:
         sys.exit("--labels clusters is for images.")
-    if config.labels == "clusters":
-        from training import progressive  # which trains with what stands here, round after round
+    with checkpoint.alone(config.out):
+        if config.labels == "clusters":
+            from training import progressive  # which trains with what stands here, round after round
 
-        return progressive.train(config, images, check)
-    return train(config, images, check)
+            return progressive.train(config, images, check)
+        return train(config, images, check)
 
 
 def _foreseen(config: PretrainConfig, decoder: Decoder) -> None:

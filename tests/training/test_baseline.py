@@ -15,7 +15,7 @@ from tests.training.conftest import Command, killed, needs, tree
 pytestmark = pytest.mark.torch
 needs("torch")
 
-from training import baseline, data
+from training import baseline, checkpoint, data
 from training.baselines import maml
 from training.config import BaselineConfig, parse
 from training.episodes import Pool, digest, frozen
@@ -218,7 +218,7 @@ def test_a_run_does_not_go_on_with_another_artifact_wherever_it_lies(demo: Path,
 def test_too_few_classes_are_said_before_any_training(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match=r"--way: .* has only 2 classes in its split 'test'"):
         baseline.main(config(shapes, tmp_path / "run", way=3))
-    assert not list((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoint.LOCK]
 
 
 def test_going_on_with_other_data_is_refused(shapes: Path, tmp_path: Path) -> None:
@@ -231,3 +231,8 @@ def test_going_on_with_other_data_is_refused(shapes: Path, tmp_path: Path) -> No
     next((copy / name).iterdir()).unlink()
     with pytest.raises(data.DataError, match="was trained on other data"):
         baseline.main(asked)
+
+
+def test_a_second_run_into_one_folder_is_refused(shapes: Path, tmp_path: Path) -> None:
+    with checkpoint.alone(tmp_path), pytest.raises(data.DataError, match="Another run is at work in"):
+        baseline.main(BaselineConfig(method="pixels", data=shapes, out=tmp_path))

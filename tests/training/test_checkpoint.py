@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -111,7 +112,45 @@ def test_a_kill_before_the_new_file_is_in_place_leaves_the_old_one(
     assert path.read_bytes() == before
     checkpoint.save(path, {"step": 3})  # what the kill left behind is in nobody's way
     assert checkpoint.load(path) == {"step": 3}
+    with checkpoint.alone(tmp_path):  # and goes with the next run
+        assert sorted(file.name for file in tmp_path.iterdir()) == [checkpoint.LOCK, path.name]
+
+
+def test_what_two_write_at_once_is_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write, inside = tmp_path / "state.safetensors", checkpoint.save_file, []
+
+    def overtaken(tensors: Any, file: Path, metadata: Any) -> None:
+        write(tensors, file, metadata)
+        if not inside:
+            inside.append(file)
+            checkpoint.save(path, {"run": 2, "weight": torch.zeros(3)})
+
+    monkeypatch.setattr(checkpoint, "save_file", overtaken)
+    checkpoint.save(path, {"run": 1, "weight": torch.ones(3)})
+    assert same(checkpoint.load(path), {"run": 1, "weight": torch.ones(3)})
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "run"
+    with (
+        checkpoint.alone(out),
+        checkpoint.alone(tmp_path / "other"),
+        pytest.raises(DataError, match=f"Another run is at work in {out}: wait"),
+        checkpoint.alone(out),
+    ):
+        raise AssertionError("held twice")
+    with checkpoint.alone(out):
+        pass
+
+
+def test_where_a_file_system_has_no_locks_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", none)
+    with checkpoint.alone(tmp_path):
+        checkpoint.save(tmp_path / "state.safetensors", {"step": 1})
 
 
 def test_the_new_file_is_on_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +171,10 @@ def test_the_new_file_is_on_disk_before_it_takes_the_name(tmp_path: Path, monkey
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
     checkpoint.save(tmp_path / "state.safetensors", {"weight": torch.ones(2)})
-    assert done == [("fsync", "state.partial"), ("replace", "state.safetensors"), ("fsync", tmp_path.name)]
+    own = done[0][1]
+    assert own.startswith("state.safetensors.")
+    assert own.endswith(".partial")
+    assert done == [("fsync", own), ("replace", "state.safetensors"), ("fsync", tmp_path.name)]
 
 
 def test_folders_are_made(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.training.conftest import needs, noise
 pytestmark = pytest.mark.torch
 needs("torch")
 
-from training import compare_objectives, pretrained, vision
+from training import checkpoint, compare_objectives, pretrained, vision
 from training.config import CompareObjectivesConfig, PretextConfig, PretrainConfig
 from training.data import DataError
 from training.synthetic import write
@@ -86,6 +86,12 @@ def test_rows_go_beside_the_extractors_unless_another_file_is_asked_for(
     )
     compare_objectives.main(config(many, tmp_path, results=None))
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.jsonl")] == [Path("runs/objectives.jsonl")]
+
+
+def test_a_second_run_into_one_folder_is_refused(many: Path, tmp_path: Path) -> None:
+    given = config(many, tmp_path)
+    with checkpoint.alone(given.out), pytest.raises(DataError, match="Another run is at work in"):
+        compare_objectives.main(given)
 
 
 def test_rows_of_another_device_or_precision_are_not_compared(

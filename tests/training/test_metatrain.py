@@ -518,3 +518,28 @@ def test_a_log_holds_each_step_once_after_a_kill(shapes: Path, folder: Callable[
         log.write('{"learner": "prototype", "step": 2, "check": 0.5}\n{"learner": "prototype", "st')
     metatrain.main(MetatrainConfig(**given, out=broken))
     assert (broken / "metatrain.jsonl").read_text() == (unbroken / "metatrain.jsonl").read_text()
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_checkpoint_finds_every_line_before_it_on_disk(
+    shapes: Path, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = folder("run"), checkpoint.save
+    lines: dict[int, str] = {}
+
+    def noted(path: Path, state: dict[str, Any]) -> None:
+        lines[state["learners"]["prototype"]["step"]] = (out / "metatrain.jsonl").read_text().splitlines()[-1]
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", noted)
+    given = {**SHORT, "steps": 21, "check_steps": 7, "learners": "prototype", "checkpoint_s": -1.0}
+    metatrain.main(MetatrainConfig(data=shapes, out=out, **given))
+    assert [json.loads(lines[step])["step"] for step in (13, 20)] == [7, 20]
+
+
+def test_a_second_run_into_one_folder_is_refused(shapes: Path, folder: Callable[[str], Path]) -> None:
+    out = folder("run")
+    before = sorted(out.iterdir())
+    with checkpoint.alone(out), pytest.raises(data.DataError, match="Another run is at work in"):
+        metatrain.main(MetatrainConfig(data=shapes, out=out, **SHORT))
+    assert sorted(out.iterdir()) == sorted([*before, out / checkpoint.LOCK])

@@ -292,3 +292,9 @@ def test_safetensors_of_somebody_else_are_no_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / pretrained.CHECKPOINT, {"extractor": {}, "precision": "auto", "config": {"magic": 1}})
     with pytest.raises(data.DataError, match="is no pretraining, or one of another version"):
         pretrained.load_extractor(tmp_path)
+
+
+def test_a_second_run_into_one_folder_is_refused(shapes: Path, tmp_path: Path) -> None:
+    with checkpoint.alone(tmp_path), pytest.raises(data.DataError, match="Another run is at work in"):
+        pretrain.main(PretrainConfig(data=shapes, out=tmp_path, **TINY))
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LOCK]
