@@ -6,12 +6,30 @@ Knows nothing of what the values do. A wrong value names its flag.
 from __future__ import annotations
 
 import argparse
+import re
 import types
 import typing
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+
+def _compiles(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text} is no expression that can be looked for: {error}") from None
+    return text
+
+
+def _weighed(text: str) -> str:
+    if idle := [part for part in text.split(",") if re.fullmatch(r"\w+=[0.]+", part)]:
+        raise ValueError(f"{idle[0]} teaches nothing: weights are above 0")
+    return text
+
+
+Expression = Annotated[str, AfterValidator(_compiles)]
 
 
 class Config(BaseModel):
@@ -42,7 +60,7 @@ class PretrainConfig(Config):
     size: int = Field(84, ge=16, description="pixels of the input, height and width; bytes of a text")
     small: int = Field(0, ge=0, description="pixels in the first part of the training; 0 = the same throughout")
     small_share: float = Field(0.6, ge=0, le=1, description="how long that first part is, as a share")
-    objectives: str = Field(
+    objectives: Annotated[str, AfterValidator(_weighed)] = Field(
         "contrastive=1",
         pattern=r"^\w+=\d*\.?\d+(,\w+=\d*\.?\d+)*$",
         description="name=weight, with commas: contrastive, momentum, clusters, reconstruction, rotation, jigsaw, "
@@ -73,7 +91,7 @@ class PretrainConfig(Config):
     warmup: float = Field(0.15, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(5e-4, ge=0)
     per_class: int = Field(0, ge=0, description="at most so many images a class; 0 = all")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description=PRECISION)
     checkpoint_s: float = Field(60, description="seconds between checkpoints")
@@ -112,7 +130,7 @@ class MetatrainConfig(Config):
     )
     check_steps: int = Field(200, ge=1, description="steps between looks at held-out tasks; the best is kept")
     per_class: int = Field(0, ge=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_s: float = 60
     minutes: float = 0
@@ -141,7 +159,7 @@ class EvaluateConfig(Config):
     labelled: float = Field(
         1, gt=0, le=1, description="share of the images of each class that are labelled: --unlabelled takes the others"
     )
-    group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
+    group: Expression = Field("", description="expression whose match in a file name tells images of one thing apart")
     spread: bool = Field(
         False,
         description="the examples of a class show as many things as they can, and not one after the other in full",
@@ -150,7 +168,7 @@ class EvaluateConfig(Config):
     views: int = Field(1, ge=1, le=3, description="of each image: 2 = its middle too, 3 = mirrored too")
     against_float32: bool = Field(False, description="also the difference to float32, paired on the same episodes")
     per_class: int = Field(0, ge=0)
-    seed: int = 7
+    seed: int = Field(7, ge=0)
     json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
 
 
@@ -170,7 +188,7 @@ class ContinualConfig(Config):
     learners: str = Field("", description="with commas; empty = all of the artifact")
     lr: float = Field(0.03, gt=0, description="of the head that is fine-tuned on the newest class alone")
     steps: int = Field(5, ge=1, description="of its fine-tuning for each class")
-    seed: int = 7
+    seed: int = Field(7, ge=0)
     json_out: Path | None = Field(None, description="also write the figures there, one JSON line per row")
 
 
@@ -190,7 +208,7 @@ class ExportConfig(Config):
     episodes: int = Field(400, ge=10, description="calibration episodes per way and shot")
     per_class: int = Field(0, ge=0)
     metrics: str = Field("", description="files of `evaluate --json-out`, with commas: the measured accuracy")
-    seed: int = 11
+    seed: int = Field(11, ge=0)
 
 
 class TextDemoConfig(Config):
@@ -223,7 +241,7 @@ class ImportConfig(Config):
     int8: bool = Field(True, description="also an int8 graph, if it loses at most half a point of accuracy")
     episodes: int = Field(400, ge=10, description="calibration episodes per way and shot")
     per_class: int = Field(100, ge=0, description="at most so many images a class; 0 = all")
-    seed: int = 11
+    seed: int = Field(11, ge=0)
 
 
 class LakeConfig(Config):
@@ -288,7 +306,7 @@ class PretextConfig(Config):
     asked: int = Field(500, ge=2, description="images asked about, at most")
     split: str = Field("val", description="classes to ask about")
     per_class: int = Field(0, ge=0, description="at most so many images a class to learn from; 0 = all")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -310,10 +328,10 @@ class BaselineConfig(Config):
     shot: int = Field(1, ge=1)
     queries: int = Field(15, ge=1, description="questions per class")
     episodes: int = Field(2000, ge=2)
-    group: str = Field("", description="expression whose match in a file name tells images of one thing apart")
+    group: Expression = Field("", description="expression whose match in a file name tells images of one thing apart")
     rotations: bool = False
     per_class: int = Field(0, ge=0)
-    seed: int = 7
+    seed: int = Field(7, ge=0)
     json_out: Path | None = Field(None, description="also append the rows there, one JSON line each")
     checkpoint_s: float = 60
     minutes: float = 0
@@ -346,4 +364,4 @@ def parse(model: type[C], arguments: list[str], *, prog: str) -> C:
     except ValidationError as error:
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-")
-        parser.error(f"{flag}: {first['msg']}")
+        parser.error(f"{flag}: {first['msg'].removeprefix('Value error, ')}")
