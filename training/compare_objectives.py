@@ -18,7 +18,7 @@ import numpy as np
 from models.images import ImageDecoder
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES
-from training import checkpoint, data, evaluate, pretrain, pretrained, rows, vision
+from training import checkpoint, data, evaluate, inputs, pretrain, pretrained, rows, vision
 from training.config import CompareObjectivesConfig, PretrainConfig
 from training.episodes import Pool, digest, frozen
 from training.intervals import interval
@@ -70,6 +70,7 @@ def main(config: CompareObjectivesConfig) -> list[dict[str, Any]]:
     unknown = set(config.objectives.split(",")) - set(OBJECTIVES)
     if unknown or config.shape not in SHAPES:
         sys.exit(f"Known objectives: {', '.join(OBJECTIVES)}; known shapes: {', '.join(SHAPES)}.")
+    inputs.fitting(config.shape, config.augment)
     decoder = ImageDecoder(config.size, config.size, SHAPES[config.shape].channels)
     images = data.load(config.data, "train", decoder, per_class=config.per_class or None)
     asked = data.load(config.data, config.split, decoder)

@@ -262,6 +262,17 @@ def listed(source: Path, split: str, decoder: Decoder, *, per_class: int | None 
     return {name: len(found[name][:per_class]) for name in classes}
 
 
+def things(source: Path, decoder: Decoder) -> dict[str, int]:
+    """How many things each class shows, whatever its split; what shows one thing splits.json tells, if anything."""
+    found, classes = _of_split(source, "all", decoder, quiet=True)
+    group_of = Grouper(pieces(source), "")
+    counts = {}
+    for name in classes:
+        numbers = [group_of(name, PurePosixPath(member).name) for member, _ in found[name]]
+        counts[name] = numbers.count(-1) + len(set(numbers) - {-1})
+    return counts
+
+
 def unchanged(state: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> None:
     """Raises DataError where a checkpoint says that it was trained on something else. Older ones do not say it."""
     before = state.get("trained_on", known)

@@ -18,8 +18,9 @@ from models.extractor import Decoder
 from models.images import ImageDecoder
 from models.resnet import ImageExtractor, ResNet
 from models.text import TextDecoder
-from training.augment import AUGMENTATIONS, Stretches
+from training.augment import AUGMENTATIONS, Photos, Stretches
 from training.config import PretrainConfig
+from training.data import DataError
 
 Network = ImageExtractor | TextExtractor
 Shown = Callable[[Tensor, int, torch.Generator], Tensor]  # a batch, its size, random numbers -> other views of it
@@ -54,6 +55,14 @@ def network(shape: str) -> Network:
 
 def augmentation(config: PretrainConfig) -> Shown:
     return Stretches() if kind(config.shape) == "text" else AUGMENTATIONS[config.augment]
+
+
+def fitting(shape: str, augment: str) -> None:
+    """Raises DataError where an augmentation is of colours, and the network sees grey."""
+    grey = kind(shape) == "image" and resnet.SHAPES[shape].channels == 1
+    if grey and isinstance(AUGMENTATIONS[augment], Photos):
+        fit = " or ".join(name for name, one in AUGMENTATIONS.items() if not isinstance(one, Photos))
+        raise DataError(f"--augment {augment} is for colour, and the shape {shape} sees grey: --augment {fit} fits.")
 
 
 def prepared(batch: Tensor) -> Tensor:

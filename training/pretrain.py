@@ -45,6 +45,7 @@ def main(config: PretrainConfig) -> Path:
         sys.exit("--details are asked about by the objective momentum alone.")
     if config.mix and (text or not may_mix(config)):
         sys.exit("--mix is for supervised and projected, and for what poses its own question beside them.")
+    inputs.fitting(config.shape, config.augment)
     if config.epochs == 0 and config.start is None:
         sys.exit("--epochs 0 takes the weights of --start as they are: which?")
     decoder = inputs.decoder(config)
@@ -71,13 +72,24 @@ def main(config: PretrainConfig) -> Path:
 
 
 def _foreseen(config: PretrainConfig, decoder: Decoder) -> None:
-    """Raises DataError where a command after this one would find too few classes, hours later."""
-    splits = data.split_classes(config.data, list(data.listed(config.data, "all", decoder)))
+    """Raises DataError where a command after this one would find too few classes, or too little of one, hours later."""
+    things = data.things(config.data, decoder)
+    splits = data.split_classes(config.data, list(things))
+    if few := [name for name in splits["train"] if things.get(name) == 1]:
+        print(
+            f"Of {data.named_few(few)} there is one example: metatrain will need --tasks other than labels.",
+            file=sys.stderr,
+        )
     for split, needs in (("val", "metatrain and export"), ("test", "tasks of evaluate")):
         if len(splits[split]) == 1 and not config.rotations:  # turned, one class is four
             raise data.DataError(
                 f"{config.data} has one class in its split '{split}', '{splits[split][0]}'; {needs} take two or more. "
                 f"{len(splits['train'])} are to learn from: splits.json, see docs/training.md, deals them otherwise."
+            )
+        if few := [name for name in splits[split] if things.get(name) == 1]:
+            raise data.DataError(
+                f"{config.data} has one example of {data.named_few(few)} in its split '{split}'; {needs} take two or "
+                "more, of different things, of each class."
             )
         if not splits[split]:
             print(f"{config.data} has no classes in its split '{split}', which {needs} will need.", file=sys.stderr)

@@ -162,6 +162,12 @@ def test_unknown_objectives_end_with_a_sentence(many: Path, tmp_path: Path) -> N
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def test_an_augmentation_that_does_not_fit_is_said_before_any_training(many: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--augment characters fits"):
+        compare_objectives.main(config(many, tmp_path, shape="tiny-grey"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_chosen_is_chosen_on_validation_classes() -> None:
     given = {"data": Path("d"), "extractors": "a=b"}
     assert CompareObjectivesConfig(data=Path("d"), out=Path("o")).split == PretextConfig(**given).split == "val"

@@ -105,7 +105,7 @@ def test_looking_at_the_validation_classes_changes_nothing_and_is_written_down(
         {"epochs": 3},
         {"objectives": "supervised=1"},
         {"rotations": True},
-        {"shape": "tiny-grey"},
+        {"shape": "tiny-grey", "augment": "characters"},
     ],
     ids=lambda other: next(iter(other)),
 )
@@ -272,9 +272,39 @@ def test_too_few_classes_are_said_before_hours_of_training(
     assert "has no classes in its split 'test', which tasks of evaluate will need" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_class_of_one_thing_is_said_before_hours_of_training(
+    split: str, alike: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = synthetic.write(tmp_path / "ten", classes=10, images=3)
+    splits: dict[str, Any] = data.split_classes(folder, [path.name for path in folder.iterdir()])
+    lone, learned = splits[split][0], splits["train"][0]
+    images = sorted((folder / lone).iterdir())
+    if alike:
+        splits["piece"] = {f"{lone}/{image.name}": "one thing" for image in images}
+        (folder / "splits.json").write_text(json.dumps(splits))
+    else:
+        for image in images[1:]:
+            image.unlink()
+    for image in sorted((folder / learned).iterdir())[1:]:
+        image.unlink()
+    with pytest.raises(data.DataError, match=f"one example of {lone} in its split '{split}'; .* of different things"):
+        pretrain.main(config(data=folder, out=tmp_path / "run"))
+    assert f"Of {learned} there is one example: metatrain will need --tasks" in capsys.readouterr().err
+
+
 def test_a_start_of_another_shape_is_refused(shapes: Path, unbroken: Path, tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match="is of another --shape than tiny-grey"):
-        pretrain.main(config(data=shapes, out=tmp_path, shape="tiny-grey", start=unbroken))
+        pretrain.main(config(data=shapes, out=tmp_path, shape="tiny-grey", augment="characters", start=unbroken))
+
+
+@pytest.mark.parametrize("augment", ["photos", "strong", "snapshots"])
+def test_augmentations_of_colours_are_refused_where_the_network_sees_grey(
+    augment: str, shapes: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(data.DataError, match=f"--augment {augment} is for colour, .* grey: --augment characters fits"):
+        pretrain.main(config(data=shapes, out=tmp_path, shape="tiny-grey", augment=augment))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK of something else" * 9, None], ids=["empty", "foreign", "truncated"])
