@@ -14,6 +14,7 @@ import random
 import re
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -56,10 +57,13 @@ class Images:
         return len(self.labels)
 
 
-def members(source: Path, suffixes: Container[str] = SUFFIXES) -> Iterator[tuple[str, str, zipfile.ZipFile | None]]:
+def members(
+    source: Path, suffixes: Container[str] = SUFFIXES, others: Counter[str] | None = None
+) -> Iterator[tuple[str, str, zipfile.ZipFile | None]]:
     """Yields (class, member, archive or None) of every image under a folder or in a zip, sorted by name.
 
-    What is hidden, and what operating systems leave behind, is passed over.
+    What is hidden, and what operating systems leave behind, is passed over; what else is no image but lies in a class
+    folder is counted in `others` by its ending.
     """
     if source.is_file():
         archives = [source]
@@ -81,17 +85,26 @@ def members(source: Path, suffixes: Container[str] = SUFFIXES) -> Iterator[tuple
                 raise DataError(f"{path} is no zip, or a damaged one.") from None
             for name in sorted(archive.namelist()):
                 member = PurePosixPath(name)
-                if member.suffix.lower() in suffixes and len(member.parts) > 1 and not left_behind(member):
+                if len(member.parts) < 2 or left_behind(member):
+                    continue
+                if member.suffix.lower() in suffixes:
                     yield str(member.parent), name, archive
+                elif others is not None and not name.endswith("/"):
+                    others[member.suffix.lower()] += 1
         return
-    for path in sorted(_loose(source, suffixes)):
+    for path in sorted(_loose(source, suffixes, others)):
         yield path.parent.relative_to(source).as_posix(), str(path), None
 
 
-def _loose(source: Path, suffixes: Container[str]) -> Iterator[Path]:
+def _loose(source: Path, suffixes: Container[str], others: Counter[str] | None = None) -> Iterator[Path]:
     """The examples in class folders, in the order of the disk."""
-    found = (path for path in source.rglob("*") if path.suffix.lower() in suffixes and path.parent != source)
-    return (path for path in found if not left_behind(path.relative_to(source)))
+    for path in source.rglob("*"):
+        if path.parent == source or left_behind(path.relative_to(source)):
+            continue
+        if path.suffix.lower() in suffixes:
+            yield path
+        elif others is not None and path.is_file():
+            others[path.suffix.lower()] += 1
 
 
 def said(source: Path) -> dict[str, Any]:
@@ -184,8 +197,12 @@ def _of_split(
     if split not in (*SPLITS, *BY_ALPHABET, "all"):
         raise DataError(f"'{split}' is no split; known are {', '.join((*SPLITS, *BY_ALPHABET))} and all.")
     found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
-    for name, member, read in _examples(source, decoder):
+    others: Counter[str] = Counter()
+    for name, member, read in _examples(source, decoder, others):
         found.setdefault(name, []).append((member, read))
+    if others and not quiet:
+        told = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in sorted(others.items()))
+        print(f"Passed over in the class folders of {source}: {told}.", file=sys.stderr)
     named = {name for part in SPLITS for name in said(source).get(part, [])}
     _each_once(source, named & set(found) if named and split != "all" else found)
     if split == "all":
@@ -283,8 +300,11 @@ def unchanged(state: Mapping[str, Any], known: Mapping[str, Any], path: Path) ->
         )
 
 
-def _examples(source: Path, decoder: Decoder) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
-    """(class, name, how to read it) of everything in the source that is of the decoder's kind. Raises DataError."""
+def _examples(source: Path, decoder: Decoder, others: Counter[str]) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
+    """(class, name, how to read it) of everything in the source that is of the decoder's kind. Raises DataError.
+
+    What else lies in class folders is counted in `others`.
+    """
     kind, suffixes = ("texts", texts.SUFFIXES) if isinstance(decoder, TextDecoder) else ("images", SUFFIXES)
     if isinstance(decoder, TextDecoder) and source.is_file() and source.suffix in (".jsonl", ".txt"):
         rows = texts.lines(source) if source.suffix == ".jsonl" else texts.pieces(source, decoder.length)
@@ -295,7 +315,7 @@ def _examples(source: Path, decoder: Decoder) -> Iterator[tuple[str, str, Callab
             raise DataError(str(error)) from None
         return
     nothing = True
-    for name, member, archive in members(source, suffixes):
+    for name, member, archive in members(source, suffixes, others):
         # Lake's one-shot runs lie beside Omniglot in an archive of another layout.
         if archive is not None and archive.filename and "one_shot" in archive.filename:
             continue

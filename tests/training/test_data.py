@@ -136,6 +136,24 @@ def test_of_one_class_in_two_places_a_splits_json_may_name_one(tmp_path: Path) -
         data.load(tmp_path, "train", DECODER)
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_files_of_other_endings_are_counted_and_said(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "set"
+    for name in ("a/1.png", "b/1.BMP", "b/2.bmp", "b/deep/3.bmp", "c/1.gif"):
+        picture(source / name, 50)
+    (source / "a" / "LICENSE").write_text("none")
+    (source / "a" / ".hidden.bmp").write_text("none")
+    (source / "README.md").write_text("outside of any class")
+    given = source if kind == "folder" else zipped(source, tmp_path / "set.zip")
+    assert data.load(given, "all", DECODER).classes == ("a",)
+    told = f"Passed over in the class folders of {given}: 1 without an ending, 3 .bmp, 1 .gif.\n"
+    assert capsys.readouterr().err == told
+    data.listed(given, "all", DECODER)
+    assert capsys.readouterr().err == ""
+
+
 def test_per_class_takes_the_first_of_each(folder: Path) -> None:
     assert greys(data.load(folder, "all", DECODER, per_class=2)) == [
         10 * label + number for label in range(10) for number in range(2)
