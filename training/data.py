@@ -89,11 +89,16 @@ def members(
                     continue
                 if member.suffix.lower() in suffixes:
                     yield str(member.parent), name, archive
-                elif others is not None and not name.endswith("/"):
+                elif others is not None and not name.endswith("/") and not _one_shot(path.name):
                     others[member.suffix.lower()] += 1
         return
     for path in sorted(_loose(source, suffixes, others)):
         yield path.parent.relative_to(source).as_posix(), str(path), None
+
+
+def _one_shot(archive: str) -> bool:
+    """Lake's one-shot runs lie beside Omniglot in an archive of another layout."""
+    return "one_shot" in archive
 
 
 def _loose(source: Path, suffixes: Container[str], others: Counter[str] | None = None) -> Iterator[Path]:
@@ -316,8 +321,7 @@ def _examples(source: Path, decoder: Decoder, others: Counter[str]) -> Iterator[
         return
     nothing = True
     for name, member, archive in members(source, suffixes, others):
-        # Lake's one-shot runs lie beside Omniglot in an archive of another layout.
-        if archive is not None and archive.filename and "one_shot" in archive.filename:
+        if archive is not None and archive.filename and _one_shot(archive.filename):
             continue
         nothing = False
         yield name, member, partial(archive.read, member) if archive is not None else Path(member).read_bytes
