@@ -126,7 +126,7 @@ class MetatrainConfig(Config):
     slots: int = Field(256, ge=1, description="slots of the external memory")
     lr: float = Field(1e-3, gt=0)
     outer: Literal["episodic", "reptile"] = Field(
-        "episodic", description="outer loop; episodic with the gradient learner is MAML"
+        "episodic", description="outer loop; episodic: through the inner loop, as Meta-SGD learns step sizes"
     )
     check_steps: int = Field(200, ge=1, description="steps between looks at held-out tasks; the best is kept")
     per_class: int = Field(0, ge=0)

@@ -3,7 +3,8 @@
     affine = learner.adapt(support)                     inner loop, differentiable
     loss = cross_entropy(query @ affine, answers)       on questions the inner loop never saw
 
-With the gradient learner this loop is MAML, and first- or second-order makes no difference to its closed-form steps.
+With the gradient learner this is Meta-SGD of a head: step sizes are learned, and the scale of the prototypes that it
+starts from, through all inner steps (second order); no start is learned, for it cancels (models/learners/gradient.py).
 The other outer loop is Reptile: some steps on one episode, then a part of the way from the start to where they ended.
 Each learner starts at a sensible classifier and is kept at the step that did best on held-out tasks, the start
 included, so training cannot make it worse there. Resumes after a kill to the same values, bit for bit. Where episodes
