@@ -109,6 +109,7 @@ class MetatrainConfig(Config):
         "labels",
         description="with no label read: pseudo, every image a class; clusters of features, fine and coarse; or mixed",
     )
+    check_split: str = Field("val", description="classes whose tasks decide which step is kept")
     practise: str = Field(
         "", description="more folders, with commas, whose training classes episodes are drawn from as well"
     )
@@ -126,7 +127,7 @@ class MetatrainConfig(Config):
     slots: int = Field(256, ge=1, description="slots of the external memory")
     lr: float = Field(1e-3, gt=0)
     outer: Literal["episodic", "reptile"] = Field(
-        "episodic", description="outer loop; episodic: through the inner loop, as Meta-SGD learns step sizes"
+        "episodic", description="outer loop; episodic: through the inner loop, as Li et al. learn step sizes"
     )
     check_steps: int = Field(200, ge=1, description="steps between looks at held-out tasks; the best is kept")
     per_class: int = Field(0, ge=0)

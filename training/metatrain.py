@@ -255,7 +255,7 @@ def main(config: MetatrainConfig) -> Path:
         decoder = inputs.decoder(pretrained)
         told = {"extractor": known, **_told(config, decoder)}
         remembered, sources = practice(extractor, decoder, config, pretrained)
-        check_images = data.load(config.data, "val", decoder, per_class=config.per_class or None)
+        check_images = data.load(config.data, config.check_split, decoder, per_class=config.per_class or None)
         check_tasks = cached(extractor, check_images, config, pretrained, seed=config.seed + 1)
         return train(config, remembered, sources, check_tasks, device, told)
 
@@ -279,7 +279,7 @@ def _told(config: MetatrainConfig, decoder: Decoder) -> dict[str, Any]:
     And the digests of the classes learned from.
     """
     folders = [Path(name) for name in config.practise.split(",") if name]
-    parts = [(config.data, config.split), *((folder, "train") for folder in folders), (config.data, "val")]
+    parts = [(config.data, config.split), *((folder, "train") for folder in folders), (config.data, config.check_split)]
     found = [data.listed(folder, split, decoder, per_class=config.per_class or None) for folder, split in parts]
     counts = {f"{place} {name}": count for place, part in enumerate(found) for name, count in part.items()}
     return {

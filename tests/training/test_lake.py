@@ -58,11 +58,11 @@ def test_the_error_is_over_all_questions_and_what_was_seen_is_said(
     assert [line["method"] for line in lines] == ["prototype", "ridge"]
     for line in lines:
         assert line["error"] == 25.0  # two of eight
-        assert line["interval"] == pytest.approx(196 * (0.5**2 / 2) ** 0.5 / 2**0.5)  # runs of 100 and 50 per cent
+        assert line["interval"] == pytest.approx(1271 * (0.5**2 / 2) ** 0.5 / 2**0.5)  # runs of 100 and 50 per cent
         assert (line["way"], line["episodes"], line["questions"]) == (4, 2, 8)
         assert (line["seen_characters"], line["seen_alphabets"], line["labels"]) == (2, 1, "none")
     printed = capsys.readouterr().out
-    assert "| ridge | 25.00 ± 49.00 |" in printed
+    assert "| ridge | 25.00 ± 317.75 |" in printed
     assert "2 characters of 1 of the alphabets" in printed
 
 

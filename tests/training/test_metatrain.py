@@ -337,6 +337,21 @@ def test_going_on_with_other_settings_is_refused(shapes: Path, folder: Callable[
 
 
 @pytest.mark.usefixtures("few_looks")
+def test_which_step_is_kept_is_told_by_the_classes_named_for_it(
+    shapes: Path, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    load = data.load
+    monkeypatch.setattr(
+        data, "load", lambda path, split, *rest, **more: asked.append(split) or load(path, split, *rest, **more)
+    )
+    given = {"data": shapes, **SHORT, "learners": "prototype"}
+    metatrain.main(MetatrainConfig(**given, out=folder("usual")))
+    metatrain.main(MetatrainConfig(**given, out=folder("named"), check_split="train"))
+    assert asked == ["train", "val", "train", "train"]
+
+
+@pytest.mark.usefixtures("few_looks")
 def test_the_best_of_every_learner_is_kept_and_can_be_built(shapes: Path, folder: Callable[[str], Path]) -> None:
     out = folder("run")
     metatrain.main(MetatrainConfig(data=shapes, out=out, **SHORT))
