@@ -45,7 +45,7 @@ commit, later = RecentScope.commit, set()
 async def early(self, task, record, head_id, head, *, expect, **named):  # acknowledges first, and commits then
     at = await self._beneath.pointer(task)
     async def then():
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.25)  # longer than a busy machine needs for a kill
         await commit(self, task, record, head_id, head, expect=None, **named)
     later.add(asyncio.create_task(then()))
     return Pointer((at.version if at else 0) + 1, head_id)
