@@ -18,6 +18,9 @@ from models.head import Affine
 from models.learners.things import by_thing
 
 
+MANY = 512  # examples of a class
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Ridge:
     log_scale: Array  # []
@@ -76,41 +79,46 @@ def left_out(features: Array, belongs: Array, log_penalty: Array, labels: np.nda
         turned = rows @ xp.linalg.inv(rows.T @ rows + penalty * unit(dim))  # [n, dim]
         error = targets - rows @ (turned.T @ targets)
 
-    def less(places: np.ndarray) -> Array:
-        """One less the leverages of these rows on each other."""
+    def of_class(own: np.ndarray) -> Array:
+        if n > dim and len(own) > MANY:  # of so many what is left weighs hardly more
+
+            def alone(rows: Array, turned: Array, error: Array) -> Array:
+                return xp.linalg.solve(unit(rows.shape[1]) - rows @ xp.matrix_transpose(turned), error)
+
+            return by_thing(things[own], alone, at(own, rows), at(own, turned), at(own, error))
         if n <= dim:
-            return penalty * at(places, at(places, inverse).T)
-        return unit(len(places)) - at(places, rows) @ at(places, turned).T
+            return _of_class(penalty * at(own, at(own, inverse).T), at(own, error), things[own])
+        return _of_class(unit(len(own)) - at(own, rows) @ at(own, turned).T, at(own, error), things[own])
 
     order = np.argsort(labels, kind="stable")
     classes = np.split(order, np.cumsum(np.bincount(labels))[:-1])
-    found = [_of_class(less(own), at(own, error), things[own]) for own in classes]
-    return (targets - at(np.argsort(order), xp.concat(found, axis=0))) / root
+    found = xp.concat([of_class(own) for own in classes], axis=0)
+    return (targets - at(np.argsort(order), found)) / root
 
 
 def _of_class(less: Array, error: Array, things: np.ndarray) -> Array:
     """The errors [k, way] of the rows of a class by fits without each of its things [k].
 
     `less` [k, k] is one less their leverages in the fit to all, `error` [k, way] what that leaves. Without a thing of
-    `size` rows the others weigh k / (k - size) as much: all k are made to first, by Woodbury's identity.
+    `size` rows the others weigh k / (k - size) as much: all k are made to first, by Woodbury's identity, which for each
+    size is another weight of the same eigenvectors.
     """
     xp, where = array_namespace(less), device(less)
     k = less.shape[0]
+    values, vectors = xp.linalg.eigh(less)
+    seen = vectors.T @ error
     _, number, sizes = np.unique(things, return_inverse=True, return_counts=True)
     orders, found = [], []
     for size in map(int, np.unique(sizes)):
         more = k / (k - size) if size < k else 1.0
-        heavier = more * xp.eye(k, dtype=less.dtype, device=where) - (more - 1) * less
-        solved = xp.linalg.solve(heavier, xp.concat([less, error], axis=1))
+        heavier = more - (more - 1) * values
 
-        def alone(places: Array, left: Array, solved: Array = solved) -> Array:
-            block = xp.reshape(places[:, :, None] * k + places[:, None, :], (-1,))
-            taken = xp.take(xp.reshape(solved[:, :k], (-1,)), block, axis=0)
-            return xp.linalg.solve(xp.reshape(taken, (*places.shape, places.shape[1])), left)
+        def alone(rows: Array, left: Array, weight: Array = values / heavier) -> Array:
+            return xp.linalg.solve((rows * weight) @ xp.matrix_transpose(rows), left)
 
         own = np.flatnonzero(sizes[number] == size)
-        places = xp.asarray(own, device=where)
-        found.append(by_thing(things[own], alone, places, xp.take(solved[:, k:], places, axis=0)))
+        rows = xp.take(vectors, xp.asarray(own, device=where), axis=0)
+        found.append(by_thing(things[own], alone, rows, rows @ (seen / heavier[:, None])))
         orders.append(own)
     return xp.take(xp.concat(found, axis=0), xp.asarray(np.argsort(np.concatenate(orders)), device=where), axis=0)
 

@@ -43,3 +43,13 @@ def test_what_is_left_of_a_class_weighs_as_much_as_the_class_did(shots: tuple[in
         w = np.where(out, 0, len(x) / (3 * np.bincount(labels[~out])[labels]))[:, None]
         solution = np.linalg.solve(x.T @ (w * x) + 0.5 * np.eye(DIM), x.T @ (w * targets))
         np.testing.assert_allclose(found[index], 8 * x[index] @ solution, rtol=1e-3, atol=1e-3)
+
+
+def test_of_very_many_what_is_left_weighs_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    support, _, _ = clusters((40, 30), noise=0.4)
+    shown = support.labels * 70 + np.arange(70) // 3
+    exact = learner("ridge").leave_out(support, shown)
+    monkeypatch.setattr("models.learners.ridge.MANY", 20)
+    found = learner("ridge").leave_out(support, shown)
+    np.testing.assert_allclose(found, exact, atol=0.1 * np.abs(exact).max())
+    assert not np.array_equal(found, exact)
