@@ -71,7 +71,6 @@ export class Desk extends EventTarget {
   #seen = new Map(); // example id -> photo, also of those taken away: an undo shows them again
   #last = Promise.resolve();
   #resting = new Set();
-  #most = BATCH.photos; // in one request; fewer once the service has found it too large
   #closed = false;
 
   constructor(name = null) {
@@ -356,7 +355,9 @@ export class Desk extends EventTarget {
 
   // Sends what waits. The first time that two boxes have a photo, that makes the task.
   async #send() {
-    for (let goesOn = false; ; goesOn = true) {
+    let most = BATCH.photos; // in one request; fewer where the service has found these too many
+    let goesOn = false; // whether some were learned already, of which an undo is offered
+    for (;;) {
       for (const box of this.#all) box.photos = box.photos.filter(({ gone, state }) => !gone || state !== "waiting");
       const waiting = this.#all.flatMap((box) => box.photos.map((photo, place) => ({ box, photo, place })));
       const items = waiting
@@ -367,8 +368,14 @@ export class Desk extends EventTarget {
       if (!items.length || (!this.task && classes < 2)) return;
       let bytes = 0;
       const fits = ({ blob }, index) => index < classes || (bytes += blob.size) < BATCH.bytes;
-      const stop = items.findIndex((item, index) => index >= this.#most || !fits(item, index));
-      await this.#sendBatch(stop < 0 ? items : items.slice(0, stop), goesOn);
+      const stop = items.findIndex((item, index) => index >= most || !fits(item, index));
+      const batch = stop < 0 ? items : items.slice(0, stop);
+      const { learned, tooMuch } = await this.#sendBatch(batch, goesOn);
+      goesOn ||= learned;
+      if (!tooMuch) continue;
+      const least = this.task ? 1 : classes;
+      if (batch.length > least) most = Math.max(least, Math.ceil(batch.length / 2));
+      else this.#fail(items, tooMuch); // there is no room for one more
     }
   }
 
@@ -384,14 +391,12 @@ export class Desk extends EventTarget {
       task = this.task ? await api.add(this.name, batch) : await this.#create(batch);
     } catch (error) {
       const culprit = batch[error.index]; // left out, and the others are sent again
-      const smaller = error.status === 413 && batch.length > (this.task ? 1 : 2);
-      if (smaller && !culprit) this.#most = Math.ceil(batch.length / 2);
-      const again = culprit || smaller || error instanceof Away || this.#lost(error);
-      for (const { photo } of batch) photo.state = again ? "waiting" : "failed";
+      const tooMuch = error.status === 413 && !culprit ? error : null;
+      for (const { photo } of batch) photo.state = "waiting";
       if (error instanceof Away) throw error;
       if (culprit) this.#refuse(culprit.box, culprit.photo, error.message);
-      else if (!again) for (const box of new Set(batch.map((item) => item.box))) this.note(box, error.message, true);
-      return;
+      else if (!tooMuch && !this.#lost(error)) this.#fail(batch, error);
+      return { learned: false, tooMuch };
     }
     for (const { index, code, detail } of task.rejected ?? []) {
       if (batch[index] && code !== "duplicate_example") this.#refuse(batch[index].box, batch[index].photo, detail);
@@ -408,6 +413,12 @@ export class Desk extends EventTarget {
     if (before !== undefined && task.version !== before && !goesOn) this.#undo.push({ version: before, what });
     this.#adopt(task);
     this.#fire("said", `${what}. ${task.report?.advice ?? ""}`);
+    return { learned: true, tooMuch: null };
+  }
+
+  #fail(items, error) {
+    for (const { photo } of items) photo.state = "failed";
+    for (const box of new Set(items.map((item) => item.box))) this.note(box, error.message, true);
   }
 
   async #create(batch) {

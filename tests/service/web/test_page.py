@@ -1231,6 +1231,14 @@ def test_photos_that_are_too_many_at_once_go_in_smaller_requests(watched: Watche
     assert sum(images) == 10
     assert page.locator(".note").count() == 0
 
+    # An undo takes away what was added in the end, and no more.
+    page.unroute(tasks)
+    page.route(tasks, lambda route: at_most(2, route))
+    drop(box(page, 1), photos("alpha", 6, 7, 8))
+    settled(page, service, {"Class 1": 8, "Class 2": 5})
+    page.get_by_role("button", name="Undo").click()
+    settled(page, service, {"Class 1": 5, "Class 2": 5})
+
     # Where not even one is taken, the sentence is shown, and nothing is asked for ever.
     page.unroute(tasks)
     page.route(tasks, lambda route: at_most(0, route))
