@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from models.errors import InvalidRequest, TaskNotFound, TaskStale, VersionConflict
+from models.errors import InvalidRequest, StoreUnavailable, TaskNotFound, TaskStale, VersionConflict
 from service.engine import Engine
 from service.stores import Expected, Pointer
 from service.web.access import scope_of
@@ -50,8 +50,10 @@ async def expected(request: Request, engine: Engine, task: str, *, makes: bool =
         if makes or isinstance(error, TaskStale):
             raise VersionConflict(error.detail) from None
         raise
+    if pointer.stale:
+        raise StoreUnavailable("The store does not answer, and where the task is now only it can tell.", retry_after=2)
     # A weak tag fits none here. A tag without its quotes, or without the head, is unmistakable.
     fitting = {f"v{pointer.version}", etag(pointer).strip('"')}
     if not any_will_do and fitting.isdisjoint(tag.strip('"') for tag in tags):
         raise VersionConflict(f"The task is at version {pointer.version}, and not where If-Match says.")
-    return Pointer(pointer.version, pointer.head)  # as the store will have it, though it was away just now
+    return pointer

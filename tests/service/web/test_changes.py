@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 from urllib.parse import quote
 
 import httpx
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.errors import StoreUnavailable
 from service.settings import Settings
+from service.stores.lru import Recent
 from service.stores.memory import MemoryStore
 from service.support import example_id
 from service.web import schemas
@@ -361,6 +364,26 @@ def test_a_version_is_a_number_from_one(http: httpx.Client, query: str) -> None:
     refused(http.post(f"/v1/tasks/t/rollback{query}"), 422, "invalid_request", "`version`")
     if query:
         refused(http.get(f"/v1/tasks/t{query}"), 422, "invalid_request", "`version`")
+
+
+def test_where_the_store_is_away_nobody_is_told_that_the_task_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beneath = MemoryStore()
+    store = Recent(beneath, most=9, stale_ok_s=300)
+    made = create_app(Settings(**LIMITS), artifact=tiny_artifact(tmp_path), extractor=MeanColour(), store=store)  # type: ignore[arg-type]
+    with served(made) as http:
+        known = task_of(http.get(f"/v1/tasks/{taught(http, 't', 'red', 'blue').task}"))
+        away = AsyncMock(side_effect=StoreUnavailable("It is away."))
+        for name in ("pointer", "commit", "delete"):
+            monkeypatch.setattr(type(beneath.scope("")), name, away)
+        for etag in (f'"v{known.version + 1}-hd_moved"', f'"v{known.version}-{known.head}"', "*"):
+            for method, path, body in (("PUT", "", {"files": colours("red", "lime")}), ("DELETE", "", {})):
+                refused(
+                    http.request(method, f"/v1/tasks/t{path}", headers={"If-Match": etag}, **body),
+                    503,
+                    "store_unavailable",
+                )
 
 
 def test_every_change_can_ask_that_the_task_has_not_moved(http: httpx.Client) -> None:
