@@ -26,7 +26,7 @@ KEY = "idempotency-key"
 ANSWER_S = 24 * 3600
 CLAIM_S = 60  # whoever dies at work stands in the way for so long
 LONGEST = 255
-REPLAYED = ("content-type", "etag", "preference-applied")
+REPLAYED = ("content-type", "etag", "location", "preference-applied")
 WHERE = ("if-match", "if-none-match")  # what a request asks for beside its address and body
 BOUNDARY = re.compile(r"""multipart/form-data;.*\bboundary="?([^";]+)""", re.IGNORECASE)
 

@@ -18,7 +18,7 @@ from service.web import answers, schemas
 from service.web.access import scope_of
 from service.web.bodies import Bounds, Given, one_of, read_support
 from service.web.conditions import etag, expected, unchanged
-from service.web.idempotency import KEY, once
+from service.web.idempotency import KEY, WHERE, once
 from service.web.openapi import AT_WORK, CONFLICT, NOT_FOUND, NOT_RETAINED, PROBLEMS, STALE, SUPPORT_BODY, optional
 from service.web.retained import archive, media_type_of, retained
 
@@ -118,15 +118,23 @@ def create_router(engine: Engine, bounds: Bounds) -> APIRouter:
         },
     )
     async def adapt(request: Request, options: Annotated[NewOptions, Query()]) -> Response:
-        if not any(header in request.headers for header in ("if-match", "if-none-match", KEY)):
-            return await made(request, None, options)
-        # These are about a task by its name, which is that of the head and so has to be found first.
-        given = await asked(request, options)
-        method = one_of(options.method, given.method)
+        conditional = any(header in request.headers for header in WHERE)
         if options.from_task:
-            task = await engine.name_of_copy(scope_of(request), options.from_task, method=method)
-        else:
-            task = engine.name(given.examples, unlabelled=given.unlabelled, method=method)
+
+            async def copied() -> Response:
+                given = await asked(request, options)
+                task = None
+                if conditional:  # these are about a task by its name, which is that of the head
+                    method = one_of(options.method, given.method)
+                    task = await engine.name_of_copy(scope_of(request), options.from_task, method=method)
+                return await made(request, task, options, given)
+
+            # Its key is kept beside the other task: the name of a copy moves as that one does.
+            return await once(request, options.from_task, copied)
+        if not conditional and KEY not in request.headers:
+            return await made(request, None, options)
+        given = await asked(request, options)
+        task = engine.name(given.examples, unlabelled=given.unlabelled, method=one_of(options.method, given.method))
         return await once(request, task, lambda: made(request, task, options, given), makes=True)
 
     @router.put(

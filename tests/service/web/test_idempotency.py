@@ -368,11 +368,22 @@ def test_a_task_without_a_name_is_made_once(http: httpx.Client) -> None:
     assert http.post(f"/v1/tasks/{name}/examples", files=colours("gold")).json()["version"] == 2
     again = http.post("/v1/tasks", files=files, headers=key)
     assert (again.status_code, again.headers["idempotent-replayed"], again.text) == (201, "true", first.text)
+    assert again.headers["location"] == first.headers["location"]
     assert http.get(f"/v1/tasks/{name}").json()["version"] == 2
     refused(http.post("/v1/tasks?ttl=600", files=files, headers=key), 422, "idempotency_mismatch")
-    copied = http.post(f"/v1/tasks?from_task={name}", headers=key)
-    assert (copied.status_code, copied.json()["task"] == name) == (201, False)
-    assert http.post(f"/v1/tasks?from_task={name}", headers=key).headers["idempotent-replayed"] == "true"
     http.delete(f"/v1/tasks/{name}")
     anew = http.post("/v1/tasks", files=files, headers=key)
     assert (anew.status_code, "idempotent-replayed" in anew.headers) == (201, False)
+
+
+def test_a_copy_without_a_name_is_made_once_however_the_other_task_moves(http: httpx.Client) -> None:
+    name, key = "moving", {"Idempotency-Key": "k"}
+    assert http.put(f"/v1/tasks/{name}", files=colours("tan", "teal")).status_code == 201
+    first = http.post(f"/v1/tasks?from_task={name}", headers=key)
+    assert first.status_code == 201
+    assert http.post(f"/v1/tasks/{name}/examples", files=colours("gold")).status_code == 200
+    again = http.post(f"/v1/tasks?from_task={name}", headers=key)
+    assert (again.status_code, again.headers["idempotent-replayed"], again.text) == (201, "true", first.text)
+    other = http.post(f"/v1/tasks?from_task={name}", headers={"Idempotency-Key": "l", "If-None-Match": "*"})
+    assert (other.status_code, other.json()["task"] == first.json()["task"]) == (201, False)
+    refused(http.post(f"/v1/tasks?from_task={name}", headers={"If-None-Match": "*"}), 412, "version_conflict")
