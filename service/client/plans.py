@@ -182,7 +182,11 @@ class Plans:
                 tuple(values.of(values.Rejected, row, name=files[row["index"]][0].name) for row in body["rejected"]),
             )
 
-        return (yield from self._ask(Call("POST", "/v1/classify", _query(**options), content, headers), read))
+        try:
+            return (yield from self._ask(Call("POST", "/v1/classify", _query(**options), content, headers), read))
+        except errors.InvalidSupport:  # what else has an index may be of a question: they are counted by themselves
+            with _naming(files, range(len(files))):
+                raise
 
     def embed(self, images: Images, *, on_bad_image: OnBadImage) -> Plan[values.Embedding]:
         about: dict[str, Any] = {}

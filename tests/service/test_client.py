@@ -467,6 +467,9 @@ def test_a_call_that_stores_nothing(client: Client, faults: Faults) -> None:
     assert [row.error is None for row in found] == [True, False]
     assert [(item.name, item.code) for item in found.rejected] == [("blue[3]", "undecodable_example")]
     assert paths(faults) == ["POST /v1/classify"]
+    with pytest.raises(InvalidSupport, match=r"^blue\[0\]: The class 'blue' has no usable image") as caught:
+        client.classify_once({**some("red"), "blue": [b"nothing"]}, [RED])
+    assert caught.value.index == len(some("red")["red"])
 
 
 def test_features_come_for_any_number_of_images(client: Client, faults: Faults) -> None:
