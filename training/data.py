@@ -201,15 +201,12 @@ def _of_split(
     """Everything in the source by class, and which classes the split means."""
     if split not in (*SPLITS, *BY_ALPHABET, "all"):
         raise DataError(f"'{split}' is no split; known are {', '.join((*SPLITS, *BY_ALPHABET))} and all.")
-    found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
-    others: Counter[str] = Counter()
-    for name, member, read in _examples(source, decoder, others):
-        found.setdefault(name, []).append((member, read))
-    if others and not quiet:
-        told = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in sorted(others.items()))
-        print(f"Passed over in the class folders of {source}: {told}.", file=sys.stderr)
-    named = {name for part in SPLITS for name in said(source).get(part, [])}
-    _each_once(source, named & set(found) if named and split != "all" else found)
+    found = _by_class(source, decoder, quiet=quiet)
+    named = _named(source) & set(found)
+    if split == "all":  # where splits.json names a class in one place, that one stands for it
+        known = {_itself(name) for name in named} - set(found)
+        found = {name: rows for name, rows in found.items() if name in named or _itself(name) not in known}
+    _each_once(source, named if named and split != "all" else found)
     if split == "all":
         classes = sorted(found)
     elif split in BY_ALPHABET:
@@ -224,6 +221,23 @@ def _of_split(
     if not classes:
         raise DataError(f"{source} has no classes in its split '{split}'.")
     return found, classes
+
+
+def _by_class(source: Path, decoder: Decoder, *, quiet: bool) -> dict[str, list[tuple[str, Callable[[], bytes]]]]:
+    """Everything in the source by class."""
+    found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
+    others: Counter[str] = Counter()
+    for name, member, read in _examples(source, decoder, others):
+        found.setdefault(name, []).append((member, read))
+    if others and not quiet:
+        told = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in sorted(others.items()))
+        print(f"Passed over in the class folders of {source}: {told}.", file=sys.stderr)
+    return found
+
+
+def _named(source: Path) -> set[str]:
+    """The classes that splits.json names, whatever their split; none where it does not say."""
+    return {name for split in SPLITS for name in said(source).get(split, [])}
 
 
 def _itself(name: str) -> str:
@@ -285,8 +299,10 @@ def listed(source: Path, split: str, decoder: Decoder, *, per_class: int | None 
 
 
 def things(source: Path, decoder: Decoder) -> dict[str, int]:
-    """How many things each class shows, whatever its split; what shows one thing splits.json tells, if anything."""
-    found, classes = _of_split(source, "all", decoder, quiet=True)
+    """How many things each class of any split shows; what shows one thing splits.json tells, if anything."""
+    found = _by_class(source, decoder, quiet=True)
+    classes = sorted(_named(source) & set(found) or found)
+    _each_once(source, classes)
     group_of = Grouper(pieces(source), "")
     counts = {}
     for name in classes:

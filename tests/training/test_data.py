@@ -136,6 +136,14 @@ def test_of_one_class_in_two_places_a_splits_json_may_name_one(tmp_path: Path) -
         data.load(tmp_path, "train", DECODER)
 
 
+def test_of_a_class_that_splits_json_names_in_one_place_the_other_is_nowhere(tmp_path: Path) -> None:
+    for name in ("train/cat", "test/cat", "train/dog", "test/dog", "more"):
+        picture(tmp_path / name / "1.png", 50)
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["train/cat"], "test": ["test/dog"]}))
+    assert data.load(tmp_path, "all", DECODER).classes == ("more", "test/dog", "train/cat")
+    assert data.things(tmp_path, DECODER) == {"test/dog": 1, "train/cat": 1}
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_files_of_other_endings_are_counted_and_said(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -272,6 +272,19 @@ def test_too_few_classes_are_said_before_hours_of_training(
     assert "has no classes in its split 'test', which tasks of evaluate will need" in capsys.readouterr().err
 
 
+def test_folders_that_deal_images_are_learned_from_where_each_class_is_named_once(tmp_path: Path) -> None:
+    folder = synthetic.write(tmp_path / "eight", classes=8, images=4)
+    names = sorted(path.name for path in folder.iterdir())
+    for part in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "dealt" / part)
+    shutil.copytree(folder / names[0], tmp_path / "dealt" / "train" / "unnamed")
+    shutil.copytree(folder / names[0], tmp_path / "dealt" / "test" / "unnamed")
+    learned = [f"train/{name}" for name in names]
+    splits = {"train": learned[:4], "val": learned[4:6], "test": [f"test/{name}" for name in names[6:]]}
+    (tmp_path / "dealt" / "splits.json").write_text(json.dumps(splits))
+    assert pretrain.main(config(data=tmp_path / "dealt", out=tmp_path / "run")).exists()
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("alike", [False, True])
 def test_a_class_of_one_thing_is_said_before_hours_of_training(
