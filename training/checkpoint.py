@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from training.data import DataError
 
 LOCK = ".lock"
+OLDER = {"pretrain.partial", "metatrain.partial", "baseline.partial"}  # names of halves that had no digits
 _TENSOR = "tensor:"
 
 
@@ -54,7 +55,7 @@ def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the folder of a run, and takes out what a kill left half written there.
+    """Holds the folder of a run, and takes out what a kill left half written there, or in a folder of a part of it.
 
     Raises DataError where another run holds it: each would write its own checkpoints over those of the other.
     """
@@ -66,10 +67,20 @@ def alone(folder: Path) -> Iterator[None]:
             raise DataError(f"Another run is at work in {folder}: wait for its end, or choose another --out.") from None
         except OSError:
             pass  # a network's file system may have no locks
-        for left in folder.glob("*.safetensors.*.partial"):
+        for left in _halves(folder):
             with suppress(OSError):
                 left.unlink()
         yield
+
+
+def _halves(folder: Path) -> list[Path]:
+    """What kills left half written in the folder of a run and in those inside, but for runs of their own."""
+    return [
+        left
+        for left in folder.rglob("*.partial")
+        if (".safetensors." in left.name or left.name in OLDER)
+        and not any((above / LOCK).exists() for above in left.parents if folder in above.parents)
+    ]
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -116,6 +116,27 @@ def test_a_kill_before_the_new_file_is_in_place_leaves_the_old_one(
         assert sorted(file.name for file in tmp_path.iterdir()) == [checkpoint.LOCK, path.name]
 
 
+def test_what_kills_left_half_written_goes_from_folders_inside_too_and_under_its_older_name(tmp_path: Path) -> None:
+    kept = [
+        tmp_path / "round2" / "pretrain.safetensors",
+        tmp_path / "film.mp4.partial",
+        tmp_path / "artifact.partial" / "weights.safetensors",
+        tmp_path / "other" / checkpoint.LOCK,  # a run of its own, which may be at work
+        tmp_path / "other" / "round1" / "pretrain.safetensors.0f0f0f0f.partial",
+    ]
+    halves = [
+        tmp_path / "pretrain.partial",
+        tmp_path / "metatrain.safetensors.partial",
+        tmp_path / "round2" / "pretrain.safetensors.0f0f0f0f.partial",
+        tmp_path / "mixed" / "seed0" / "pretrain.safetensors.0f0f0f0f.partial",
+    ]
+    for path in kept + halves:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with checkpoint.alone(tmp_path):
+        assert [path for path in kept + halves if path.exists()] == kept
+
+
 def test_what_two_write_at_once_is_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, write, inside = tmp_path / "state.safetensors", checkpoint.save_file, []
 
