@@ -161,21 +161,27 @@ def _used(by_way: Mapping[int, int], asked: int) -> str:
 def learned_from(artifact: Artifact, config: EvaluateConfig, classes: Sequence[str]) -> str:
     """What is to be said where the classes measured on are those learned from or calibrated on, or may be."""
     digests, known = set(data.digests(classes).split()), artifact.manifest.classes
+    training = artifact.manifest.training
+    seen = (training.get("data"), training.get("split"))
+    by_data = ""
+    if seen[0] == config.data.name and ("all" in (config.split, seen[1]) or config.split == seen[1]):
+        told = f"The artifact learned from these classes ({seen[0]}, {seen[1]})"
+        by_data = f"{told}: the figures say nothing of new ones."
     if known.get("learned"):
         says = {
             "learned": "that the artifact learned from: their figures say nothing of new classes",
             "calibrated": "that the artifact was calibrated on: its probabilities were fitted to them",
         }
         both = {name: len(digests & set(known.get(name, "").split())) for name in says}
-        return "\n".join(
+        counts = [
             f"Of {len(digests)} classes {count} are, by their names, among those {says[name]}."
             for name, count in both.items()
             if count
-        )
-    training = artifact.manifest.training
-    seen = (training.get("data"), training.get("split"))
-    if seen[0] == config.data.name and ("all" in (config.split, seen[1]) or config.split == seen[1]):
-        return f"The artifact learned from these classes ({seen[0]}, {seen[1]}): the figures say nothing of new ones."
+        ]
+        # An older pretraining behind it may have told no digests.
+        return "\n".join(counts if both["learned"] or not by_data else [by_data, *counts])
+    if by_data:
+        return by_data
     if config.split == "train":
         told = f"says that it learned from {seen[0]} ({seen[1]})" if seen[0] else "does not say what it learned from"
         return f"--split train is for learning. The artifact {told}: of classes it has seen figures say nothing new."

@@ -420,3 +420,14 @@ def test_classes_that_the_artifact_knows_again_are_counted_wherever_they_lie() -
     assert "learned from" in found[0]
     assert "calibrated on" in found[1]
     assert evaluate.learned_from(artifact, config(split="train"), ["cow"]) == ""
+
+
+def test_classes_of_which_no_digest_is_known_are_known_by_data_and_split() -> None:
+    """An artifact whose practice knows its classes, and whose older pretraining does not."""
+    known = {"learned": data.digests(["dog"]), "calibrated": data.digests(["fox"])}
+    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(training={"data": "d", "split": "val"}, classes=known))
+    found = evaluate.learned_from(artifact, config(split="val"), ["cat", "fox"]).splitlines()
+    assert found[0].startswith("The artifact learned from these classes (d, val)")
+    assert found[1].startswith("Of 2 classes 1 are, by their names, among those that the artifact was calibrated on")
+    assert evaluate.learned_from(artifact, config(split="val"), ["cat", "dog"]).startswith("Of 2 classes 1 are")
+    assert evaluate.learned_from(artifact, config(split="test"), ["cat"]) == ""
