@@ -206,7 +206,8 @@ def _of_split(
     if split == "all":  # where splits.json names a class in one place, that one stands for it
         known = {_itself(name) for name in named} - set(found)
         found = {name: rows for name, rows in found.items() if name in named or _itself(name) not in known}
-    _each_once(source, named if named and split != "all" else found)
+    if split == "all" or not named:
+        _each_once(source, set(found) - named)  # whoever names two that are called alike means two
     if split == "all":
         classes = sorted(found)
     elif split in BY_ALPHABET:
@@ -260,20 +261,26 @@ def together(*parts: str) -> str:
     return " ".join(sorted({digest for part in parts for digest in part.split()}))
 
 
-def _each_once(source: Path, names: Iterable[str]) -> None:
-    """Raises DataError where a class lies under two folders that deal its images: it would be two classes."""
+def alike(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of classes of one name under two folders that deal images: likely one class."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         rest = _itself(name)
         if rest == name:
             continue
         if rest in seen:
-            raise DataError(
-                f"{source} has one class in two places, {seen[rest]} and {name}, and what is learned from can measure "
-                "nothing. The split is by class: give one folder in which each class is once, and say in splits.json "
-                "which classes are for what, or leave it out."
-            )
+            yield seen[rest], name
         seen[rest] = name
+
+
+def _each_once(source: Path, names: Iterable[str]) -> None:
+    """Raises DataError where a class lies under two folders that deal its images: it would be two classes."""
+    for first, second in alike(names):
+        raise DataError(
+            f"{source} has one class in two places, {first} and {second}, and what is learned from can measure "
+            "nothing. The split is by class: give one folder in which each class is once, and say in splits.json "
+            "which classes are for what, or leave it out."
+        )
 
 
 def census(counts: Mapping[str, int]) -> dict[str, Any]:
@@ -301,8 +308,10 @@ def listed(source: Path, split: str, decoder: Decoder, *, per_class: int | None 
 def things(source: Path, decoder: Decoder) -> dict[str, int]:
     """How many things each class of any split shows; what shows one thing splits.json tells, if anything."""
     found = _by_class(source, decoder, quiet=True)
-    classes = sorted(_named(source) & set(found) or found)
-    _each_once(source, classes)
+    classes = sorted(_named(source) & set(found))
+    if not classes:
+        classes = sorted(found)
+        _each_once(source, classes)
     group_of = Grouper(pieces(source), "")
     counts = {}
     for name in classes:

@@ -75,6 +75,8 @@ def _foreseen(config: PretrainConfig, decoder: Decoder) -> None:
     """Raises DataError where a command after this one would find too few classes, or too little of one, hours later."""
     things = data.things(config.data, decoder)
     splits = data.split_classes(config.data, list(things))
+    if pairs := [f"{first} and {second}" for first, second in data.alike(things)]:
+        print(f"As splits.json names both, different classes are {data.named_few(pairs)}.", file=sys.stderr)
     if few := [name for name in splits["train"] if things.get(name) == 1]:
         print(
             f"Of {data.named_few(few)} there is one example: metatrain will need --tasks other than labels.",

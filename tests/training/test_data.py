@@ -131,9 +131,23 @@ def test_of_one_class_in_two_places_a_splits_json_may_name_one(tmp_path: Path) -
         picture(tmp_path / name / "1.png", 50)
     (tmp_path / "splits.json").write_text(json.dumps({"train": ["train/cat"], "test": ["train/dog"]}))
     assert data.load(tmp_path, "train", DECODER).classes == ("train/cat",)
-    (tmp_path / "splits.json").write_text(json.dumps({"train": ["train/cat"], "test": ["test/cat"]}))
-    with pytest.raises(data.DataError, match="one class in two places, test/cat and train/cat"):
-        data.load(tmp_path, "train", DECODER)
+
+
+def test_classes_called_alike_are_different_ones_where_splits_json_names_both(tmp_path: Path) -> None:
+    """As where each split is numbered anew."""
+    named = {"train": ["train/000", "train/001"], "val": ["val/000"], "test": ["test/000"]}
+    names = sorted(name for split in named.values() for name in split)
+    for name in names:
+        picture(tmp_path / name / "1.png", 50)
+    (tmp_path / "splits.json").write_text(json.dumps(named))
+    for split, classes in named.items():
+        assert data.load(tmp_path, split, DECODER).classes == tuple(classes)
+    assert data.load(tmp_path, "all", DECODER).classes == tuple(names)
+    assert sorted(data.things(tmp_path, DECODER)) == names
+    for name in ("train/002", "val/002"):
+        picture(tmp_path / name / "1.png", 50)
+    with pytest.raises(data.DataError, match="one class in two places, train/002 and val/002"):
+        data.load(tmp_path, "all", DECODER)
 
 
 def test_of_a_class_that_splits_json_names_in_one_place_the_other_is_nowhere(tmp_path: Path) -> None:

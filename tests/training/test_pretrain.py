@@ -285,6 +285,21 @@ def test_folders_that_deal_images_are_learned_from_where_each_class_is_named_onc
     assert pretrain.main(config(data=tmp_path / "dealt", out=tmp_path / "run")).exists()
 
 
+def test_classes_numbered_anew_in_each_split_are_learned_from_with_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = synthetic.write(tmp_path / "six", classes=6, images=4)
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for place, path in enumerate(sorted(folder.iterdir())):
+        split = list(splits)[place // 2]
+        splits[split].append(f"{split}/{place % 2}")
+        shutil.copytree(path, tmp_path / "dealt" / split / str(place % 2))
+    (tmp_path / "dealt" / "splits.json").write_text(json.dumps(splits))
+    assert pretrain.main(config(data=tmp_path / "dealt", out=tmp_path / "run")).exists()
+    said = "As splits.json names both, different classes are test/0 and train/0, test/1 and train/1, train/0 and val/0"
+    assert capsys.readouterr().err.count(said) == 1
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("alike", [False, True])
 def test_a_class_of_one_thing_is_said_before_hours_of_training(
