@@ -17,7 +17,6 @@ from models.episode import Support
 from models.head import Affine
 from models.learners.things import by_thing
 
-
 MANY = 512  # examples of a class
 
 
