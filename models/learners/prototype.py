@@ -54,7 +54,8 @@ def left_out(features: Array, support: Support, things: np.ndarray) -> tuple[Arr
     counts = xp.sum(own, axis=0)
     all_sums = own.T @ features
     others = others_of(own, things)
-    return own, all_sums / counts[:, None], others, (own @ all_sums - sums(things, features)) / others[:, None]
+    without = xp.take(all_sums, support.labels, axis=0) - sums(things, features)
+    return own, all_sums / counts[:, None], others, without / others[:, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,8 @@ def by_thing(things: np.ndarray, call: Callable[..., Array], *values: Array) -> 
     """`call` of each thing, [n, ...]: it gets of each of `values` [n, ...] the rows [m, size, ...] of m things of one
     size, and gives rows [m, size, ...] for them."""
     xp, where = array_namespace(*values), device(values[0])
+    if _each_its_own(things):
+        return call(*(xp.reshape(value, (len(things), 1, *value.shape[1:])) for value in values))[:, 0]
     _, number, sizes = np.unique(things, return_inverse=True, return_counts=True)
     order = np.lexsort((number, sizes[number]))  # small things first, the rows of each side by side
 
@@ -37,4 +39,8 @@ def sums(things: np.ndarray, values: Array) -> Array:
     def summed(rows: Array) -> Array:
         return xp.broadcast_to(xp.sum(rows, axis=1, keepdims=True), rows.shape)
 
-    return values if len(np.unique(things)) == len(things) else by_thing(things, summed, values)
+    return values if _each_its_own(things) else by_thing(things, summed, values)
+
+
+def _each_its_own(things: np.ndarray) -> bool:
+    return bool(np.bincount(things).max() == 1)
