@@ -1,37 +1,30 @@
 """Every use of the API, written once: which requests it takes, and what their answers mean.
 
-Nothing here opens a socket or waits; see `wire.py` for what a plan is. What depends on the size of things happens here
-as well: a support set or a list of images that is too large for one request is sent in several.
+Nothing here opens a socket or waits; see `wire.py` for what a plan is, and `batches.py` for what goes into one request.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import json
 import os
 import re
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from service.client import errors, pictures, values, wire
+from service.client.batches import Loaded, OnBadImage, Waiting, encoded, fitting, naming
 from service.client.pictures import File, Images, Support
 from service.client.wire import Call, Patience, Plan
 
 T = TypeVar("T")
-OnBadImage: TypeAlias = Literal["skip", "fail"]
 Precision: TypeAlias = Literal["float32", "int8"]
 Reject: TypeAlias = float | Literal["off"]
 Progress: TypeAlias = Callable[[int, int], None]  # images sent and of how many; called from another thread if async
-Loaded: TypeAlias = list[tuple[File, bytes]]
 
-HEADROOM = 1000  # bytes of a body that are left free
-ENCODED = 4 / 3  # base64
 EXAMPLE = re.compile(r"\b(?:[Ee]xample )?(ex_[0-9a-f]{32})\b")  # as the service names one in a sentence
 MOST_NAMES = 10_000  # that a client remembers
 UPLOAD_S = 3600  # what is broken off half-way is kept for so long
@@ -174,7 +167,7 @@ class Plans:
         files = [(file, file.load()) for file in pictures.support(support, unlabelled)]
         self._remember(files)
         questions = [file.load() for file in pictures.many(queries)]
-        content, headers = _body(files, questions)
+        content, headers = encoded(files, questions)
 
         def read(body: Any) -> values.Predictions:
             return values.Predictions(
@@ -185,7 +178,7 @@ class Plans:
         try:
             return (yield from self._ask(Call("POST", "/v1/classify", _query(**options), content, headers), read))
         except errors.InvalidSupport:  # what else has an index may be of a question: they are counted by themselves
-            with _naming(files, range(len(files))):
+            with naming(files, range(len(files))):
                 raise
 
     def embed(self, images: Images, *, on_bad_image: OnBadImage) -> Plan[values.Embedding]:
@@ -281,9 +274,9 @@ class Plans:
             while batch := waiting.take():
                 call = first if state is None else _adding(state.name, on_bad_image)
                 self._remember(batch)
-                content, headers = _body(batch)
+                content, headers = encoded(batch)
                 call = _once(dataclasses.replace(call, content=content, headers=headers))
-                with _naming(batch, waiting.positions(batch)):
+                with naming(batch, waiting.positions(batch)):
                     try:
                         state = yield from self._ask(call, self._task)
                     except errors.InvalidSupport as error:
@@ -342,9 +335,9 @@ class Plans:
         rows: list[T | values.ImageError] = []
         left = deque(files)
         while left:
-            batch = _fitting(left, most=limits.max_queries, room=limits.max_body_bytes - HEADROOM)
+            batch = fitting(left, most=limits.max_queries, largest_body=limits.max_body_bytes)
             content, headers = wire.form(("image", data) for _, data in batch)
-            with _naming(batch, range(len(rows), len(rows) + len(batch))):
+            with naming(batch, range(len(rows), len(rows) + len(batch))):
                 try:
                     rows += yield from self._ask(Call("POST", path, query, content, headers), read)
                 except (errors.UndecodableExample, errors.TooLarge) as error:
@@ -355,100 +348,6 @@ class Plans:
             if progress is not None:
                 progress(len(rows), len(files))
         return rows
-
-
-class Waiting:
-    """Examples that are still to be sent, taken from all classes in turn, so that every request has some of each."""
-
-    def __init__(self, files: Sequence[File], limits: values.Limits, on_bad_image: OnBadImage):
-        self.total = len(files)
-        self._queues: dict[str | None, deque[tuple[File, bytes | None]]] = {}
-        self._most = limits.max_examples
-        awkward = any(wire.AWKWARD & set(file.label or "") for file in files)
-        self._room = int((limits.max_body_bytes - HEADROOM) / (ENCODED if awkward else 1))
-        self._positions = {id(file): index for index, file in enumerate(files)}
-        self.rejected: list[values.Rejected] = []
-        largest = min(limits.max_example_bytes, self._room - _cost(None, 0))
-        for index, file in enumerate(files):
-            if file.size <= largest:
-                self._queues.setdefault(file.label, deque()).append((file, None))
-                continue
-            detail = f"The image has {file.size} bytes; the limit is {largest}."
-            if on_bad_image == "fail":
-                raise errors.TooLarge(f"{file.name}: {detail}", code="too_large", index=index)
-            self.leave_out(file, "too_large", detail)
-        for label in {file.label for file in files} - set(self._queues):
-            if label is not None:
-                raise errors.TooLarge(
-                    f"All images of {label!r} are too large; the limit is {largest} bytes.", code="too_large"
-                )
-
-    def __len__(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
-
-    @property
-    def fits_one_request(self) -> bool:
-        costs = [_cost(file.label, file.size) for queue in self._queues.values() for file, _ in queue]
-        return len(costs) <= self._most and sum(costs) <= self._room
-
-    def take(self) -> Loaded:
-        batch: Loaded = []
-        room = self._room
-        turn = deque(queue for queue in self._queues.values() if queue)
-        while turn and len(batch) < self._most:
-            queue = turn.popleft()
-            file, data = queue[0]
-            cost = _cost(file.label, file.size)
-            if cost > room and batch:
-                break
-            queue.popleft()
-            batch.append((file, file.load() if data is None else data))
-            room -= cost
-            if queue:
-                turn.append(queue)
-        # The service counts what it leaves out in this order.
-        return sorted(batch, key=lambda pair: pair[0].label is None)
-
-    def positions(self, batch: Loaded) -> list[int]:
-        """Where the files stand among all that were given."""
-        return [self._positions[id(file)] for file, _ in batch]
-
-    def leave_out(self, file: File, code: str, detail: str) -> None:
-        self.rejected.append(values.Rejected(self._positions[id(file)], code, detail, file.name))
-
-    def has(self, label: str) -> bool:
-        return bool(self._queues[label])
-
-    def put_back(self, batch: Loaded) -> None:
-        for file, data in reversed(batch):
-            self._queues[file.label].appendleft((file, data))
-
-
-@contextmanager
-def _naming(batch: Loaded, positions: Sequence[int]) -> Iterator[None]:
-    """The service counts the images of one request; an error tells the place among all of them, and names the file."""
-    try:
-        yield
-    except errors.FewshotError as error:
-        index = error.index
-        if index is not None and index in range(len(batch)):
-            name = batch[index][0].name
-            error.names(positions[index], None if name.startswith("[") else name)
-        raise
-
-
-def _cost(label: str | None, size: int) -> int:
-    return wire.PART_BYTES + 4 * len(label or "") + size
-
-
-def _fitting(left: deque[File], *, most: int, room: int) -> Loaded:
-    """As many as fit into one request, and at least one."""
-    batch: Loaded = []
-    while left and len(batch) < most and (not batch or _cost(None, left[0].size) <= room):
-        file = left.popleft()
-        room -= _cost(None, file.size)
-        batch.append((file, file.load()))
-    return batch
 
 
 def _adding(task: str, on_bad_image: OnBadImage) -> Call:
@@ -481,29 +380,3 @@ def _query(**given: Any) -> dict[str, str]:
         for name, value in given.items()
         if value is not None
     }
-
-
-def _body(files: Loaded, queries: Sequence[bytes] | None = None) -> tuple[bytes, dict[str, str]]:
-    """A support set, and the questions of a call that has some: as a form, or as JSON when a label is awkward."""
-    if not any(wire.AWKWARD & set(file.label or "") for file, _ in files):
-        return wire.form(
-            [(_field(file.label), data) for file, data in files] + [("query", data) for data in queries or ()]
-        )
-    document: dict[str, Any] = {
-        "support": [{"label": file.label, "image": _text(data)} for file, data in files if file.label is not None],
-        "unlabelled": [_text(data) for file, data in files if file.label is None],
-    }
-    if queries is not None:
-        document["queries"] = [_text(data) for data in queries]
-    return json.dumps(document).encode(), {"Content-Type": "application/json"}
-
-
-def _field(label: str | None) -> str:
-    if label is None:
-        return pictures.UNLABELLED
-    reserved = label in (pictures.UNLABELLED, "query") or label.startswith(pictures.PREFIX)
-    return pictures.PREFIX + label if reserved else label
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()

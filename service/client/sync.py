@@ -13,8 +13,9 @@ from typing import Any, Literal, Self, TypeVar, overload
 import httpx
 
 from service.client import http, values
+from service.client.batches import OnBadImage
 from service.client.pictures import Content, Image, Images, Support
-from service.client.plans import OnBadImage, Plans, Precision, Progress, Reject
+from service.client.plans import Plans, Precision, Progress, Reject
 from service.client.wire import Answer, Call, Done, Lost, Outcome, Patience, Pause, Plan, advance
 
 T = TypeVar("T")
