@@ -29,8 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from training import raw  # noqa: E402
-from training.data import Grouper, members, pieces  # noqa: E402
+from training.data import Grouper, pieces  # noqa: E402
 from training.episodes import Pool  # noqa: E402
+from training.folders import members  # noqa: E402
 from training.intervals import interval  # noqa: E402
 
 TOGETHER = 64  # images in one request

@@ -32,7 +32,7 @@ from training.config import (
     TextDemoConfig,
     parse,
 )
-from training.data import DataError
+from training.folders import DataError
 from training.stopping import STATUS
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from training.config import ImportConfig
-from training.data import DataError
+from training.folders import DataError
 
 MOST_BYTES = 1_500_000_000  # of weights: a graph with them inside must stay below the 2 GB that protobuf allows
 MOST_TEXT = 1_000_000  # bytes of a configuration

@@ -25,6 +25,7 @@ from training import rows as lines
 from training.baselines import Baseline, Given, MetaTrained
 from training.config import BaselineConfig
 from training.episodes import Indices, Pool, digest, frozen
+from training.folders import DataError
 from training.intervals import interval
 from training.stopping import STATUS, Stop
 
@@ -234,7 +235,7 @@ def main(config: BaselineConfig) -> list[dict[str, Any]]:
     artifact = Artifact.load(config.artifact) if config.artifact else None
     decoder = artifact.decoder() if artifact else ImageDecoder(config.size, config.size, config.channels)
     if not isinstance(decoder, ImageDecoder):
-        raise data.DataError(f"{config.artifact} reads texts; baselines are measured on images.")
+        raise DataError(f"{config.artifact} reads texts; baselines are measured on images.")
     size, _, channels = decoder.shape
     with checkpoint.alone(config.out):
         progress = Progress(config, artifact)
@@ -245,9 +246,7 @@ def main(config: BaselineConfig) -> list[dict[str, Any]]:
         training = images_of(config, config.train_split, decoder) if config.method in META_TRAINED else None
         for split, part in ((config.split, images), (config.train_split, training)):
             if part and len(part.classes) < config.way:
-                raise data.DataError(
-                    f"--way: {config.data} has only {len(part.classes)} classes in its split '{split}'."
-                )
+                raise DataError(f"--way: {config.data} has only {len(part.classes)} classes in its split '{split}'.")
         pool = Pool.of(images.labels, images.groups, images.classes)
         progress.of(*(part for part in (training, images) if part))
         with progress.stop:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from training.data import DataError
+from training.folders import DataError
 
 LOCK = ".lock"
 OLDER = {"pretrain.partial", "metatrain.partial", "baseline.partial"}  # names of halves that had no digits

@@ -18,9 +18,10 @@ import numpy as np
 from models.images import ImageDecoder
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES
-from training import checkpoint, data, evaluate, inputs, pretrain, pretrained, rows, vision
+from training import checkpoint, data, evaluate, inputs, pretrain, pretrained, rows, splits, vision
 from training.config import CompareObjectivesConfig, PretrainConfig
 from training.episodes import Pool, digest, frozen
+from training.folders import DataError
 from training.intervals import interval
 from training.objectives import OBJECTIVES
 from training.stepping import choose_device, choose_precision
@@ -75,7 +76,7 @@ def main(config: CompareObjectivesConfig) -> list[dict[str, Any]]:
     images = data.load(config.data, "train", decoder, per_class=config.per_class or None)
     asked = data.load(config.data, config.split, decoder)
     if len(asked.classes) < WAY:
-        raise data.DataError(
+        raise DataError(
             f"{config.data} has {len(asked.classes)} classes in its split '{config.split}': {WAY} are asked at a time."
         )
     Pool.of(asked.labels, asked.groups, asked.classes)  # raises where a class is too small, before any training
@@ -138,7 +139,7 @@ def _run(
     )
     run = vision.Run(settings, images)
     seconds = train(run, config.seconds, clock=config.clock)
-    told = {"classes": data.digests(images.classes)}
+    told = {"classes": splits.digests(images.classes)}
     pretrain.finish(run, settings.out / pretrained.CHECKPOINT, told)
     extractor, _ = pretrained.load_extractor(settings.out)
     features = pretrained.embed(extractor.to(run.device), asked.pixels, run.device)

@@ -1,24 +1,18 @@
-"""Labelled images or texts from a folder or a zip with one folder per class, and splits by class.
+"""Labelled images or texts of a split, decoded; which of them show one thing, and which count as labelled.
 
-`<root>/<class>/<image>`, where a class may be a path of several levels; or zips with such members, either named
-directly or inside the folder. A `splits.json` beside them names the classes of "train", "val" and "test"; without
-one, classes are dealt 60/20/20 by a seeded shuffle. Texts also come as lines of a file: see texts.py. Knows nothing of
-networks or episodes.
+Where examples lie is told by folders.py, which classes are for what by splits.py. Knows nothing of networks or
+episodes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 import sys
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,22 +20,9 @@ import numpy as np
 
 from models.errors import FewshotError
 from models.extractor import Decoder
-from models.leftovers import left_behind
-from models.text import TextDecoder
-from training import texts
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-SPLITS = ("train", "val", "test")
-# The parts of Omniglot that its makers learned from, all of it or as little as five alphabets (Lake et al., 2015, see
-# training/lake.py), and the twenty alphabets that their one-shot runs are drawn from.
-FIVE = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")
-BY_ALPHABET = ("background30", "background5", "evaluation20")
-# Folders that deal the images of each class, as torchvision's ImageFolder is used, and not the classes.
-BY_IMAGE = {"train", "training", "val", "valid", "validation", "test", "testing"}
-
-
-class DataError(Exception):
-    """The folder or zip cannot be read as labelled images; the message says why."""
+from training import splits
+from training.folders import DataError, examples, named_few
+from training.splits import BY_ALPHABET, SPLITS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,111 +36,6 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def members(
-    source: Path, suffixes: Container[str] = SUFFIXES, others: Counter[str] | None = None
-) -> Iterator[tuple[str, str, zipfile.ZipFile | None]]:
-    """Yields (class, member, archive or None) of every image under a folder or in a zip, sorted by name.
-
-    What is hidden, and what operating systems leave behind, is passed over; what else is no image but lies in a class
-    folder is counted in `others` by its ending.
-    """
-    if source.is_file():
-        archives = [source]
-    elif source.is_dir():
-        archives = sorted(path for path in source.glob("*.zip") if not left_behind(path.relative_to(source)))
-    else:
-        raise DataError(f"{source} does not exist.")
-    if archives:
-        loose = source.is_dir() and next(_loose(source, suffixes), None)
-        if loose:
-            raise DataError(
-                f"{source} has class folders, as of {loose.name}, and {archives[0].name} beside them, which would be "
-                "read in their place: move one of the two away."
-            )
-        for path in archives:
-            try:
-                archive = zipfile.ZipFile(path)
-            except zipfile.BadZipFile:
-                raise DataError(f"{path} is no zip, or a damaged one.") from None
-            for name in sorted(archive.namelist()):
-                member = PurePosixPath(name)
-                if len(member.parts) < 2 or left_behind(member):
-                    continue
-                if member.suffix.lower() in suffixes:
-                    yield str(member.parent), name, archive
-                elif others is not None and not name.endswith("/") and not _one_shot(path.name):
-                    others[member.suffix.lower()] += 1
-        return
-    for path in sorted(_loose(source, suffixes, others)):
-        yield path.parent.relative_to(source).as_posix(), str(path), None
-
-
-def _one_shot(archive: str) -> bool:
-    """Lake's one-shot runs lie beside Omniglot in an archive of another layout."""
-    return "one_shot" in archive
-
-
-def _loose(source: Path, suffixes: Container[str], others: Counter[str] | None = None) -> Iterator[Path]:
-    """The examples in class folders, in the order of the disk."""
-    for path in source.rglob("*"):
-        if path.parent == source or left_behind(path.relative_to(source)):
-            continue
-        if path.suffix.lower() in suffixes:
-            yield path
-        elif others is not None and path.is_file():
-            others[path.suffix.lower()] += 1
-
-
-def said(source: Path) -> dict[str, Any]:
-    """What splits.json holds, nothing where there is none. Raises DataError where it is not to be understood."""
-    file = (source if source.is_dir() else source.parent) / "splits.json"
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{file} is no JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise DataError(f'{file} is no JSON object such as {{"train": [...], "val": [...], "test": [...]}}.')
-    for split in SPLITS:
-        names = found.get(split, [])
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{file}: '{split}' is no list of names of classes.")
-    for one, other in combinations(SPLITS, 2):
-        both = sorted(set(found.get(one, [])) & set(found.get(other, [])))
-        if both:
-            raise DataError(
-                f"{file}: '{one}' and '{other}' share {named_few(both)}: what is learned from can measure nothing."
-            )
-    return found
-
-
-def named_few(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def split_classes(source: Path, names: list[str], *, seed: int = 0) -> dict[str, list[str]]:
-    """Class names of each split; from splits.json where there is one."""
-    if splits := said(source):
-        return {split: list(splits.get(split, [])) for split in SPLITS}
-    shuffled = sorted(names)
-    random.Random(seed).shuffle(shuffled)
-    first, second = round(0.6 * len(names)), round(0.8 * len(names))
-    parts = (shuffled[:first], shuffled[first:second], shuffled[second:])
-    return dict(zip(SPLITS, (sorted(part) for part in parts), strict=True))
-
-
-def alphabets(source: Path, split: str) -> set[str]:
-    """The first folders that a split by alphabet means; from `lake_alphabets` in splits.json."""
-    named = said(source).get("lake_alphabets", {})
-    if not isinstance(named, dict) or not {"background", "evaluation"} <= set(named):
-        file = (source if source.is_dir() else source.parent) / "splits.json"
-        raise DataError(f"'{split}' needs lake_alphabets in {file}.")
-    background, evaluation = set(named["background"]), set(named["evaluation"])
-    return {"background30": background, "background5": background & set(FIVE), "evaluation20": evaluation}[split]
 
 
 def load(
@@ -202,19 +78,19 @@ def _of_split(
     if split not in (*SPLITS, *BY_ALPHABET, "all"):
         raise DataError(f"'{split}' is no split; known are {', '.join((*SPLITS, *BY_ALPHABET))} and all.")
     found = _by_class(source, decoder, quiet=quiet)
-    named = _named(source) & set(found)
+    named = splits.named(source) & set(found)
     if split == "all":  # where splits.json names a class in one place, that one stands for it
-        known = {_itself(name) for name in named} - set(found)
-        found = {name: rows for name, rows in found.items() if name in named or _itself(name) not in known}
+        known = {splits.itself(name) for name in named} - set(found)
+        found = {name: rows for name, rows in found.items() if name in named or splits.itself(name) not in known}
     if split == "all" or not named:
-        _each_once(source, set(found) - named)  # whoever names two that are called alike means two
+        splits.each_once(source, set(found) - named)  # whoever names two that are called alike means two
     if split == "all":
         classes = sorted(found)
     elif split in BY_ALPHABET:
-        wanted = alphabets(source, split)
+        wanted = splits.alphabets(source, split)
         classes = sorted(name for name in found if name.split("/")[0] in wanted)
     else:
-        wanted = set(split_classes(source, list(found))[split])
+        wanted = set(splits.split_classes(source, list(found))[split])
         classes = sorted(wanted & set(found))
         lacking = sorted(wanted - set(found))
         if lacking and not quiet:
@@ -228,59 +104,12 @@ def _by_class(source: Path, decoder: Decoder, *, quiet: bool) -> dict[str, list[
     """Everything in the source by class."""
     found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
     others: Counter[str] = Counter()
-    for name, member, read in _examples(source, decoder, others):
+    for name, member, read in examples(source, decoder, others):
         found.setdefault(name, []).append((member, read))
     if others and not quiet:
         told = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in sorted(others.items()))
         print(f"Passed over in the class folders of {source}: {told}.", file=sys.stderr)
     return found
-
-
-def _named(source: Path) -> set[str]:
-    """The classes that splits.json names, whatever their split; none where it does not say."""
-    return {name for split in SPLITS for name in said(source).get(split, [])}
-
-
-def _itself(name: str) -> str:
-    """The name of a class without the first folder that deals images, where it lies in one."""
-    parts = name.split("/")
-    dealt = next((place for place, part in enumerate(parts) if part.lower() in BY_IMAGE), len(parts))
-    return "/".join([*parts[:dealt], *parts[dealt + 1 :]]) or name
-
-
-def digests(names: Iterable[str]) -> str:
-    """A short digest of each name, in order, with blanks: what an artifact knows classes again by without naming them.
-
-    Of the whole path, for characters of many alphabets are called alike.
-    """
-    return " ".join(sorted({hashlib.sha256(_itself(name).encode()).hexdigest()[:8] for name in names}))
-
-
-def together(*parts: str) -> str:
-    """What several `digests` name."""
-    return " ".join(sorted({digest for part in parts for digest in part.split()}))
-
-
-def alike(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of classes of one name under two folders that deal images: likely one class."""
-    seen: dict[str, str] = {}
-    for name in sorted(names):
-        rest = _itself(name)
-        if rest == name:
-            continue
-        if rest in seen:
-            yield seen[rest], name
-        seen[rest] = name
-
-
-def _each_once(source: Path, names: Iterable[str]) -> None:
-    """Raises DataError where a class lies under two folders that deal its images: it would be two classes."""
-    for first, second in alike(names):
-        raise DataError(
-            f"{source} has one class in two places, {first} and {second}, and what is learned from can measure "
-            "nothing. The split is by class: give one folder in which each class is once, and say in splits.json "
-            "which classes are for what, or leave it out."
-        )
 
 
 def census(counts: Mapping[str, int]) -> dict[str, Any]:
@@ -308,10 +137,10 @@ def listed(source: Path, split: str, decoder: Decoder, *, per_class: int | None 
 def things(source: Path, decoder: Decoder) -> dict[str, int]:
     """How many things each class of any split shows; what shows one thing splits.json tells, if anything."""
     found = _by_class(source, decoder, quiet=True)
-    classes = sorted(_named(source) & set(found))
+    classes = sorted(splits.named(source) & set(found))
     if not classes:
         classes = sorted(found)
-        _each_once(source, classes)
+        splits.each_once(source, classes)
     group_of = Grouper(pieces(source), "")
     counts = {}
     for name in classes:
@@ -328,30 +157,6 @@ def unchanged(state: Mapping[str, Any], known: Mapping[str, Any], path: Path) ->
             f"{path} was trained on other data: {before['examples']} examples of {before['classes']} classes, where "
             f"--data now has {known['examples']} of {known['classes']}, or others. Choose another --out or delete it."
         )
-
-
-def _examples(source: Path, decoder: Decoder, others: Counter[str]) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
-    """(class, name, how to read it) of everything in the source that is of the decoder's kind. Raises DataError.
-
-    What else lies in class folders is counted in `others`.
-    """
-    kind, suffixes = ("texts", texts.SUFFIXES) if isinstance(decoder, TextDecoder) else ("images", SUFFIXES)
-    if isinstance(decoder, TextDecoder) and source.is_file() and source.suffix in (".jsonl", ".txt"):
-        rows = texts.lines(source) if source.suffix == ".jsonl" else texts.pieces(source, decoder.length)
-        try:
-            for name, member, data in rows:
-                yield name, member, partial(bytes, data)
-        except texts.BadText as error:
-            raise DataError(str(error)) from None
-        return
-    nothing = True
-    for name, member, archive in members(source, suffixes, others):
-        if archive is not None and archive.filename and _one_shot(archive.filename):
-            continue
-        nothing = False
-        yield name, member, partial(archive.read, member) if archive is not None else Path(member).read_bytes
-    if nothing:
-        raise DataError(f"{source} has no {kind} in class folders (looked for {', '.join(sorted(suffixes))}).")
 
 
 def hold_out(images: Images, count: int) -> tuple[Images, Images]:
@@ -429,7 +234,7 @@ class Grouper:
 
 def pieces(source: Path) -> dict[str, str]:
     """Which images show one thing, `class/file` -> a name, as far as splits.json tells."""
-    found = said(source).get("piece", {})
+    found = splits.said(source).get("piece", {})
     if not isinstance(found, dict):
         raise DataError(f"'piece' in the splits.json of {source} is no JSON object.")
     return found

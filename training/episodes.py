@@ -14,7 +14,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from training.data import DataError
+from training.folders import DataError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,9 +19,10 @@ from models.extractor import Extractor, load_extractor
 from models.head import Affine
 from models.learners import Learner
 from models.views import seen
-from training import data, honesty, paired, raw
+from training import data, honesty, paired, raw, splits
 from training.config import EvaluateConfig
 from training.episodes import Indices, Pool, digest, frozen
+from training.folders import DataError
 from training.intervals import interval
 
 
@@ -54,7 +55,7 @@ def known(row: Row) -> raw.Line:
 def turned(images: data.Images) -> data.Images:
     """Every class four times: upright and turned by 90, 180 and 270 degrees. Raises DataError for texts."""
     if images.pixels.ndim != 4:
-        raise data.DataError("--rotations is for images.")
+        raise DataError("--rotations is for images.")
     pixels = np.concatenate([np.rot90(images.pixels, turn, (1, 2)) for turn in range(4)])
     labels = np.concatenate([images.labels * 4 + turn for turn in range(4)])
     classes = tuple(f"{name}@{90 * turn}" for name in images.classes for turn in range(4))
@@ -67,7 +68,7 @@ def embed(extractor: Extractor, pixels: np.ndarray, *, batch: int = 64, threads:
     with ThreadPoolExecutor(threads) as pool:
         features = np.concatenate(list(pool.map(lambda at: extractor(pixels[at : at + batch]), starts)))
     if not np.isfinite(features).all():
-        raise data.DataError("The extractor gives numbers that are not finite: nothing can be measured with them.")
+        raise DataError("The extractor gives numbers that are not finite: nothing can be measured with them.")
     return features
 
 
@@ -160,7 +161,7 @@ def _used(by_way: Mapping[int, int], asked: int) -> str:
 
 def learned_from(artifact: Artifact, config: EvaluateConfig, classes: Sequence[str]) -> str:
     """What is to be said where the classes measured on are those learned from or calibrated on, or may be."""
-    digests, known = set(data.digests(classes).split()), artifact.manifest.classes
+    digests, known = set(splits.digests(classes).split()), artifact.manifest.classes
     training = artifact.manifest.training
     seen = (training.get("data"), training.get("split"))
     by_data = ""

@@ -26,9 +26,10 @@ from models.extractor import Decoder
 from models.extractor_onnx import OnnxExtractor
 from models.extractor_torch import TorchExtractor
 from models.learners import build
-from training import checkpoint, data, evaluate, inputs, metatrain, practice, probe, raw
+from training import checkpoint, data, evaluate, inputs, metatrain, practice, probe, raw, splits
 from training.calibrate import SHOTS, apart, calibrate, limits
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
+from training.folders import DataError
 from training.graphs import graph, rounded, share_weights
 from training.int8 import after_pool, int8_loss, quantise
 from training.pretrained import classes_of, digest, epochs, labelled, load_extractor
@@ -68,16 +69,14 @@ def figures(config: ExportConfig) -> list[raw.Line]:
     found: list[raw.Line] = []
     for file in filter(None, config.metrics.split(",")):
         if not Path(file).is_file():
-            raise data.DataError(f"--metrics: {file} does not exist.")
+            raise DataError(f"--metrics: {file} does not exist.")
         for line in raw.read(Path(file)):
             if line.get("experiment", "accuracy") != "accuracy" or {"views", "spread"} & set(line) or line in found:
                 continue
             if line.get("artifact", config.name) != config.name:
-                raise data.DataError(f"--metrics: {file} measured '{line['artifact']}', and this is '{config.name}'.")
+                raise DataError(f"--metrics: {file} measured '{line['artifact']}', and this is '{config.name}'.")
             if line.get("split", "test") not in ("test", "val"):
-                raise data.DataError(
-                    f"--metrics: {file} measured on the split '{line['split']}', which was learned from."
-                )
+                raise DataError(f"--metrics: {file} measured on the split '{line['split']}', which was learned from.")
             found.append(line)
     return found
 
@@ -87,7 +86,7 @@ def _kept(lines: Iterable[raw.Line], weights: str) -> list[raw.Line]:
     kept: list[raw.Line] = []
     for line in lines:
         if line.get("weights_digest", weights) != weights:
-            raise data.DataError(
+            raise DataError(
                 f"--metrics holds figures of other weights ({line['weights_digest']}) than these ({weights})."
             )
         own = {name: value for name, value in line.items() if name in MEASURED}
@@ -163,8 +162,8 @@ def main(config: ExportConfig) -> Path:
             "calibration": f"{config.tasks} of {config.calibration_split}",
         },
         "classes": {
-            "learned": data.together(classes_of(config.checkpoint), practised.get("classes", "")),
-            "calibrated": data.digests(images.classes),
+            "learned": splits.together(classes_of(config.checkpoint), practised.get("classes", "")),
+            "calibrated": splits.digests(images.classes),
         },
         "accuracy": accuracy,
         "int8": None,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from models.resnet import ResNet
 from training.augment import Augmentation
-from training.data import DataError
+from training.folders import DataError
 
 SHARE = 0.1  # of the images, kept out of every loss
 PER_CLUSTER = 15

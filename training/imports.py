@@ -21,11 +21,12 @@ from models.errors import ArtifactInvalid
 from models.extractor_onnx import OnnxExtractor, session
 from models.images import ImageDecoder
 from models.learners import LEARNERS, build
-from training import data, evaluate, metatrain, onnx_file, probe
+from training import data, evaluate, metatrain, onnx_file, probe, splits
 from training.backbone import Backbone, Refused
 from training.calibrate import apart, calibrate, limits
 from training.config import ImportConfig, MetatrainConfig
 from training.export import check_default, seal, stored
+from training.folders import DataError
 from training.int8 import int8_loss, quantise
 from training.practice import Tasks, own_source
 from training.stepping import choose_device
@@ -69,7 +70,7 @@ def images_of(backbone: Backbone, config: ImportConfig) -> tuple[data.Images, da
     found = [data.load(config.data, split, decoder, per_class=config.per_class or None) for split in ("train", "val")]
     for split, images in zip(("train", "val"), found, strict=True):
         if len(images.classes) < 2:
-            raise data.DataError(f"{config.data} has one class in its split '{split}'; two can be told apart.")
+            raise DataError(f"{config.data} has one class in its split '{split}'; two can be told apart.")
     return found[0], found[1]
 
 
@@ -209,7 +210,7 @@ def _make(config: ImportConfig, backbone: Backbone, seen: data.Images, held_out:
             "calibration": "labels of val",
         },
         # What the backbone itself learned from nobody says.
-        "classes": {"learned": data.digests(seen.classes), "calibrated": data.digests(held_out.classes)},
+        "classes": {"learned": splits.digests(seen.classes), "calibrated": splits.digests(held_out.classes)},
         "accuracy": [],
         "int8": None,
     }

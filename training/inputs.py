@@ -20,7 +20,7 @@ from models.resnet import ImageExtractor, ResNet
 from models.text import TextDecoder
 from training.augment import AUGMENTATIONS, Photos, Stretches
 from training.config import PretrainConfig
-from training.data import DataError
+from training.folders import DataError
 
 Network = ImageExtractor | TextExtractor
 Shown = Callable[[Tensor, int, torch.Generator], Tensor]  # a batch, its size, random numbers -> other views of it

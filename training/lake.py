@@ -21,9 +21,10 @@ import numpy as np
 from models.artifact import Artifact
 from models.episode import Support
 from models.extractor import Decoder, load_extractor
-from training import data, raw
+from training import folders, raw, splits
 from training.config import LakeConfig
 from training.evaluate import embed
+from training.folders import DataError
 from training.intervals import interval
 
 RUNS = "one_shot_runs.zip"
@@ -39,13 +40,13 @@ class Run(NamedTuple):
 def runs(archive: Path, decoder: Decoder) -> list[Run]:
     """Reads `<run>/class_labels.txt`, whose lines pair a question with its example. Raises DataError."""
     if not archive.exists():
-        raise data.DataError(f"{archive} does not exist.")
+        raise DataError(f"{archive} does not exist.")
     found = []
     with zipfile.ZipFile(archive) as file:
         for name in sorted(name for name in file.namelist() if name.endswith("class_labels.txt")):
             pairs = PAIR.findall(file.read(name).decode())
             if not pairs:
-                raise data.DataError(f"{archive}: {name} has no line with a question and its example.")
+                raise DataError(f"{archive}: {name} has no line with a question and its example.")
             examples = sorted({example for _, example in pairs})
             found.append(
                 Run(
@@ -55,7 +56,7 @@ def runs(archive: Path, decoder: Decoder) -> list[Run]:
                 )
             )
     if not found:
-        raise data.DataError(f"{archive} has no runs (looked for class_labels.txt).")
+        raise DataError(f"{archive} has no runs (looked for class_labels.txt).")
     return found
 
 
@@ -64,15 +65,15 @@ def seen(artifact: Artifact, source: Path) -> list[str]:
     training = artifact.manifest.training
     if training.get("data") != source.name:
         return []
-    names = list(dict.fromkeys(name for name, _, _ in data.members(source)))
+    names = list(dict.fromkeys(name for name, _, _ in folders.members(source)))
     split = str(training["split"])
     if split == "all":
         chosen = names
-    elif split in data.BY_ALPHABET:
-        chosen = [name for name in names if name.split("/")[0] in data.alphabets(source, split)]
+    elif split in splits.BY_ALPHABET:
+        chosen = [name for name in names if name.split("/")[0] in splits.alphabets(source, split)]
     else:
-        chosen = data.split_classes(source, names)[split]
-    evaluation = data.alphabets(source, "evaluation20")
+        chosen = splits.split_classes(source, names)[split]
+    evaluation = splits.alphabets(source, "evaluation20")
     return [name for name in chosen if name.split("/")[0] in evaluation]
 
 

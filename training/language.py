@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from models.bytenet import BYTES, SHAPES, ByteNet, TextExtractor
 from training import data, inputs
 from training.config import PretrainConfig
+from training.folders import DataError
 from training.objective import Fixed
 from training.objectives import POOLED, View
 from training.pretrained import load_extractor
@@ -53,7 +54,7 @@ class Run(Stepper):
         if config.start is not None:
             start, before = load_extractor(config.start)
             if before.shape != config.shape:
-                raise data.DataError(f"--start: {config.start} is of --shape {before.shape}, not {config.shape}.")
+                raise DataError(f"--start: {config.start} is of --shape {before.shape}, not {config.shape}.")
             self.backbone.load_state_dict(start.backbone.state_dict())
         weights = dict(part.split("=") for part in config.objectives.split(","))
         self.weights = {name: float(weight) for name, weight in weights.items()}

@@ -31,9 +31,10 @@ from models.episode import Support
 from models.extractor import Decoder
 from models.learners import LEARNERS, Learner, build
 from models.learners.lstm import EACH, NO_SCATTER, SEEN, SHARED
-from training import checkpoint, data, evaluate, inputs, memory, rows
+from training import checkpoint, data, evaluate, inputs, memory, rows, splits
 from training.config import MetatrainConfig
 from training.episodes import Indices, frozen, varied
+from training.folders import DataError
 from training.practice import Source, Tasks, cached, practice, slots_of
 from training.pretrained import digest, load_extractor
 from training.reptile import interpolate
@@ -99,7 +100,7 @@ def start(method: str, tasks: Tasks, config: MetatrainConfig) -> dict[str, np.nd
         return arrays
     learned = load_learners(config.cell).get("lstm", {})
     if not set(CELL) <= set(learned):
-        raise data.DataError(f"--cell: {config.cell} holds no cell of an LSTM such as this version has.")
+        raise DataError(f"--cell: {config.cell} holds no cell of an LSTM such as this version has.")
     return {**arrays, **{name: learned[name] for name in CELL}}
 
 
@@ -267,7 +268,7 @@ def fits(folder: Path, extractor: str) -> None:
     """
     path = folder / CHECKPOINT
     if path.exists() and checkpoint.load(path).get("extractor", extractor) != extractor:
-        raise data.DataError(
+        raise DataError(
             f"{path} holds learners of another extractor than {folder} has now: delete it and run "
             f"`python -m training metatrain --out {folder}` again."
         )
@@ -284,7 +285,7 @@ def _told(config: MetatrainConfig, decoder: Decoder) -> dict[str, Any]:
     counts = {f"{place} {name}": count for place, part in enumerate(found) for name, count in part.items()}
     return {
         "trained_on": data.census(counts),
-        "classes": data.digests(name for part in found[:-1] for name in part),
+        "classes": splits.digests(name for part in found[:-1] for name in part),
     }
 
 
@@ -302,7 +303,7 @@ def train(
     """
     for pool in (*(pool for source in sources for pool in source.tasks.pools), *check_tasks.pools):
         if len(pool.classes) < 2:
-            raise data.DataError(
+            raise DataError(
                 f"{config.data} gives one class to learn from or one to validate on, and a task has two or more. "
                 "Where no image is sorted, --tasks pseudo makes each a class."
             )
@@ -387,10 +388,10 @@ def load_learners(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """The best arrays of each learner of a finished meta-training."""
     path = folder / CHECKPOINT
     if not path.exists():
-        raise data.DataError(f"{path} does not exist: run `python -m training metatrain --out {folder}` first.")
+        raise DataError(f"{path} does not exist: run `python -m training metatrain --out {folder}` first.")
     state = checkpoint.load(path)
     if not state.get("done"):
-        raise data.DataError(f"{path} is not finished: run the same `metatrain` command again, it goes on.")
+        raise DataError(f"{path} is not finished: run the same `metatrain` command again, it goes on.")
     return {
         method: {name: value.numpy() for name, value in values["best"].items()}
         for method, values in state["learners"].items()

@@ -21,6 +21,7 @@ from models.extractor import Decoder
 from training import data, evaluate, inputs, memory, pseudo
 from training.config import MetatrainConfig, PretrainConfig
 from training.episodes import Indices, Pool
+from training.folders import DataError
 from training.stepping import autocast, generator
 
 
@@ -141,7 +142,7 @@ def practice(
         return cached(extractor, images, config, pretrained, seed=config.seed + number)
 
     if pretrained.labelled < 1 and config.split != pretrained.split:
-        raise data.DataError(f"Which images are labelled was dealt for the split '{pretrained.split}': take that one.")
+        raise DataError(f"Which images are labelled was dealt for the split '{pretrained.split}': take that one.")
     images = load(config.data, config.split, pretrained.labelled)
     if pretrained.hold_out:
         known, unknown = data.hold_out(images, pretrained.hold_out)

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from models.extractor import Decoder
 from models.learners.prototype import Prototype
-from training import checkpoint, data, evaluate, inputs, language, rows, vision
+from training import checkpoint, data, evaluate, inputs, language, rows, splits, vision
 from training.config import PretrainConfig
 from training.episodes import Pool, frozen
+from training.folders import DataError, named_few
 from training.objectives import OBJECTIVES
 from training.pretrained import CHECKPOINT, embed, learned
 from training.stopping import STATUS, Stop
@@ -56,7 +57,7 @@ def main(config: PretrainConfig) -> Path:
         images, _ = data.hold_out(images, config.hold_out)
     asks = {part.split("=")[0] for part in config.objectives.split(",")} & {"supervised", "projected"}
     if len(images.classes) * (4 if config.rotations else 1) < 2 and asks and config.labels == "classes":
-        raise data.DataError(
+        raise DataError(
             f"{config.data} has one class to learn from, '{images.classes[0]}': {' and '.join(sorted(asks))} tell "
             "classes apart. Without labels learns --objectives contrastive=1."
         )
@@ -74,26 +75,26 @@ def main(config: PretrainConfig) -> Path:
 def _foreseen(config: PretrainConfig, decoder: Decoder) -> None:
     """Raises DataError where a command after this one would find too few classes, or too little of one, hours later."""
     things = data.things(config.data, decoder)
-    splits = data.split_classes(config.data, list(things))
-    if pairs := [f"{first} and {second}" for first, second in data.alike(things)]:
-        print(f"As splits.json names both, different classes are {data.named_few(pairs)}.", file=sys.stderr)
-    if few := [name for name in splits["train"] if things.get(name) == 1]:
+    dealt = splits.split_classes(config.data, list(things))
+    if pairs := [f"{first} and {second}" for first, second in splits.alike(things)]:
+        print(f"As splits.json names both, different classes are {named_few(pairs)}.", file=sys.stderr)
+    if few := [name for name in dealt["train"] if things.get(name) == 1]:
         print(
-            f"Of {data.named_few(few)} there is one example: metatrain will need --tasks other than labels.",
+            f"Of {named_few(few)} there is one example: metatrain will need --tasks other than labels.",
             file=sys.stderr,
         )
     for split, needs in (("val", "metatrain and export"), ("test", "tasks of evaluate")):
-        if len(splits[split]) == 1 and not config.rotations:  # turned, one class is four
-            raise data.DataError(
-                f"{config.data} has one class in its split '{split}', '{splits[split][0]}'; {needs} take two or more. "
-                f"{len(splits['train'])} are to learn from: splits.json, see docs/training.md, deals them otherwise."
+        if len(dealt[split]) == 1 and not config.rotations:  # turned, one class is four
+            raise DataError(
+                f"{config.data} has one class in its split '{split}', '{dealt[split][0]}'; {needs} take two or more. "
+                f"{len(dealt['train'])} are to learn from: splits.json, see docs/training.md, deals them otherwise."
             )
-        if few := [name for name in splits[split] if things.get(name) == 1]:
-            raise data.DataError(
-                f"{config.data} has one example of {data.named_few(few)} in its split '{split}'; {needs} take two or "
+        if few := [name for name in dealt[split] if things.get(name) == 1]:
+            raise DataError(
+                f"{config.data} has one example of {named_few(few)} in its split '{split}'; {needs} take two or "
                 "more, of different things, of each class."
             )
-        if not splits[split]:
+        if not dealt[split]:
             print(f"{config.data} has no classes in its split '{split}', which {needs} will need.", file=sys.stderr)
 
 

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.artifact import Artifact
-from training import checkpoint, data, inputs
+from training import checkpoint, inputs, splits
 from training.config import PretrainConfig
+from training.folders import DataError
 from training.objectives import OBJECTIVES
 from training.start import from_artifact, is_artifact
 
@@ -27,15 +28,15 @@ def load_extractor(folder: Path) -> tuple[inputs.Network, PretrainConfig]:
     """The extractor of a finished pretraining."""
     path = folder / CHECKPOINT
     if not path.exists():
-        raise data.DataError(f"{path} does not exist: run `python -m training pretrain --out {folder}` first.")
+        raise DataError(f"{path} does not exist: run `python -m training pretrain --out {folder}` first.")
     state = checkpoint.load(path)
     if "extractor" not in state:
-        raise data.DataError(f"{path} is not finished: run the same `pretrain` command again, it goes on.")
+        raise DataError(f"{path} is not finished: run the same `pretrain` command again, it goes on.")
     # With the precision that it had, where that was left to the device.
     try:
         config = PretrainConfig(**{**state["config"], "precision": state["precision"]})
     except (KeyError, ValidationError):
-        raise data.DataError(f"{path} is no pretraining, or one of another version.") from None
+        raise DataError(f"{path} is no pretraining, or one of another version.") from None
     extractor = inputs.network(config.shape)
     extractor.load_state_dict(state["extractor"])
     return extractor.eval(), config
@@ -89,7 +90,7 @@ def learned(config: PretrainConfig, classes: Iterable[str]) -> str:
         before = Artifact.load(config.start).manifest.classes.get("learned", "")
     elif config.start is not None:
         before = classes_of(config.start)
-    return data.together(data.digests(classes), before)
+    return splits.together(splits.digests(classes), before)
 
 
 def classes_of(folder: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from models.artifact import ARRAYS, WEIGHTS, Artifact
 from training.config import Config
-from training.data import DataError
+from training.folders import DataError
 
 Line = dict[str, Any]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from training import raw
 from training.accuracy import accuracy_tables, distinct, learning_curves, ten_samples
 from training.config import ResultsConfig
-from training.data import DataError
+from training.folders import DataError
 from training.goals import goals_table, reasons
 from training.raw import Line
 from training.tables import Commands, general, markdown, quantity, shown

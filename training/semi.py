@@ -18,8 +18,8 @@ import numpy as np
 from models.learners import Learner
 from training import evaluate
 from training.config import EvaluateConfig
-from training.data import DataError
 from training.episodes import Indices, Pool, digest, frozen
+from training.folders import DataError
 from training.intervals import interval
 
 

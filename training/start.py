@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.artifact import MANIFEST, WEIGHTS, Artifact
 from models.resnet import SHAPES, ImageExtractor, ResNet, Shape, fold
-from training.data import DataError
+from training.folders import DataError
 
 ENOUGH = 2048  # images that the statistics are taken from
 EPSILON = 1e-5  # that torch adds to a variance

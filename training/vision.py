@@ -15,6 +15,7 @@ from models.resnet import SHAPES, ImageExtractor, ResNet
 from training import data
 from training.augment import AUGMENTATIONS, close, mixed
 from training.config import PretrainConfig
+from training.folders import DataError
 from training.heldout import SHARE, HeldOut
 from training.objective import Fixed, Learned, Uncertainty, unchanged
 from training.objectives import OBJECTIVES, Kept, Objective, Posed, View, rotated
@@ -47,7 +48,7 @@ class Run(Stepper):
         if config.start is not None:
             begun = starting(config.start, self.pixels)
             if getattr(begun, "shape", None) != self.backbone.shape:
-                raise data.DataError(f"--start: {config.start} is of another --shape than {config.shape}.")
+                raise DataError(f"--start: {config.start} is of another --shape than {config.shape}.")
             self.backbone.load_state_dict(begun.state_dict())
         if self.device.type == "cuda":
             self._move_pixels()

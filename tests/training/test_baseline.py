@@ -15,10 +15,11 @@ from tests.training.conftest import Command, killed, needs, tree
 pytestmark = pytest.mark.torch
 needs("torch")
 
-from training import baseline, checkpoint, data
+from training import baseline, checkpoint, data, splits
 from training.baselines import maml
 from training.config import BaselineConfig, parse
 from training.episodes import Pool, digest, frozen
+from training.folders import DataError
 
 TINY = {
     "maml": "steps=2,tasks=2,train_queries=2,width=4,shrink=stride",
@@ -216,7 +217,7 @@ def test_a_run_does_not_go_on_with_another_artifact_wherever_it_lies(demo: Path,
 
 
 def test_too_few_classes_are_said_before_any_training(shapes: Path, tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match=r"--way: .* has only 2 classes in its split 'test'"):
+    with pytest.raises(DataError, match=r"--way: .* has only 2 classes in its split 'test'"):
         baseline.main(config(shapes, tmp_path / "run", way=3))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoint.LOCK]
 
@@ -227,12 +228,12 @@ def test_going_on_with_other_data_is_refused(shapes: Path, tmp_path: Path) -> No
     asked = config(copy, tmp_path / "run")
     baseline.main(asked)
     baseline.main(asked.model_copy(update={"data": shapes}))
-    name = data.split_classes(copy, [path.name for path in copy.iterdir()])["test"][0]
+    name = splits.split_classes(copy, [path.name for path in copy.iterdir()])["test"][0]
     next((copy / name).iterdir()).unlink()
-    with pytest.raises(data.DataError, match="was trained on other data"):
+    with pytest.raises(DataError, match="was trained on other data"):
         baseline.main(asked)
 
 
 def test_a_second_run_into_one_folder_is_refused(shapes: Path, tmp_path: Path) -> None:
-    with checkpoint.alone(tmp_path), pytest.raises(data.DataError, match="Another run is at work in"):
+    with checkpoint.alone(tmp_path), pytest.raises(DataError, match="Another run is at work in"):
         baseline.main(BaselineConfig(method="pixels", data=shapes, out=tmp_path))

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from training import checkpoint
-from training.data import DataError
+from training.folders import DataError
 
 
 def there_and_back(state: dict[str, Any], folder: Path) -> dict[str, Any]:

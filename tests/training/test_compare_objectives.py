@@ -13,7 +13,7 @@ needs("torch")
 
 from training import checkpoint, compare_objectives, pretrained, vision
 from training.config import CompareObjectivesConfig, PretextConfig, PretrainConfig
-from training.data import DataError
+from training.folders import DataError
 from training.synthetic import write
 
 ARMS = ["uniform", "learned", "uncertainty", "clusters", "rotation"]

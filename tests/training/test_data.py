@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from models.images import ImageDecoder
-from training import data
+from training import data, splits
+from training.folders import DataError
 
 DECODER = ImageDecoder(16, 16, 3)
 
@@ -65,7 +66,7 @@ def test_every_image_comes_once_in_the_order_of_the_names(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [*data.SPLITS, "all"])
+@pytest.mark.parametrize("split", [*splits.SPLITS, "all"])
 def test_a_folder_and_a_zip_give_the_same_images_in_the_same_order(folder: Path, tmp_path: Path, split: str) -> None:
     archive = zipped(folder, tmp_path / "one.zip")
     assert same(data.load(folder, split, DECODER), data.load(archive, split, DECODER))
@@ -116,7 +117,7 @@ def test_one_class_under_folders_that_deal_its_images_is_refused(tmp_path: Path,
     given = source if kind == "folder" else zipped(source, tmp_path / "set.zip")
     first, second = sorted(paths.split())
     for split in ("train", "all"):
-        with pytest.raises(data.DataError, match=f"class in two places, {first} and {second}, .* each class is once"):
+        with pytest.raises(DataError, match=f"class in two places, {first} and {second}, .* each class is once"):
             data.load(given, split, DECODER)
 
 
@@ -146,7 +147,7 @@ def test_classes_called_alike_are_different_ones_where_splits_json_names_both(tm
     assert sorted(data.things(tmp_path, DECODER)) == names
     for name in ("train/002", "val/002"):
         picture(tmp_path / name / "1.png", 50)
-    with pytest.raises(data.DataError, match="one class in two places, train/002 and val/002"):
+    with pytest.raises(DataError, match="one class in two places, train/002 and val/002"):
         data.load(tmp_path, "all", DECODER)
 
 
@@ -188,36 +189,10 @@ def test_grey_images_have_one_channel(folder: Path) -> None:
     assert data.load(folder, "val", ImageDecoder(12, 12, 1)).pixels.shape[1:] == (12, 12, 1)
 
 
-@pytest.mark.parametrize("count", [4, 5, 10, 11, 100])
-def test_dealt_splits_are_disjoint_complete_and_60_20_20(tmp_path: Path, count: int) -> None:
-    names = [f"class{label}" for label in range(count)]
-    splits = data.split_classes(tmp_path, names)
-    dealt = [name for split in data.SPLITS for name in splits[split]]
-    assert len(dealt) == len(set(dealt)) == count
-    assert set(dealt) == set(names)
-    assert abs(len(splits["train"]) - 0.6 * count) <= 0.5
-    assert abs(len(splits["val"]) - 0.2 * count) <= 1
-    assert all(splits.values())
-    assert all(split == sorted(split) for split in splits.values())
-
-
-def test_the_deal_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    names = [f"class{label}" for label in range(20)]
-    first = data.split_classes(tmp_path, names)
-    assert data.split_classes(tmp_path, names[::-1]) == first
-    assert data.split_classes(tmp_path / "elsewhere", names) == first
-    assert data.split_classes(tmp_path, names, seed=1) != first
-
-
-def test_the_deal_stays_as_it_was_when_results_were_published(tmp_path: Path) -> None:
-    splits = data.split_classes(tmp_path, list("abcdefghij"))
-    assert splits == {"train": list("bdefhi"), "val": list("ac"), "test": list("gj")}
-
-
 def test_the_images_of_the_splits_are_those_of_their_classes(folder: Path) -> None:
-    splits = data.split_classes(folder, [f"class{label}" for label in range(10)])
-    found = {split: data.load(folder, split, DECODER) for split in data.SPLITS}
-    assert {split: list(images.classes) for split, images in found.items()} == splits
+    parts = splits.split_classes(folder, [f"class{label}" for label in range(10)])
+    found = {split: data.load(folder, split, DECODER) for split in splits.SPLITS}
+    assert {split: list(images.classes) for split, images in found.items()} == parts
     assert sorted(grey for images in found.values() for grey in greys(images)) == greys(
         data.load(folder, "all", DECODER)
     )
@@ -228,12 +203,12 @@ def test_the_images_of_the_splits_are_those_of_their_classes(folder: Path) -> No
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_splits_json_decides_where_there_is_one(folder: Path, tmp_path: Path, kind: str) -> None:
     source = folder if kind == "folder" else zipped(folder, tmp_path / "zips" / "set.zip")
-    splits = {"train": ["class3", "class1"], "test": ["class9", "unheard of"]}
-    ((source if kind == "folder" else source.parent) / "splits.json").write_text(json.dumps(splits))
+    parts = {"train": ["class3", "class1"], "test": ["class9", "unheard of"]}
+    ((source if kind == "folder" else source.parent) / "splits.json").write_text(json.dumps(parts))
     assert data.load(source, "train", DECODER).classes == ("class1", "class3")
     assert data.load(source, "test", DECODER).classes == ("class9",)
     assert len(data.load(source, "all", DECODER).classes) == 10
-    with pytest.raises(data.DataError, match="no classes in its split 'val'"):
+    with pytest.raises(DataError, match="no classes in its split 'val'"):
         data.load(source, "val", DECODER)
 
 
@@ -308,7 +283,7 @@ def test_what_is_loaded_as_labelled_is_what_is_named_so(folder: Path) -> None:
 
 
 def test_a_class_of_which_too_few_images_are_left_unlabelled_is_named() -> None:
-    with pytest.raises(data.DataError, match=r"--labelled 0\.5: of class1 too few images are left"):
+    with pytest.raises(DataError, match=r"--labelled 0\.5: of class1 too few images are left"):
         data.named(only(np.repeat([0, 1], [8, 3])), 0.5)
 
 
@@ -335,12 +310,12 @@ def test_neighbours_by_name_are_not_held_out_together(folder: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 9, 10])
 def test_no_fewer_than_two_classes_may_be_on_one_side(folder: Path, count: int) -> None:
-    with pytest.raises(data.DataError, match=f"--hold-out {count}: of 10 classes, between 2 and 8"):
+    with pytest.raises(DataError, match=f"--hold-out {count}: of 10 classes, between 2 and 8"):
         data.hold_out(data.load(folder, "all", DECODER), count)
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match="nowhere does not exist"):
+    with pytest.raises(DataError, match="nowhere does not exist"):
         data.load(tmp_path / "nowhere", "all", DECODER)
 
 
@@ -351,13 +326,13 @@ def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path, kind: 
     if kind == "loose":
         picture(source / "outside-of-any-class.png", 3)
     source = zipped(source, tmp_path / "empty.zip") if kind == "zip" else source
-    with pytest.raises(data.DataError, match=rf"{source.name} has no images in class folders \(looked for .jpeg, .jpg"):
+    with pytest.raises(DataError, match=rf"{source.name} has no images in class folders \(looked for .jpeg, .jpg"):
         data.load(source, "train", DECODER)
 
 
 def test_an_unknown_split_is_named_with_those_that_are_known(folder: Path) -> None:
     with pytest.raises(
-        data.DataError,
+        DataError,
         match="'tset' is no split; known are train, val, test, background30, background5, evaluation20 and all",
     ):
         data.load(folder, "tset", DECODER)
@@ -365,13 +340,13 @@ def test_an_unknown_split_is_named_with_those_that_are_known(folder: Path) -> No
 
 def test_an_image_that_cannot_be_read_is_named(folder: Path) -> None:
     (folder / "class3" / "1.png").write_bytes(b"GIF89a nothing")
-    with pytest.raises(data.DataError, match=r"class3/1\.png: .*GIF"):
+    with pytest.raises(DataError, match=r"class3/1\.png: .*GIF"):
         data.load(folder, "all", DECODER)
 
 
 def test_a_file_that_is_no_zip_is_named(tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(b"nothing")
-    with pytest.raises(data.DataError, match=r"set\.zip is no zip"):
+    with pytest.raises(DataError, match=r"set\.zip is no zip"):
         data.load(tmp_path, "all", DECODER)
 
 
@@ -384,22 +359,6 @@ def test_the_order_of_files_on_disk_does_not_matter(folder: Path, tmp_path: Path
     assert same(data.load(folder, "train", DECODER), data.load(tmp_path / "copy", "train", DECODER))
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ('{"train": [', "splits.json is no JSON"),
-        ('["class1"]', "no JSON object such as"),
-        ('{"train": "class1"}', "'train' is no list of names"),
-        ('{"train": ["class1"], "test": ["class2", "class1"]}', "'train' and 'test' share class1: what is learned"),
-    ],
-    ids=["syntax", "list", "text", "overlap"],
-)
-def test_a_splits_json_that_cannot_be_meant_is_a_sentence(folder: Path, text: str, sentence: str) -> None:
-    (folder / "splits.json").write_text(text)
-    with pytest.raises(data.DataError, match=sentence):
-        data.load(folder, "train", DECODER)
-
-
 def test_names_without_a_folder_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "splits.json").write_text(json.dumps({"train": ["class1", "clas2", "b", "c", "d"]}))
     data.load(folder, "train", DECODER)
@@ -410,12 +369,12 @@ def test_names_without_a_folder_are_said(folder: Path, capsys: pytest.CaptureFix
 
 def test_a_zip_beside_class_folders_is_named(folder: Path, tmp_path: Path) -> None:
     zipped(folder, folder / "backup.zip")
-    with pytest.raises(data.DataError, match=r"has class folders, .* and backup.zip beside them"):
+    with pytest.raises(DataError, match=r"has class folders, .* and backup.zip beside them"):
         data.load(folder, "train", DECODER)
     (folder / "backup.zip").unlink()
     with zipfile.ZipFile(folder / "backup.zip", "w") as archive:
         archive.writestr("notes.txt", "nothing to see")
-    with pytest.raises(data.DataError, match=r"has class folders, .* and backup.zip beside them"):
+    with pytest.raises(DataError, match=r"has class folders, .* and backup.zip beside them"):
         data.load(folder, "train", DECODER)
 
 
@@ -430,5 +389,5 @@ def test_what_is_trained_on_is_told_from_anything_else_wherever_it_lies(folder: 
     path = tmp_path / "x"
     data.unchanged({}, known, path)
     data.unchanged({"trained_on": known}, known, path)
-    with pytest.raises(data.DataError, match="was trained on other data: 4 examples of 1 classes"):
+    with pytest.raises(DataError, match="was trained on other data: 4 examples of 1 classes"):
         data.unchanged({"trained_on": data.census({"a": 4})}, known, path)

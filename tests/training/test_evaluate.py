@@ -16,9 +16,10 @@ from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from tests.fakes import MeanColour, tiny_artifact
 from tests.training.conftest import noise
-from training import data, evaluate, paired
+from training import data, evaluate, paired, splits
 from training.config import EvaluateConfig
 from training.episodes import Pool, digest, frozen
+from training.folders import DataError
 from training.intervals import interval
 
 PROTOTYPE = Prototype(np.float32(2.0))
@@ -389,7 +390,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
         def __call__(self, batch: np.ndarray) -> np.ndarray:
             return np.where(batch[:, :1, 0, 0] == batch[0, 0, 0, 0], np.nan, super().__call__(batch))
 
-    with pytest.raises(data.DataError, match="not finite"):
+    with pytest.raises(DataError, match="not finite"):
         evaluate.embed(Broken(), noise(2, 2).pixels)
 
 
@@ -413,7 +414,7 @@ def test_classes_that_were_learned_from_are_said_to_be(trained: dict[str, str], 
 
 def test_classes_that_the_artifact_knows_again_are_counted_wherever_they_lie() -> None:
     """By their names: neither that of the folder nor that of the split matters."""
-    known = {"learned": data.digests(["train/cat", "dog", "Latin/a"]), "calibrated": data.digests(["fox", "hen"])}
+    known = {"learned": splits.digests(["train/cat", "dog", "Latin/a"]), "calibrated": splits.digests(["fox", "hen"])}
     artifact: Any = SimpleNamespace(manifest=SimpleNamespace(training={"data": "e", "split": "train"}, classes=known))
     found = evaluate.learned_from(artifact, config(split="val"), ["cat", "dog", "fox", "Greek/a"]).splitlines()
     assert [line.split(", by their names, ")[0] for line in found] == ["Of 4 classes 2 are", "Of 4 classes 1 are"]
@@ -424,7 +425,7 @@ def test_classes_that_the_artifact_knows_again_are_counted_wherever_they_lie() -
 
 def test_classes_of_which_no_digest_is_known_are_known_by_data_and_split() -> None:
     """An artifact whose practice knows its classes, and whose older pretraining does not."""
-    known = {"learned": data.digests(["dog"]), "calibrated": data.digests(["fox"])}
+    known = {"learned": splits.digests(["dog"]), "calibrated": splits.digests(["fox"])}
     artifact: Any = SimpleNamespace(manifest=SimpleNamespace(training={"data": "d", "split": "val"}, classes=known))
     found = evaluate.learned_from(artifact, config(split="val"), ["cat", "fox"]).splitlines()
     assert found[0].startswith("The artifact learned from these classes (d, val)")

@@ -34,9 +34,10 @@ from models.learners.prototype import Prototype
 from models.learners.ridge import Ridge
 from models.report import held_out, without_own
 from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain, pretrained, probe, raw
+from training import calibrate, data, evaluate, export, graphs, metatrain, pretrain, pretrained, probe, raw, splits
 from training.config import ExportConfig, MetatrainConfig, PretrainConfig
 from training.episodes import Pool, frozen
+from training.folders import DataError
 
 FILES = (WEIGHTS, GRAPH, INT8_GRAPH, ARRAYS, PROBE)
 
@@ -247,7 +248,7 @@ def test_an_artifact_is_never_written_over(tmp_path: Path) -> None:
 
 
 def test_checkpoints_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match="run `python -m training pretrain"):
+    with pytest.raises(DataError, match="run `python -m training pretrain"):
         export.main(ExportConfig(checkpoint=tmp_path, data=tmp_path, out=tmp_path / "artifact", name="x"))
     assert list(tmp_path.iterdir()) == []
 
@@ -285,8 +286,8 @@ def test_the_artifact_is_complete_and_says_what_it_is(artifact: Artifact) -> Non
     assert manifest.default in manifest.methods
     assert manifest.training["data"] == "shapes"
     assert manifest.training["precision"] == "float32"
-    splits = data.split_classes(Path("."), [f"class{label:02}" for label in range(30)])
-    assert manifest.classes == {"learned": data.digests(splits["train"]), "calibrated": data.digests(splits["val"])}
+    parts = splits.split_classes(Path("."), [f"class{label:02}" for label in range(30)])
+    assert manifest.classes == {"learned": splits.digests(parts["train"]), "calibrated": splits.digests(parts["val"])}
     assert manifest.training["labels_used"] is True  # not by the extractor, but by the learners
     assert manifest.accuracy == ()
     assert artifact.digest == "sha256:" + hashlib.sha256((artifact.path / MANIFEST).read_bytes()).hexdigest()
@@ -589,7 +590,7 @@ def test_figures_of_something_else_are_refused_before_any_work(
     if lines is not None:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = ExportConfig(checkpoint=tmp_path, data=tmp_path, out=tmp_path / "made", name="mine", metrics=str(file))
-    with pytest.raises(data.DataError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         export.main(asked)
 
 
@@ -601,7 +602,7 @@ def test_figures_are_of_these_weights_and_stand_once(tmp_path: Path) -> None:
     found = export.figures(asked)
     assert export._kept(found, "abc") == [{"split": "test", "accuracy": 50.0, "way": 5}]
     assert export._kept([{**row, "weights_digest": "abc"}], "abc") != []
-    with pytest.raises(data.DataError, match=r"figures of other weights \(abc\) than these \(def\)"):
+    with pytest.raises(DataError, match=r"figures of other weights \(abc\) than these \(def\)"):
         export._kept([{**row, "weights_digest": "abc"}], "def")
 
 

@@ -28,6 +28,7 @@ from training import __main__ as commands
 from training import data, imports, onnx_file
 from training.backbone import Refused
 from training.config import EvaluateConfig, ImportConfig
+from training.folders import DataError
 
 FILES = {WEIGHTS, GRAPH, ARRAYS, PROBE}
 QUICK = {"learners": "prototype,whitened", "steps": 2, "episodes": 10}
@@ -186,7 +187,7 @@ def test_a_backbone_that_does_not_look_at_the_image_is_refused_and_leaves_nothin
 def test_too_few_classes_are_refused(tmp_path: Path, shapes: Path, source: Path) -> None:
     for name in ("a", "b", "c", "d"):
         shutil.copytree(sorted(path for path in shapes.iterdir() if path.is_dir())[0], tmp_path / "few" / name)
-    with pytest.raises(data.DataError, match="has one class in its split 'val'"):
+    with pytest.raises(DataError, match="has one class in its split 'val'"):
         imports.main(config(source, tmp_path / "few", tmp_path / "out"))
 
 

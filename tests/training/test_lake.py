@@ -11,7 +11,8 @@ import pytest
 from tests.fakes import MeanColour, picture, tiny_artifact
 from training import lake
 from training.config import LakeConfig
-from training.data import DataError, load
+from training.data import load
+from training.folders import DataError
 
 COLOURS = ("red", "green", "blue", "yellow")
 ALPHABETS = {"background": ["Greek", "Latin", "Tagalog"], "evaluation": ["ULOG", "Keble"]}

@@ -25,6 +25,7 @@ from service.web.app import create_app
 from tests.service.live import served
 from training import checkpoint, data, evaluate, export, inputs, language, metatrain, pretrain, pretrained, synthetic
 from training.config import EvaluateConfig, ExportConfig, MetatrainConfig, PretrainConfig
+from training.folders import DataError
 
 SETTINGS = {
     "shape": "tiny-bytes",
@@ -127,7 +128,7 @@ def test_the_runtimes_agree_on_an_artifact_that_says_it_reads_texts(artifact: Pa
 def test_made_up_languages_never_seen_are_told_apart(artifact: Path, corpus: Path) -> None:
     config = EvaluateConfig(artifact=artifact, data=corpus, way="2", shot="5", queries=5, episodes=40)
     assert all(row.accuracy > 75 for row in evaluate.main(config))
-    with pytest.raises(data.DataError, match="for images"):
+    with pytest.raises(DataError, match="for images"):
         evaluate.main(config.model_copy(update={"rotations": True}))
 
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from models.images import ImageDecoder
 from models.learners import LEARNERS, build
-from training import checkpoint, data, evaluate, metatrain, practice, pretrain, pretrained
+from training import checkpoint, data, evaluate, metatrain, practice, pretrain, pretrained, splits
 from training.config import MetatrainConfig, PretrainConfig, parse
 from training.episodes import Indices, Pool, varied
+from training.folders import DataError
 
 ALL = pytest.mark.parametrize("method", list(LEARNERS))
 CPU = torch.device("cpu")
@@ -314,7 +315,7 @@ def test_a_run_stopped_by_the_clock_goes_on_to_the_same_end(shapes: Path, folder
         metatrain.main(MetatrainConfig(**given, out=broken, minutes=1e-9))
         found = tree(broken / metatrain.CHECKPOINT)["learners"]
         assert sum(one["step"] for one in found.values()) == stopped + 1
-        with pytest.raises(data.DataError, match="not finished: run the same `metatrain` command again"):
+        with pytest.raises(DataError, match="not finished: run the same `metatrain` command again"):
             metatrain.load_learners(broken)
     metatrain.main(MetatrainConfig(**given, out=broken))
     assert same(unbroken, broken)
@@ -396,9 +397,9 @@ def test_an_unknown_learner_is_refused_with_those_that_are_known(shapes: Path, f
 
 
 def test_what_must_come_first_is_named(shapes: Path, tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match=f"run `python -m training pretrain --out {tmp_path}` first"):
+    with pytest.raises(DataError, match=f"run `python -m training pretrain --out {tmp_path}` first"):
         metatrain.main(MetatrainConfig(data=shapes, out=tmp_path))
-    with pytest.raises(data.DataError, match=f"run `python -m training metatrain --out {tmp_path}` first"):
+    with pytest.raises(DataError, match=f"run `python -m training metatrain --out {tmp_path}` first"):
         metatrain.load_learners(tmp_path)
 
 
@@ -439,7 +440,7 @@ def test_the_cell_that_comes_along_serves_an_extractor_of_any_size() -> None:
 
 def test_a_folder_without_a_cell_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / metatrain.CHECKPOINT, {"done": True, "learners": {}})
-    with pytest.raises(data.DataError, match=r"--cell: .* holds no cell"):
+    with pytest.raises(DataError, match=r"--cell: .* holds no cell"):
         metatrain.start("lstm", clouds(), config(cell=tmp_path))
 
 
@@ -476,12 +477,12 @@ def test_learners_of_another_extractor_are_refused(shapes: Path, folder: Callabl
     small = {"shape": "tiny", "size": 32, "batch": 24, "precision": "float32", "device": "cpu"}
     pretrain.main(PretrainConfig(data=shapes, out=out, **small, epochs=1, seed=1))
     before = (out / metatrain.CHECKPOINT).read_bytes()
-    with pytest.raises(data.DataError, match="holds learners of another extractor"):
+    with pytest.raises(DataError, match="holds learners of another extractor"):
         metatrain.main(given)
     from training import export  # onnx may be absent
     from training.config import ExportConfig
 
-    with pytest.raises(data.DataError, match="holds learners of another extractor"):
+    with pytest.raises(DataError, match="holds learners of another extractor"):
         export.main(ExportConfig(checkpoint=out, data=shapes, out=tmp_path / "artifact", name="x"))
     assert (out / metatrain.CHECKPOINT).read_bytes() == before
     state = checkpoint.load(out / metatrain.CHECKPOINT)
@@ -493,7 +494,7 @@ def test_learners_of_another_extractor_are_refused(shapes: Path, folder: Callabl
 def fewer(shapes: Path, copy: Path) -> Path:
     """The same data under another path, without one image of a training class."""
     shutil.copytree(shapes, copy)
-    name = data.split_classes(copy, [path.name for path in copy.iterdir()])["train"][0]
+    name = splits.split_classes(copy, [path.name for path in copy.iterdir()])["train"][0]
     next((copy / name).iterdir()).unlink()
     return copy
 
@@ -507,7 +508,7 @@ def test_going_on_with_other_data_is_refused(shapes: Path, folder: Callable[[str
     moved.symlink_to(shapes)
     metatrain.main(given.model_copy(update={"data": moved}))
     other = given.model_copy(update={"data": fewer(shapes, tmp_path / "fewer")})
-    with pytest.raises(data.DataError, match="was trained on other data: 96 examples of 8 classes"):
+    with pytest.raises(DataError, match="was trained on other data: 96 examples of 8 classes"):
         metatrain.main(other)
     state = checkpoint.load(out / metatrain.CHECKPOINT)
     del state["trained_on"]
@@ -517,9 +518,9 @@ def test_going_on_with_other_data_is_refused(shapes: Path, folder: Callable[[str
 
 def test_one_class_is_refused_with_what_it_takes(tmp_path: Path) -> None:
     tasks = practice.Tasks(np.eye(4, dtype=np.float32), np.zeros(4, int), None, plain=4)
-    with pytest.raises(data.DataError, match="--tasks pseudo"):
+    with pytest.raises(DataError, match="--tasks pseudo"):
         metatrain.train(config(out=tmp_path), tasks, [practice.Source(tasks)], clouds(), CPU)
-    with pytest.raises(data.DataError, match="one to validate on"):
+    with pytest.raises(DataError, match="one to validate on"):
         metatrain.train(config(out=tmp_path), clouds(), [practice.Source(clouds())], tasks, CPU)
 
 
@@ -555,6 +556,6 @@ def test_a_checkpoint_finds_every_line_before_it_on_disk(
 def test_a_second_run_into_one_folder_is_refused(shapes: Path, folder: Callable[[str], Path]) -> None:
     out = folder("run")
     before = sorted(out.iterdir())
-    with checkpoint.alone(out), pytest.raises(data.DataError, match="Another run is at work in"):
+    with checkpoint.alone(out), pytest.raises(DataError, match="Another run is at work in"):
         metatrain.main(MetatrainConfig(data=shapes, out=out, **SHORT))
     assert sorted(out.iterdir()) == sorted([*before, out / checkpoint.LOCK])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.resnet import SHAPES, ResNet
 from training import heldout
 from training.augment import AUGMENTATIONS
-from training.data import DataError
+from training.folders import DataError
 from training.heldout import HeldOut, kmeans
 from training.objective import FLOOR, Fixed, Learned, Uncertainty, hypergradient, unchanged
 

@@ -20,6 +20,7 @@ from models.resnet import SHAPES, ImageExtractor, ResNet
 from training import data, evaluate, metatrain, practice, pretrained, synthetic
 from training.config import MetatrainConfig, PretrainConfig
 from training.episodes import frozen
+from training.folders import DataError
 
 PRETRAINED = PretrainConfig(data=Path("d"), out=Path("o"), shape="tiny", size=16, precision="float32")
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def test_only_what_was_labelled_for_the_extractor_is_remembered(extractor: Image
 
 
 def test_what_is_labelled_is_told_for_the_split_of_the_extractor_alone(extractor: ImageExtractor, shapes: Path) -> None:
-    with pytest.raises(data.DataError, match="dealt for the split 'all'"):
+    with pytest.raises(DataError, match="dealt for the split 'all'"):
         practised(extractor, config(data=shapes), labelled=0.3, split="all")
 
 

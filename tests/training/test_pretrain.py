@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.training.runs import MIX, TINY, config, differing, tensors
 from training import __main__ as commands
-from training import checkpoint, data, pretrain, pretrained, synthetic, vision
+from training import checkpoint, data, pretrain, pretrained, splits, synthetic, vision
 from training.config import PretrainConfig, parse
+from training.folders import DataError
 
 
 @pytest.mark.parametrize("objectives", ["contrastive=1", "supervised=1"])
@@ -49,7 +50,7 @@ def test_a_run_stopped_by_the_clock_goes_on_to_the_same_end(
         steps.append(state["step"])
         assert f"Stopped at step {state['step']} of 18" in capsys.readouterr().err
     assert steps == [1, 2, 3]
-    with pytest.raises(data.DataError, match="not finished"):
+    with pytest.raises(DataError, match="not finished"):
         pretrained.load_extractor(tmp_path)
     pretrain.main(PretrainConfig(**given))
     assert differing(whole(unbroken), whole(tmp_path)) == []
@@ -140,7 +141,7 @@ def test_data_may_have_moved_and_the_clock_may_be_set_anew(shapes: Path, unbroke
 def test_what_cannot_be_trained_ends_with_a_sentence(
     shapes: Path, tmp_path: Path, other: dict[str, Any], sentence: str
 ) -> None:
-    with pytest.raises((SystemExit, data.DataError), match=sentence):
+    with pytest.raises((SystemExit, DataError), match=sentence):
         pretrain.main(PretrainConfig(**{"data": shapes, "out": tmp_path, **TINY, "epochs": 2, **other}))
     assert not (tmp_path / pretrained.CHECKPOINT).exists()
 
@@ -195,7 +196,7 @@ def test_runs_killed_three_times_end_bit_for_bit_like_unbroken_ones(
 def copied(shapes: Path, copy: Path) -> tuple[Path, list[Path]]:
     """The data under another path, and its folders of the training classes."""
     shutil.copytree(shapes, copy)
-    names = data.split_classes(copy, [path.name for path in copy.iterdir()])["train"]
+    names = splits.split_classes(copy, [path.name for path in copy.iterdir()])["train"]
     return copy, [copy / name for name in names]
 
 
@@ -206,12 +207,12 @@ def test_going_on_with_other_data_is_refused(shapes: Path, tmp_path: Path) -> No
     fewer, classes = copied(shapes, tmp_path / "fewer")
     next(classes[0].iterdir()).unlink()
     other = given.model_copy(update={"data": fewer})
-    with pytest.raises(data.DataError, match="72 examples of 6 classes, where --data now has 71 of 6"):
+    with pytest.raises(DataError, match="72 examples of 6 classes, where --data now has 71 of 6"):
         pretrain.main(other)
     renamed, classes = copied(shapes, tmp_path / "renamed")
     classes[0].rename(classes[0].with_name("zebra"))
     (renamed / "splits.json").write_text(json.dumps({"train": ["zebra", *(path.name for path in classes[1:])]}))
-    with pytest.raises(data.DataError, match="72 of 6, or others"):
+    with pytest.raises(DataError, match="72 of 6, or others"):
         pretrain.main(given.model_copy(update={"data": renamed}))
     state = checkpoint.load(out / pretrained.CHECKPOINT)
     del state["trained_on"]
@@ -263,11 +264,11 @@ def test_too_few_classes_are_said_before_hours_of_training(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     five = synthetic.write(tmp_path / "five", classes=5, images=4)
-    with pytest.raises(data.DataError, match=r"one class in its split 'val', .* metatrain and export take two"):
+    with pytest.raises(DataError, match=r"one class in its split 'val', .* metatrain and export take two"):
         pretrain.main(config(data=five, out=tmp_path))
     names = sorted(path.name for path in five.iterdir())
     (five / "splits.json").write_text(json.dumps({"train": names[:1], "val": names[1:3]}))
-    with pytest.raises(data.DataError, match=f"one class to learn from, '{names[0]}': supervised"):
+    with pytest.raises(DataError, match=f"one class to learn from, '{names[0]}': supervised"):
         pretrain.main(config(data=five, out=tmp_path, objectives="supervised=1"))
     assert "has no classes in its split 'test', which tasks of evaluate will need" in capsys.readouterr().err
 
@@ -280,8 +281,8 @@ def test_folders_that_deal_images_are_learned_from_where_each_class_is_named_onc
     shutil.copytree(folder / names[0], tmp_path / "dealt" / "train" / "unnamed")
     shutil.copytree(folder / names[0], tmp_path / "dealt" / "test" / "unnamed")
     learned = [f"train/{name}" for name in names]
-    splits = {"train": learned[:4], "val": learned[4:6], "test": [f"test/{name}" for name in names[6:]]}
-    (tmp_path / "dealt" / "splits.json").write_text(json.dumps(splits))
+    parts = {"train": learned[:4], "val": learned[4:6], "test": [f"test/{name}" for name in names[6:]]}
+    (tmp_path / "dealt" / "splits.json").write_text(json.dumps(parts))
     assert pretrain.main(config(data=tmp_path / "dealt", out=tmp_path / "run")).exists()
 
 
@@ -289,12 +290,12 @@ def test_classes_numbered_anew_in_each_split_are_learned_from_with_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = synthetic.write(tmp_path / "six", classes=6, images=4)
-    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    parts: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for place, path in enumerate(sorted(folder.iterdir())):
-        split = list(splits)[place // 2]
-        splits[split].append(f"{split}/{place % 2}")
+        split = list(parts)[place // 2]
+        parts[split].append(f"{split}/{place % 2}")
         shutil.copytree(path, tmp_path / "dealt" / split / str(place % 2))
-    (tmp_path / "dealt" / "splits.json").write_text(json.dumps(splits))
+    (tmp_path / "dealt" / "splits.json").write_text(json.dumps(parts))
     assert pretrain.main(config(data=tmp_path / "dealt", out=tmp_path / "run")).exists()
     said = "As splits.json names both, different classes are test/0 and train/0, test/1 and train/1, train/0 and val/0"
     assert capsys.readouterr().err.count(said) == 1
@@ -306,24 +307,24 @@ def test_a_class_of_one_thing_is_said_before_hours_of_training(
     split: str, alike: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = synthetic.write(tmp_path / "ten", classes=10, images=3)
-    splits: dict[str, Any] = data.split_classes(folder, [path.name for path in folder.iterdir()])
-    lone, learned = splits[split][0], splits["train"][0]
+    parts: dict[str, Any] = splits.split_classes(folder, [path.name for path in folder.iterdir()])
+    lone, learned = parts[split][0], parts["train"][0]
     images = sorted((folder / lone).iterdir())
     if alike:
-        splits["piece"] = {f"{lone}/{image.name}": "one thing" for image in images}
-        (folder / "splits.json").write_text(json.dumps(splits))
+        parts["piece"] = {f"{lone}/{image.name}": "one thing" for image in images}
+        (folder / "splits.json").write_text(json.dumps(parts))
     else:
         for image in images[1:]:
             image.unlink()
     for image in sorted((folder / learned).iterdir())[1:]:
         image.unlink()
-    with pytest.raises(data.DataError, match=f"one example of {lone} in its split '{split}'; .* of different things"):
+    with pytest.raises(DataError, match=f"one example of {lone} in its split '{split}'; .* of different things"):
         pretrain.main(config(data=folder, out=tmp_path / "run"))
     assert f"Of {learned} there is one example: metatrain will need --tasks" in capsys.readouterr().err
 
 
 def test_a_start_of_another_shape_is_refused(shapes: Path, unbroken: Path, tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match="is of another --shape than tiny-grey"):
+    with pytest.raises(DataError, match="is of another --shape than tiny-grey"):
         pretrain.main(config(data=shapes, out=tmp_path, shape="tiny-grey", augment="characters", start=unbroken))
 
 
@@ -331,7 +332,7 @@ def test_a_start_of_another_shape_is_refused(shapes: Path, unbroken: Path, tmp_p
 def test_augmentations_of_colours_are_refused_where_the_network_sees_grey(
     augment: str, shapes: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(data.DataError, match=f"--augment {augment} is for colour, .* grey: --augment characters fits"):
+    with pytest.raises(DataError, match=f"--augment {augment} is for colour, .* grey: --augment characters fits"):
         pretrain.main(config(data=shapes, out=tmp_path, shape="tiny-grey", augment=augment))
 
 
@@ -339,20 +340,20 @@ def test_augmentations_of_colours_are_refused_where_the_network_sees_grey(
 def test_a_checkpoint_that_is_none_is_named(unbroken: Path, tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / pretrained.CHECKPOINT
     path.write_bytes((unbroken / pretrained.CHECKPOINT).read_bytes()[:3000] if content is None else content)
-    with pytest.raises(data.DataError, match=f"{path} is no checkpoint of this program, or a damaged one"):
+    with pytest.raises(DataError, match=f"{path} is no checkpoint of this program, or a damaged one"):
         pretrained.load_extractor(tmp_path)
 
 
 def test_safetensors_of_somebody_else_are_no_checkpoint(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / pretrained.CHECKPOINT)
-    with pytest.raises(data.DataError, match="is no checkpoint of this program"):
+    with pytest.raises(DataError, match="is no checkpoint of this program"):
         pretrained.load_extractor(tmp_path)
     checkpoint.save(tmp_path / pretrained.CHECKPOINT, {"extractor": {}, "precision": "auto", "config": {"magic": 1}})
-    with pytest.raises(data.DataError, match="is no pretraining, or one of another version"):
+    with pytest.raises(DataError, match="is no pretraining, or one of another version"):
         pretrained.load_extractor(tmp_path)
 
 
 def test_a_second_run_into_one_folder_is_refused(shapes: Path, tmp_path: Path) -> None:
-    with checkpoint.alone(tmp_path), pytest.raises(data.DataError, match="Another run is at work in"):
+    with checkpoint.alone(tmp_path), pytest.raises(DataError, match="Another run is at work in"):
         pretrain.main(PretrainConfig(data=shapes, out=tmp_path, **TINY))
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LOCK]

@@ -16,7 +16,8 @@ import torch
 from models import artifact
 from models.resnet import SHAPES, ResNet
 from tests.training.runs import config
-from training import checkpoint, data, pretrained
+from training import checkpoint, pretrained, splits
+from training.folders import DataError
 
 
 def test_the_extractor_of_a_finished_run_is_loaded_with_its_settings(unbroken: Path) -> None:
@@ -36,19 +37,19 @@ def test_the_extractor_of_a_finished_run_is_loaded_with_its_settings(unbroken: P
 
 
 def test_a_missing_checkpoint_says_which_command_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match=f"run `python -m training pretrain --out {tmp_path}` first"):
+    with pytest.raises(DataError, match=f"run `python -m training pretrain --out {tmp_path}` first"):
         pretrained.load_extractor(tmp_path)
 
 
 def test_an_extractor_knows_the_classes_behind_it_those_of_its_start_among_them(
     unbroken: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = data.split_classes(shapes, [path.name for path in shapes.iterdir()])["train"]
-    assert pretrained.classes_of(unbroken) == data.digests(names)
-    expected = data.digests([*names, "more"])
+    names = splits.split_classes(shapes, [path.name for path in shapes.iterdir()])["train"]
+    assert pretrained.classes_of(unbroken) == splits.digests(names)
+    expected = splits.digests([*names, "more"])
     assert pretrained.learned(config(start=unbroken), ["more"]) == expected
     (tmp_path / artifact.MANIFEST).touch()
-    start = SimpleNamespace(manifest=SimpleNamespace(classes={"learned": data.digests(names)}))
+    start = SimpleNamespace(manifest=SimpleNamespace(classes={"learned": splits.digests(names)}))
     monkeypatch.setattr(artifact.Artifact, "load", lambda _: start)
     assert pretrained.learned(config(start=tmp_path), ["more"]) == expected
-    assert pretrained.learned(config(start=tmp_path / "gone"), ["more"]) == data.digests(["more"])
+    assert pretrained.learned(config(start=tmp_path / "gone"), ["more"]) == splits.digests(["more"])

@@ -13,7 +13,7 @@ from tests.training.conftest import ROOT
 from training import __main__ as commands
 from training import goals, raw, results, svg, tables
 from training.config import EvaluateConfig, ResultsConfig, parse
-from training.data import DataError
+from training.folders import DataError
 
 COMMITTED = ROOT / "training"
 

@@ -13,6 +13,7 @@ from tests.fakes import MeanColour, tiny_artifact
 from training import data, evaluate, semi
 from training.config import EvaluateConfig
 from training.episodes import Pool, frozen
+from training.folders import DataError
 
 CLASSES, IMAGES = 12, 40
 PROTOTYPE = Prototype(np.float32(2.0))
@@ -85,7 +86,7 @@ def test_more_questions_than_are_labelled_are_refused() -> None:
     labels = np.repeat(np.arange(CLASSES), IMAGES)
     labelled = np.arange(len(labels)) % 10 == 0
     pool, rest = (Pool.of(np.where(mine, labels, -1)) for mine in (labelled, ~labelled))
-    with pytest.raises(data.DataError, match="leaves 3 images of a class to ask about: --queries 10"):
+    with pytest.raises(DataError, match="leaves 3 images of a class to ask about: --queries 10"):
         semi.drawn(pool, rest, 6, 1, config(labelled=0.1))
 
 

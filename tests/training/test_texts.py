@@ -13,13 +13,14 @@ needs("torch")
 import torch
 
 from models.text import TextDecoder
-from training import augment, data, synthetic, texts
+from training import augment, data, splits, synthetic, texts
+from training.folders import DataError
 
 
 def test_a_folder_of_text_files_is_read_by_class_and_split(tmp_path: Path) -> None:
     source = synthetic.write_texts(tmp_path / "texts", classes=5, texts=3)
     (source / "class00" / "note.png").write_bytes(b"no text")
-    found = [data.load(source, split, TextDecoder(32)) for split in data.SPLITS]
+    found = [data.load(source, split, TextDecoder(32)) for split in splits.SPLITS]
     assert [len(part.classes) for part in found] == [3, 1, 1]
     everything = data.load(source, "all", TextDecoder(32))
     assert everything.pixels.shape == (15, 32)
@@ -53,7 +54,7 @@ def test_the_lines_of_a_file_are_texts_with_labels(tmp_path: Path) -> None:
 def test_a_line_that_is_no_text_stops_the_training_with_its_number(tmp_path: Path, line: str, words: str) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(data.DataError, match=f"texts.jsonl:2.*{words}"):
+    with pytest.raises(DataError, match=f"texts.jsonl:2.*{words}"):
         data.load(file, "all", TextDecoder(8))
 
 
@@ -75,7 +76,7 @@ def test_a_cut_loses_nothing_and_splits_no_character() -> None:
 
 
 def test_nothing_to_read_is_said(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match=r"no texts in class folders .looked for .txt."):
+    with pytest.raises(DataError, match=r"no texts in class folders .looked for .txt."):
         data.load(tmp_path, "all", TextDecoder(8))
 
 

@@ -18,7 +18,7 @@ from models.head import Affine
 from models.resnet import ImageExtractor
 from training.augment import AUGMENTATIONS
 from training.baselines import Answers, Given
-from training.data import DataError
+from training.folders import DataError
 from training.stepping import generator
 
 

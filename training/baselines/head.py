@@ -15,7 +15,7 @@ from models.episode import Support
 from models.extractor import load_extractor
 from training.baselines import Answers, Given
 from training.baselines.fitting import artifact_of, labels_read
-from training.data import DataError
+from training.folders import DataError
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from models.artifact import ARRAYS, WEIGHTS, Artifact, Manifest
 from models.calibration import Temperature
 from models.extractor_torch import TorchExtractor
 from models.resnet import SHAPES, ImageExtractor, ResNet, fold
-from training import data
 from training.baselines import Given, finetune, fitting, head, pixels, scale_shift, scratch
+from training.folders import DataError
 
 SIZE = 16
 SHAPE = SHAPES["tiny"]
@@ -162,12 +162,12 @@ def test_scale_and_shift_train_nothing_else(artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("module", [scratch.Scratch, finetune.Finetune, scale_shift.Tuned, head.Served])
 def test_what_needs_an_artifact_says_so(module: type) -> None:
-    with pytest.raises(data.DataError, match="say --artifact"):
+    with pytest.raises(DataError, match="say --artifact"):
         module(finetune.Settings(), given(None))
 
 
 def test_a_learner_that_the_artifact_does_not_have_is_named(artifact: Artifact) -> None:
-    with pytest.raises(data.DataError, match="no learner 'magic', only prototype"):
+    with pytest.raises(DataError, match="no learner 'magic', only prototype"):
         head.Served(head.Settings(learner="magic"), given(artifact))
 
 
