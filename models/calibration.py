@@ -86,8 +86,10 @@ class Rejection:
     """How the energies of images that do show one of the classes are spread, as a function of the task.
 
     Location and logarithm of the spread are linear in `size_of` the task, read from the support examples that could be
-    held out or, in a one-shot task, from what each scores among the other classes. `quantiles` are those of the
-    standardised energies, from 0 to 1 in equal steps.
+    held out or, in a one-shot task, from what each scores among the other classes. Where examples could be held out the
+    spread is no less than `spread_own` says, likewise linear: as wide as those are, whatever tasks of its size are in
+    the domain that the numbers were fitted on. `quantiles` are those of the standardised energies, from 0 to 1 in equal
+    steps.
     """
 
     location: tuple[float, ...]  # [5]
@@ -95,6 +97,7 @@ class Rejection:
     location_one_shot: tuple[float, ...]  # [5]
     spread_one_shot: tuple[float, ...]  # [5]
     quantiles: tuple[float, ...]
+    spread_own: tuple[float, ...] = ()  # [5]; of artifacts that were exported before there was such a bound, none
 
     def gauge(self, shots: Sequence[int], *, held_out: np.ndarray, rivals: np.ndarray) -> tuple[float, float]:
         """Location and spread of genuine energies in one task, from its calibrated logits.
@@ -103,11 +106,13 @@ class Rejection:
         its own class.
         """
         if len(held_out):
-            size, location, spread = size_of(shots, energy(held_out)), self.location, self.spread
+            size, location, spreads = size_of(shots, energy(held_out)), self.location, (self.spread, self.spread_own)
         else:
-            size, location, spread = size_of(shots, energy(rivals)), self.location_one_shot, self.spread_one_shot
+            size, location = size_of(shots, energy(rivals)), self.location_one_shot
+            spreads = (self.spread_one_shot, ())
+        log_spread = max(float(size @ np.array(spread)) for spread in spreads if spread)
         # Bounded, for an odd task may lie far from those that the numbers were fitted on.
-        return float(size @ np.array(location)), math.exp(float(np.clip(size @ np.array(spread), -20, 20)))
+        return float(size @ np.array(location)), math.exp(min(max(log_spread, -20), 20))
 
     def known(self, energies: np.ndarray, gauge: tuple[float, float]) -> np.ndarray:
         """The share of genuine images that would score lower than each: [n] in 0..1.

@@ -22,6 +22,9 @@ MANY = 2  # examples a class of which some can be held out
 PAIRS = 10_000  # of different examples, of which one is as near as twins might be: see apart
 MOST_COMPARED = 1000  # examples of a class
 SHIFT, SHIFT_ONE_SHOT = 1.0, 0.5  # of the location, per unit of the energies it is read from; see fit_rejection
+PINNED = ("ridge",)  # learners that all but repeat the labels of their only examples, whose scores then tell nothing
+OWN = 1.2  # times as wide as a task's own examples, held out, its genuine images are at least taken to be spread
+RATE = 0.05  # of genuine images, which in tasks of one example a class and of more is the same score
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +64,7 @@ def calibrate(
                 right.append(float((stacked.argmax(axis=1) == truth).mean()))
         temperatures[method] = fit_temperature([(way, shot) for way, shot, _ in cells], np.array(curves))
         scores[method] = float(np.mean(right))
-        rejections[method] = fit_rejection(found, Temperature(**temperatures[method]))
+        rejections[method] = fit_rejection(found, Temperature(**temperatures[method]), pinned=method in PINNED)
     return temperatures, rejections, scores
 
 
@@ -128,11 +131,12 @@ def _answered(learner: Learner, features: np.ndarray, task: Indices, cell: int) 
     )
 
 
-def fit_rejection(tasks: list[Answered], temperature: Temperature) -> dict[str, list[float]]:
+def fit_rejection(tasks: list[Answered], temperature: Temperature, *, pinned: bool = False) -> dict[str, list[float]]:
     """The numbers of a Rejection, by least squares on tasks whose questions all show one of their classes.
 
     How the location follows the task's own energies is not fitted: within one domain they hardly differ and the fit
-    would all but ignore them, but from domain to domain they shift as a whole.
+    would all but ignore them, but from domain to domain they shift as a whole. Nor is how wide its own examples make
+    the spread at least. `pinned`: those of a one-shot task tell nothing, see PINNED.
     """
     fits: dict[str, list[float]] = {}
     scaled = []
@@ -146,16 +150,23 @@ def fit_rejection(tasks: list[Answered], temperature: Temperature) -> dict[str, 
             sizes.append(size_of(task.shots, energy((task.held_out if many else task.rivals) / t)))
             genuine.append(energy(task.logits / t))
         inputs = np.array(sizes).reshape(len(chosen), 5)
-        slope = SHIFT if many else SHIFT_ONE_SHOT
+        slope = SHIFT if many else SHIFT_ONE_SHOT * (not pinned)
         means = np.array([values.mean() for values in genuine])
         size = np.linalg.lstsq(inputs[:, :3], means - slope * inputs[:, 3], rcond=None)[0]
         location = np.array([*size, slope, 0.0])
         off = [values - row @ location for values, row in zip(genuine, inputs, strict=True)]
         widths = np.log([np.sqrt(np.mean(values**2)) + 1e-6 for values in off])
-        spread = np.linalg.lstsq(inputs, np.array(widths), rcond=None)[0]
-        scaled += [values / np.exp(row @ spread) for values, row in zip(off, inputs, strict=True)]
+        spreads = [np.linalg.lstsq(inputs, np.array(widths), rcond=None)[0]]
+        if many:
+            spreads.append(np.array([np.log(OWN), 0.0, 0.0, 0.0, 1.0]))
+        log_spread = np.max([inputs @ spread for spread in spreads], axis=0)
+        found = np.concatenate([values / np.exp(by) for values, by in zip(off, log_spread, strict=True)])
+        low = float(np.quantile(found, RATE))
+        unit = -low if low < 0 else 1.0
+        scaled.append(found / unit)
         fits[f"location{suffix}"] = [round(float(value), 5) for value in location]
-        fits[f"spread{suffix}"] = [round(float(value), 5) for value in spread]
+        for name, spread in zip((f"spread{suffix}", "spread_own"), spreads, strict=False):
+            fits[name] = [round(float(value), 5) for value in spread + np.log(unit) * np.eye(5)[0]]
     quantiles = np.quantile(np.concatenate(scaled), np.linspace(0, 1, 201))
     fits["quantiles"] = [round(float(value), 4) for value in quantiles]
     return fits

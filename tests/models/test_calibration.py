@@ -75,6 +75,25 @@ def test_where_examples_were_held_out_their_energies_place_the_gauge() -> None:
     assert spread == pytest.approx(2 * math.exp(0.1 * way - shots + 0.01 * mean + 0.2 * deviation))
 
 
+def test_the_spread_is_no_less_than_that_of_the_examples_held_out() -> None:
+    bounded = dataclasses.replace(REJECTION, spread_own=(math.log(1.5), 0.0, 0.0, 0.0, 1.0))
+    alike, apart = np.log([[3.0, 1.0], [3.0, 1.0]]), np.log([[3.0, 1.0], [3e9, 1e9]])
+    nothing = np.zeros((10, 1))
+    assert bounded.gauge((2, 2), held_out=alike, rivals=nothing) == REJECTION.gauge(
+        (2, 2), held_out=alike, rivals=nothing
+    )
+    before, found = (each.gauge((2, 2), held_out=apart, rivals=nothing) for each in (REJECTION, bounded))
+    assert found == (before[0], pytest.approx(1.5 * (4.5 * math.log(10) + 0.1)))
+    assert found[1] > before[1]
+
+
+def test_a_one_shot_task_is_bounded_by_nothing() -> None:
+    bounded = dataclasses.replace(REJECTION, spread_own=(9.0, 0.0, 0.0, 0.0, 1.0))
+    rivals = np.log([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])
+    gauges = [each.gauge((1, 1, 1), held_out=np.zeros((0, 3)), rivals=rivals) for each in (REJECTION, bounded)]
+    assert gauges[0] == gauges[1]
+
+
 def test_a_one_shot_task_is_placed_by_what_its_examples_score_among_the_others() -> None:
     nothing = np.zeros((0, 3), np.float32)
     rivals = np.log([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])  # energies log 2, log 4 and log 8

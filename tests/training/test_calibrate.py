@@ -1,16 +1,17 @@
-"""The temperature of tasks of each size, what counts in its fit; and how near twins are."""
+"""The temperature of tasks of each size, how near twins are, and what "none of these" goes by."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 
-from models.calibration import Temperature
+from models.calibration import Rejection, Temperature, energy
 from models.learners.prototype import Prototype
 from training import calibrate
-from training.calibrate import LOG_TEMPERATURES, apart, fit_temperature
+from training.calibrate import LOG_TEMPERATURES, RATE, Answered, apart, fit_rejection, fit_temperature
 from training.episodes import Pool
 
 SIZES = [(way, shot) for way in (2, 5, 20) for shot in (1, 5)]
@@ -96,3 +97,64 @@ def test_the_class_that_limits_the_calibration_is_named_with_what_is_lost(least:
     features = np.random.default_rng(0).normal(size=(20 + least, 4)).astype(np.float32)
     _, rejections, _ = calibrate.calibrate(learners, features, pool, episodes=10, queries=2, seed=0)
     assert bool(rejections["prototype"]) == (least > 2)
+
+
+# "None of these"
+
+
+def told(level: float, *, wide: float = 1.0, shot: int = 5, way: int = 5, seed: int = 0) -> Answered:
+    """A task whose energies lie around `level` and are so `wide`."""
+    rng = np.random.default_rng(seed)
+
+    def logits(n: int, width: int, around: float) -> np.ndarray:
+        rows = np.tile(rng.normal(around, wide, (n, 1)), width)
+        return np.asarray(rows - np.log(width))  # of which the energy is what was drawn
+
+    truth = np.repeat(np.arange(way), shot)
+    held = logits(way * shot if shot > 1 else 0, way, level)
+    return Answered(
+        0,
+        (shot,) * way,
+        logits(100, way, level),
+        np.repeat(np.arange(way), 100 // way),
+        held,
+        truth[: len(held)],
+        logits(way * shot, way - 1, level),
+    )
+
+
+def turned_away(rejection: Rejection, task: Answered) -> float:
+    gauge = rejection.gauge(task.shots, held_out=task.held_out, rivals=task.rivals)
+    return float((rejection.known(energy(task.logits), gauge) < RATE).mean())
+
+
+def rejection_of(tasks: list[Answered], *, pinned: bool = False) -> Rejection:
+    fit = fit_rejection(tasks, Temperature(), pinned=pinned)
+    return Rejection(**{name: tuple(values) for name, values in fit.items()})
+
+
+HOME = [told(0.3 * np.sin(k), shot=shot, seed=k) for k in range(60) for shot in (1, 5)]
+
+
+@pytest.mark.parametrize("shot", [1, 5])
+def test_at_home_as_many_are_turned_away_as_is_said_with_one_example_a_class_as_with_more(shot: int) -> None:
+    rejection = rejection_of(HOME)
+    shares = [turned_away(rejection, task) for task in HOME if task.shots[0] == shot]
+    assert abs(np.mean(shares) - RATE) < 0.01
+
+
+def test_where_examples_are_spread_more_widely_than_at_home_so_are_questions() -> None:
+    rejection = rejection_of(HOME)
+    elsewhere = [told(0.0, wide=3.0, seed=k) for k in range(1000, 1060)]
+    assert abs(np.mean([turned_away(rejection, task) for task in elsewhere]) - RATE) < 0.02
+    unbounded = dataclasses.replace(rejection, spread_own=())  # the control
+    assert np.mean([turned_away(unbounded, task) for task in elsewhere]) > 4 * RATE
+
+
+def test_only_examples_that_tell_nothing_move_nothing() -> None:
+    """Elsewhere the only examples score much higher among the other classes, and questions as at home."""
+    elsewhere = [told(0.0, shot=1, seed=k) for k in range(1000, 1060)]
+    elsewhere = [dataclasses.replace(task, rivals=task.rivals + 4) for task in elsewhere]
+    pinned, others = rejection_of(HOME, pinned=True), rejection_of(HOME)
+    assert abs(np.mean([turned_away(pinned, task) for task in elsewhere]) - RATE) < 0.02
+    assert np.mean([turned_away(others, task) for task in elsewhere]) > 4 * RATE
