@@ -2,7 +2,8 @@
 
 With keys, a request needs one that is good and has the scope that its method and path need; what stands in no line of
 the table needs `admin`. It then goes on with its tenant's view of the store and the allowance of its key. Without keys
-everything belongs to one tenant. Knows nothing of how keys are kept, nor of what routes do.
+everything belongs to one tenant, and pages of others change nothing (origins.py). Knows nothing of how keys are kept,
+nor of what routes do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from service import callers, quota
 from service.keys import Key, Keyring
 from service.quota import Allowance
 from service.stores import Scope, Store
-from service.web import problems
+from service.web import origins, problems
 
 TENANT = "default"  # whose tasks they are where no keys are configured
 
@@ -53,10 +54,14 @@ def needed(method: str, path: str) -> str:
 
 
 class Access:
-    def __init__(self, app: ASGIApp, store: Store, keyring: Keyring | None = None):
+    def __init__(
+        self, app: ASGIApp, store: Store, keyring: Keyring | None = None, *, allowed: frozenset[str] = frozenset()
+    ):
+        """`allowed`: origins whose pages may change tasks without a key."""
         self.app = app
         self.store = store
         self.keyring = keyring
+        self.allowed = allowed
         self._allowances: dict[str, Allowance] = {}
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
@@ -65,6 +70,11 @@ class Access:
             return
         if scope["type"] == "http":
             if self.keyring is None:
+                at, _ = scope.get("server") or ("", None)
+                if said := origins.refusal(scope["method"], dict(scope["headers"]), at, self.allowed):
+                    answer = problems.of_error(Forbidden(said), request_id=scope["state"]["request_id"])
+                    await answer(scope, receive, send)
+                    return
                 scope["state"]["tenant"] = self.store.scope(TENANT)
             else:
                 need = needed(scope["method"], scope["path"])

@@ -32,7 +32,7 @@ from service.settings import Settings, SettingsError
 from service.stores import Store, StoreMisconfigured
 from service.stores.opening import open_store
 from service.support import Limits
-from service.web import about, classify, docs, export, open_inference, openapi, page, problems, tasks, tracing
+from service.web import about, classify, docs, export, open_inference, openapi, origins, page, problems, tasks, tracing
 from service.web.access import Access
 from service.web.bodies import Bounds
 from service.web.boundary import LEFT, Boundary
@@ -193,18 +193,19 @@ def create_app(
         return problems.of_error(InvalidRequest(text), request_id=request.state.request_id)
 
     lean = app if artifact.kind == "text" else LeanClassify(app, engine, reject=settings.reject)
+    allowed = origins.of(settings.cors_origins)
     bounded = Boundary(
-        Access(lean, store, keyring),
+        Access(lean, store, keyring, allowed=allowed),
         max_body_bytes=settings.max_body_bytes,
         max_bodies_bytes=settings.max_bodies_bytes,
         body_timeout_s=settings.body_timeout_s,
         metrics=metrics,
     )
     whole: ASGIApp = bounded
-    if settings.cors_origins:
+    if allowed:
         whole = CORSMiddleware(
             bounded,
-            allow_origins=[origin.strip().rstrip("/") for origin in settings.cors_origins.split(",")],
+            allow_origins=sorted(allowed),
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Content-Type", *openapi.HEADERS],
             expose_headers=["ETag", "Retry-After", "Idempotent-Replayed", "Server-Timing", "X-Request-Id"],
