@@ -138,6 +138,8 @@ def normal_label(label: str, *, index: int | None, limits: Limits) -> str:
         )
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in label):
         raise InvalidSupport("A label holds control characters.", index=index)
+    if {".", ".."} & set(label.split("/")):  # in an address these lead elsewhere: to another class, or to the task
+        raise InvalidSupport('A label has no part that is "." or "..": no address could name it.', index=index)
     return label
 
 

@@ -21,6 +21,7 @@ Loaded: TypeAlias = list[tuple[File, bytes]]
 
 HEADROOM = 1000  # bytes of a body that are left free
 ENCODED = 4 / 3  # base64
+RESERVED = {*pictures.NEARLY, "query", "queries"}  # fields that are no class, or taken for such
 
 
 class Waiting:
@@ -136,7 +137,7 @@ def encoded(files: Loaded, queries: Sequence[bytes] | None = None) -> tuple[byte
 def _field(label: str | None) -> str:
     if label is None:
         return pictures.UNLABELLED
-    reserved = label in (pictures.UNLABELLED, "query") or label.startswith(pictures.PREFIX)
+    reserved = label.casefold() in RESERVED or label.startswith(pictures.PREFIX)
     return pictures.PREFIX + label if reserved else label
 
 

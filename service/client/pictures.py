@@ -52,7 +52,9 @@ PICTURES = (
     ".avif",
     ".jxl",
 )
+TEXTS = (".txt",)  # read where a folder or a zip holds no picture
 UNLABELLED = "unlabelled"
+NEARLY = {UNLABELLED, "unlabeled"}
 PREFIX = "label:"  # of a folder whose label would otherwise mean something else
 
 
@@ -150,7 +152,7 @@ def _found(text: str) -> list[Path]:
     if _is_file(text):
         return [path]
     if path.is_dir():
-        found = [file for file in _walk(path) if _is_picture(file)]
+        found = [file for file in _walk(path) if _is_of(file, PICTURES)]
     else:
         found = sorted(Path(name) for name in glob.glob(text, recursive=True) if Path(name).is_file())
     if not found:
@@ -159,12 +161,36 @@ def _found(text: str) -> list[Path]:
 
 
 def _tree(root: Path) -> list[File]:
-    """A folder or a zip with one folder per label."""
+    """A folder or a zip with one folder per label, of pictures or, where it holds none, of texts."""
+    files = _within(root, PICTURES) or _within(root, TEXTS)
+    if not files:
+        raise FileNotFoundError(
+            f"There is no picture in {root}, nor a text (*.txt); it should hold one folder of them for each label."
+        )
+    loose = [path for path, _, _ in files if len(path.parts) == 1]
+    if loose:
+        raise ValueError(f"{root / str(loose[0])} lies in no sub-folder; the name of a sub-folder is the label.")
+    shared = _shared([path.parent.parts for path, _, _ in files])
+    out = []
+    for path, size, load in files:
+        folder = "/".join(path.parent.parts[shared:])
+        if folder != UNLABELLED and folder.casefold() in NEARLY:
+            raise ValueError(
+                f"Is {UNLABELLED!r} meant by the folder {folder!r} of {root}? A class that is called so is in a folder "
+                f"{PREFIX + folder!r}."
+            )
+        label = None if folder == UNLABELLED else normal(_decoded(folder.removeprefix(PREFIX)))
+        out.append(File(str(path), label, size, load))
+    return out
+
+
+def _within(root: Path, suffixes: tuple[str, ...]) -> list[tuple[PurePosixPath, int, Callable[[], bytes]]]:
+    """(path, bytes, how to read it) of the files of some endings in a folder or a zip."""
     if root.is_dir():
         files = [
             (PurePosixPath(path.relative_to(root).as_posix()), path.stat().st_size, path.read_bytes)
             for path in _walk(root)
-            if _is_picture(path)
+            if _is_of(path, suffixes)
         ]
     elif not root.exists():
         raise FileNotFoundError(f"There is no folder {root}.")
@@ -173,22 +199,11 @@ def _tree(root: Path) -> list[File]:
             files = [
                 (PurePosixPath(info.filename), info.file_size, _entry(root, info.filename))
                 for info in archive.infolist()
-                if _is_picture(PurePosixPath(info.filename)) and not _is_hidden(PurePosixPath(info.filename))
+                if _is_of(PurePosixPath(info.filename), suffixes) and not _is_hidden(PurePosixPath(info.filename))
             ]
     else:
         raise ValueError(f"{root} is neither a folder nor a zip archive.")
-    if not files:
-        raise FileNotFoundError(f"There is no picture in {root}; it should hold one folder of pictures for each label.")
-    loose = [path for path, _, _ in files if len(path.parts) == 1]
-    if loose:
-        raise ValueError(f"{root / str(loose[0])} lies in no sub-folder; the name of a sub-folder is the label.")
-    shared = _shared([path.parent.parts for path, _, _ in files])
-    out = []
-    for path, size, load in files:
-        folder = "/".join(path.parent.parts[shared:])
-        label = None if folder == UNLABELLED else normal(_decoded(folder.removeprefix(PREFIX)))
-        out.append(File(str(path), label, size, load))
-    return out
+    return files
 
 
 def _decoded(folder: str) -> str:
@@ -221,8 +236,8 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names))
 
 
-def _is_picture(path: Path | PurePosixPath) -> bool:
-    return path.suffix.lower() in PICTURES and not path.name.startswith(".")
+def _is_of(path: Path | PurePosixPath, suffixes: tuple[str, ...]) -> bool:
+    return path.suffix.lower() in suffixes and not path.name.startswith(".")
 
 
 def _is_hidden(path: PurePosixPath) -> bool:

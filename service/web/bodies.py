@@ -55,6 +55,7 @@ ESCAPED = (("%22", '"'), ("%0D", "\r"), ("%0A", "\n"))
 NO_FILE = "A form field holds text where a file belongs; with curl, write -F label=@file, with the @."
 LONGEST_NAME = 255  # of a file, where an answer tells it; its end tells most
 UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
+MEANT = dict.fromkeys(("unlabelled", "unlabeled"), UNLABELLED) | dict.fromkeys(("query", "queries"), QUERY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +235,19 @@ def _from_fields(files: list[tuple[str, str, bytes]], with_queries: bool) -> Giv
         elif field == QUERY and with_queries:
             given.queries.append(data)
         else:
+            _meant(field, "field", QUERY if with_queries else UNLABELLED)
             given.examples.append(Example(field.removeprefix(LABEL), data))
             names.append(name)
     return replace(given, names=(*names, *more))
+
+
+def _meant(name: str, kind: str, *also: str) -> None:
+    """Raises InvalidRequest for a name that is nearly one that means something else than a class."""
+    meant = MEANT.get(name.casefold())
+    if meant in (UNLABELLED, *also) and name != meant:
+        raise InvalidRequest(
+            f"Is {meant!r} meant by the {kind} {name!r}? A class that is called so is written {LABEL + name!r}."
+        )
 
 
 def _told(name: str) -> str:
@@ -353,7 +364,7 @@ def _base64(text: str, pointer: str) -> bytes:
     if text.startswith("data:"):
         raise InvalidRequest("This is a data URL; send only what follows the comma.", pointer=pointer)
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # as `base64` writes it, in lines
     except (binascii.Error, ValueError):
         raise InvalidRequest("This is not base64.", pointer=pointer) from None
 
@@ -376,6 +387,7 @@ def _from_entries(entries: Iterator[tuple[PurePosixPath, bytes]]) -> Given:
             given.unlabelled.append(data)
             more.append(_told(str(path)))
         else:
+            _meant(label, "folder")
             given.examples.append(Example(_decoded(label.removeprefix(LABEL)), data))
             names.append(_told(str(path)))
     return replace(given, names=(*names, *more))

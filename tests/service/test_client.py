@@ -7,6 +7,7 @@ import gc
 import inspect
 import io
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from service.client import (
     Unreachable,
     UnreadableAnswer,
     errors,
+    pictures,
 )
 from service.client.wire import Patience
 from service.settings import Settings
@@ -206,10 +208,37 @@ def test_kept_images_that_are_taught_again_keep_their_labels(client: Client, tmp
     assert (again.head, again.unlabelled) == (task.head, 1)
 
 
+@pytest.mark.parametrize("form", ["zip", "folder"])
+def test_texts_come_from_a_folder_or_a_zip_as_pictures_do(tmp_path: Path, form: str) -> None:
+    for label, text in (("sun", "warm"), ("rain", "wet"), ("unlabelled", "grey")):
+        (tmp_path / "days" / label).mkdir(parents=True)
+        (tmp_path / "days" / label / "1.txt").write_text(text)
+    source = tmp_path / "days"
+    if form == "zip":
+        source = Path(shutil.make_archive(str(tmp_path / "days"), "zip", source))
+    found = {file.label: file.load() for file in pictures.support(source, ())}
+    assert found == {None: b"grey", "rain": b"wet", "sun": b"warm"}
+
+
+@pytest.mark.parametrize("name", ["unlabeled", "Unlabelled"])
+def test_a_folder_that_is_nearly_called_unlabelled_is_no_class(client: Client, tmp_path: Path, name: str) -> None:
+    for label in ("red", "blue", name):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.png").write_bytes(picture("lime"))
+    with pytest.raises(ValueError, match=f"Is 'unlabelled' meant by the folder '{name}'"):
+        client.adapt(tmp_path)
+    (tmp_path / name).rename(tmp_path / f"label:{name}")
+    assert name in [item.label for item in client.adapt(tmp_path).classes]
+
+
 def test_a_label_of_dots_leads_to_no_other_address(client: Client) -> None:
-    task = client.adapt({".": RED, "..": picture("blue"), "lime": picture("lime"), "tan": picture("tan")})
-    task = task.remove_class("..").remove_class(".")
-    assert [item.label for item in client.task(task.name).classes] == ["lime", "tan"]
+    with pytest.raises(InvalidSupport, match="no address could name it"):
+        client.adapt({"..": RED, "lime": picture("lime"), "tan": picture("tan")})
+    task = client.adapt({"lime": picture("lime"), "tan": picture("tan"), "red": RED})
+    for label in (".", "..", "../.."):
+        with pytest.raises(InvalidSupport):
+            task.remove_class(label)
+    assert len(client.task(task.name).classes) == 3
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "..", "a b", "x" * 65, "é"])

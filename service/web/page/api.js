@@ -73,7 +73,7 @@ function form(photos) {
 }
 
 function field(label) {
-  const reserved = ["unlabelled", "query"].includes(label) || label.startsWith("label:");
+  const reserved = ["unlabelled", "unlabeled", "query", "queries"].includes(label.toLowerCase()) || label.startsWith("label:");
   return (reserved ? `label:${label}` : label).replace(/["\\]/g, "\\$&");
 }
 

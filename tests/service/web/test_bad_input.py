@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import socket
@@ -304,6 +305,37 @@ def test_base64_that_is_none(http: httpx.Client) -> None:
         support = [{"label": "a", "image": image}]
         problem = refused(http.post("/v1/tasks", json={"support": support}), 422, "invalid_request", words)
         assert problem["pointer"] == "/support/0/image"
+
+
+def test_base64_in_lines_is_read(http: httpx.Client) -> None:
+    lines = base64.encodebytes(picture("red")).decode()
+    assert "\n" in lines.strip()
+    support = [{"label": "a", "image": lines}, {"label": "b", "image": base64.b64encode(picture("blue")).decode()}]
+    answer = http.post("/v1/classify", json={"support": support, "queries": [lines]})
+    assert answer.json()["predictions"][0]["label"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "meant"),
+    [("tasks", "unlabeled", "unlabelled"), ("tasks", "Unlabelled", "unlabelled"), ("classify", "Query", "query")],
+)
+def test_a_field_that_is_nearly_one_that_is_no_class(http: httpx.Client, path: str, field: str, meant: str) -> None:
+    files, words = [*colours("red", "blue"), (field, picture("lime"))], f"Is '{meant}' meant by the field '{field}'?"
+    refused(http.post(f"/v1/{path}", files=files), 422, "invalid_request", words)
+    files = [*colours("red", "blue"), (f"label:{field}", picture("lime")), ("query", picture("lime"))]
+    assert http.post("/v1/classify", files=files).json()["predictions"][0]["label"] == field
+
+
+def test_a_folder_that_is_nearly_one_that_is_no_class(http: httpx.Client) -> None:
+    files = {"red/1.png": picture("red"), "blue/1.png": picture("blue"), "unlabeled/1.png": picture("lime")}
+    answer = http.post("/v1/tasks", content=zipped(files), headers={"Content-Type": "application/zip"})
+    refused(answer, 422, "invalid_request", "Is 'unlabelled' meant by the folder 'unlabeled'?")
+
+
+@pytest.mark.parametrize("label", [".", "..", "a/../b"])
+def test_a_label_that_no_address_can_name(http: httpx.Client, label: str) -> None:
+    files = [*colours("red"), (label, picture("blue"))]
+    refused(http.post("/v1/tasks", files=files), 422, "invalid_support", "no address could name it")
 
 
 def test_a_support_set_of_another_type(http: httpx.Client) -> None:

@@ -627,24 +627,6 @@ def test_a_class_is_not_called_what_means_a_folder_in_an_address(
 
 
 @pytest.mark.browser
-def test_a_class_that_is_called_so_all_the_same_costs_nothing_else(watched: Watched, service: httpx.Client) -> None:
-    files = [
-        (label, (path.name, path.read_bytes()))
-        for label, letter in (("..", "alpha"), ("b", "theta"), ("c", "omega"))
-        for path in photos(letter, 1, 2)
-    ]
-    name = "dots"
-    assert service.put(f"/v1/tasks/{name}", files=files).status_code == 201
-    page = watched.open(f"#{name}")
-    dots = page.locator("section[aria-label='Class ..']")
-    dots.get_by_role("button", name="Remove this class").click()
-    dots.get_by_text('A browser cannot send a request about ".."').wait_for()
-    assert dots.locator(".photo").count() == 2
-    assert watched.sent("DELETE", "/v1/") == []
-    assert shots(page, service) == {"..": 2, "b": 2, "c": 2}
-
-
-@pytest.mark.browser
 def test_a_class_can_be_renamed_and_the_name_taken_back(watched: Watched, service: httpx.Client) -> None:
     page = taught(watched)
     head = task_of(page, service)["head"]
