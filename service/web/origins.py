@@ -47,7 +47,9 @@ def refusal(method: str, headers: Mapping[bytes, bytes], at: str, allowed: froze
 def _same(origin: str, host: str) -> bool:
     scheme, _, address = origin.partition("://")
     port = PORTS.get(scheme, ":")
-    return bool(host) and host.removesuffix(port) == address.removesuffix(port)
+    host, address = host.removesuffix(port), address.removesuffix(port)
+    # A proxy may pass the name on without its port; a browser that asks for another than the usual one sends it.
+    return bool(host) and (host == address or host == address.rpartition(":")[0])
 
 
 def _is_loopback(address: str) -> bool:

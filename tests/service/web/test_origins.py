@@ -30,6 +30,7 @@ def said(method: str, at: str = LOOPBACK, allowed: str = "", **headers: str) -> 
         {"host": "localhost:80", "origin": "http://localhost"},
         {"host": "[::1]:8000", "origin": "http://[::1]:8000"},
         {"host": "app.localhost:8000", "origin": "http://app.localhost:8000"},
+        {"host": "box", "origin": "http://box:8000"},  # behind a proxy that leaves the port out
         {"host": "fewshot:8000", "origin": "https://photos.example", "sec_fetch_site": "same-origin"},  # behind a proxy
         {"host": "127.0.0.1:8000", "origin": "null", "sec_fetch_site": "none"},
     ],
@@ -47,6 +48,7 @@ def test_clients_and_the_own_page_may_change_tasks(headers: dict[str, str]) -> N
         {"origin": "http://127.0.0.1:9000"},
         {"origin": "null"},  # a file, or a page in a frame that hides where it is from
         {"origin": "http://["},
+        {"origin": "http://"},
     ],
 )
 def test_a_page_of_another_origin_reads_what_it_may_and_changes_nothing(headers: dict[str, str]) -> None:
