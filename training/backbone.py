@@ -60,7 +60,9 @@ class Backbone:
     name: str  # of the kind of network
     graph: onnx.ModelProto  # one image input, weights inside
     output: str
-    how: str  # "vector" as it is, "cls" token of [n, t, dim], mean of "tokens" [n, t, dim] or "maps" [n, dim, h, w]
+    # "vector" as it is, "cls" token of [n, t, dim], mean of "tokens" [n, t, dim], of "maps" [n, dim, h, w] or of
+    # "maps.last" [n, h, w, dim]
+    how: str
     height: int
     width: int
     channels: int

@@ -21,6 +21,7 @@ from training.config import ImportConfig
 OPSETS = (9, 26)  # of ONNX itself; scanning over images begins with the first
 DOMAINS = {"", "ai.onnx", "com.microsoft"}
 KINDS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.UINT8: np.uint8}
+AVERAGED: dict[str, tuple[int, ...]] = {"tokens": (1,), "maps": (2, 3), "maps.last": (1, 2)}  # axes, by Backbone.how
 
 
 def read(file: Path, config: ImportConfig) -> Backbone:
@@ -48,7 +49,7 @@ def read(file: Path, config: ImportConfig) -> Backbone:
     kind = KINDS[tensor.elem_type]
     edges = (channels, height, width) if first else (height, width, channels)
     run = _runner(file, graph, inputs[0].name, output, kind)
-    how, dim = _pooled(file, run(np.zeros((1, *edges), kind)), config.pooling)
+    how, dim = _pooled(file, run(np.zeros((1, *edges), kind)), config.pooling, (height, width))
     if not DIMS[0] <= dim <= DIMS[1]:
         raise Refused(f"{file} gives vectors of {dim} numbers; {DIMS[0]} to {DIMS[1]} can be learned from.")
     raw = tensor.elem_type == onnx.TensorProto.UINT8
@@ -186,19 +187,31 @@ def _runner(
     return run
 
 
-def _pooled(file: Path, found: np.ndarray, pooling: str) -> tuple[str, int]:
-    """How what is given for one image becomes a vector, and how long that is."""
+def _pooled(file: Path, found: np.ndarray, pooling: str, edges: tuple[int, int]) -> tuple[str, int]:
+    """How what is given for one image of these edges becomes a vector, and how long that is."""
     shape = found.shape
     if found.dtype not in (np.float32, np.float16):
         raise Refused(f"{file} gives {found.dtype}, no float vector.")
-    if pooling == "auto" and len(shape) >= 2 and shape[0] == 1 and found.size == shape[1]:
-        return "vector", shape[1]
+    if pooling == "auto" and len(shape) >= 2 and shape[0] == 1 and found.size == max(shape):
+        return "vector", found.size
     if pooling != "auto" and len(shape) == 3 and shape[0] == 1:
         return ("cls" if pooling == "cls" else "tokens"), shape[2]
     if pooling == "mean" and len(shape) == 4 and shape[0] == 1:
-        return "maps", shape[1]
+        # The layout of the input says nothing certain: exporters turn the one and leave the other.
+        first, last = _alike(shape[2:], edges), _alike(shape[1:3], edges)
+        if first == last:
+            raise Refused(
+                f"{file} gives maps of {_shape(shape)} for one image of {_shape(edges)}; which of these edges are"
+                " channels cannot be told, so export it with a vector as its output."
+            )
+        return ("maps", shape[1]) if first else ("maps.last", shape[3])
     more = "; --pooling mean or cls makes one of tokens, mean of maps" if pooling == "auto" else ""
     raise Refused(f"{file} gives {_shape(shape)} for one image, no vector that --pooling {pooling} can take{more}.")
+
+
+def _alike(edges: tuple[int, ...], image: tuple[int, int]) -> bool:
+    """Whether edges have the proportions of those of the image, each rounded to a whole number."""
+    return abs(edges[0] * image[1] - edges[1] * image[0]) < max(image)
 
 
 def pool(found: np.ndarray, how: str) -> np.ndarray:
@@ -208,7 +221,7 @@ def pool(found: np.ndarray, how: str) -> np.ndarray:
         return x[:, 0]
     if how == "vector":
         return x.reshape(1, -1)
-    return np.asarray(x.mean(axis=1) if how == "tokens" else x.mean(axis=(2, 3)))
+    return np.asarray(x.mean(axis=AVERAGED[how]))
 
 
 def _names(values: Any) -> str:

@@ -169,7 +169,9 @@ def _pool(pieces: _Pieces, x: str, how: str) -> str:
         return pieces.node("Gather", x, pieces.constant("cls", 0, np.int64), to="pooled", attributes={"axis": 1})
     if how == "tokens":
         x = pieces.node("Transpose", x, to="channels", attributes={"perm": [0, 2, 1]})
-    if how in ("tokens", "maps"):
+    if how == "maps.last":
+        x = pieces.node("Transpose", x, to="channels", attributes={"perm": [0, 3, 1, 2]})
+    if how in ("tokens", "maps", "maps.last"):
         x = pieces.node("GlobalAveragePool", x, to="averaged")
     return pieces.node("Flatten", x, to="pooled", attributes={"axis": 1})
 

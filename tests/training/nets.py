@@ -27,7 +27,9 @@ def net(
     relu: bool = True,
     factor: float = 1.0,
 ) -> onnx.ModelProto:
-    """Two convolutions that end in `ends`: vector, four (a vector [n, dim, 1, 1]), maps, tokens, fixed (one row), ...
+    """Two convolutions that end in `ends`: vector, pooled (a vector [n, dim, 1, 1]), maps, tokens, fixed (one row), ...
+
+    What ends in `.last` has its channels there.
 
     Names are those that the wrapping uses itself, so that none of them may be taken for another.
     """
@@ -54,10 +56,22 @@ def net(
         helper.make_node("Reshape", ["maps", "grid"], ["flat"]),
         helper.make_node("Transpose", ["flat"], ["tokens"], perm=[0, 2, 1]),
         helper.make_node("Flatten", ["maps"], ["long"]),
+        helper.make_node("Transpose", ["maps"], ["maps.last"], perm=[0, 2, 3, 1]),
+        helper.make_node("Transpose", ["pooled"], ["pooled.last"], perm=[0, 2, 3, 1]),
         helper.make_node("ArgMax", ["vectors"], ["label"], axis=1),
     ]
-    ranks = {"vectors": 2, "pooled": 4, "maps": 4, "tokens": 3, "fixed": 2, "long": 2, "label": 2}
-    names = {"vector": ["vectors"], "four": ["pooled"], "two": ["vectors", "tokens"]}.get(ends, [ends])
+    ranks = {
+        "vectors": 2,
+        "pooled": 4,
+        "maps": 4,
+        "maps.last": 4,
+        "pooled.last": 4,
+        "tokens": 3,
+        "fixed": 2,
+        "long": 2,
+        "label": 2,
+    }
+    names = {"vector": ["vectors"], "two": ["vectors", "tokens"]}.get(ends, [ends])
     graph = helper.make_graph(
         nodes,
         "somebody's",

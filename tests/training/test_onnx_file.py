@@ -58,7 +58,8 @@ def vectors(found: Backbone, images: np.ndarray, folder: Path, *, half: bool = F
         {"shape": (None, None, None, 3), "kind": TensorProto.UINT8},
         {"kind": TensorProto.UINT8},
         {"kind": TensorProto.FLOAT16, "shape": ("n", 24, 24, 3)},
-        {"ends": "four"},
+        {"ends": "pooled"},
+        {"ends": "pooled.last"},
         {"opset": 9},
         {"opset": 11, "shape": (1, 3, 24, 24), "ends": "fixed"},
         {"relu": False, "given": "x", "opset": 13},
@@ -111,6 +112,28 @@ def test_tokens_and_maps_are_pooled_as_asked(ends: str, pooling: str, tmp_path: 
     assert np.abs(vectors(found, images, tmp_path) - expected).max() < 1e-5
     with pytest.raises(Refused, match="--pooling mean or cls makes one"):
         read(file)
+
+
+@pytest.mark.parametrize("shape", [("n", 3, 24, 24), ("n", 24, 24, 3), ("n", 3, 24, 48), (1, 40, 16, 3)], ids=str)
+@pytest.mark.parametrize("ends", ["maps", "maps.last", "pooled", "pooled.last"])
+def test_the_mean_of_maps_is_over_height_and_width_wherever_their_channels_are(
+    ends: str, shape: tuple[Any, ...], tmp_path: Path
+) -> None:
+    file = write(net(ends=ends, shape=shape), tmp_path)
+    found = read(file, pooling="mean")
+    images = pixels(found)
+    source = session(str(file))
+    raw = np.concatenate([source.run(None, {"images": one[None]})[0] for one in found.given(images)])
+    expected = raw.mean(axis=(1, 2) if ends.endswith("last") else (2, 3))
+    assert expected.shape == (5, DIM)
+    assert np.abs(found.reference(found.given(images)) - expected).max() < 1e-6
+    assert np.abs(vectors(found, images, tmp_path) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("ends", ["maps", "maps.last"])
+def test_maps_that_could_be_read_either_way_are_refused(ends: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"gives maps of 1 x 8 x 8 x 8 for one image of 32 x 32; which .* channels"):
+        read(write(net(ends=ends, shape=("n", 3, 32, 32)), tmp_path), pooling="mean")
 
 
 def test_one_of_several_outputs_is_named(tmp_path: Path) -> None:
