@@ -106,10 +106,11 @@ def preparation(folder: Path, config: ImportConfig) -> Preparation:
     """From the flags, else from preprocessor_config.json in the folder, else ImageNet's. Raises Refused."""
     file = folder / "preprocessor_config.json"
     said = text(file) if file.exists() else {}
+    normalised = said.get("do_normalize", True) is not False  # the means stand there all the same
     wrong = f"{file} is not understood: "
 
     def numbers(name: str, flag: str, default: tuple[float, ...], least: float) -> tuple[float, ...]:
-        values: Any = said.get(name, list(default))
+        values: Any = said.get(name, list(default)) if normalised else list(default)
         if flag:
             try:
                 values = [float(part) for part in flag.split(",")]
@@ -121,7 +122,6 @@ def preparation(folder: Path, config: ImportConfig) -> Preparation:
             raise Refused(f"{wrong}{name} holds {min(values):g}.")
         return tuple(float(value) for value in values)
 
-    normalised = said.get("do_normalize", True) is not False
     factor = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) is not False else 1.0
     if not _finite(factor) or not 0 < factor <= 1:
         raise Refused(f"{wrong}rescale_factor is {factor!r:.40}.")

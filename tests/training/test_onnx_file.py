@@ -208,6 +208,15 @@ def test_colours_and_size_are_prepared_as_the_file_beside_says(tmp_path: Path) -
     assert np.allclose(read(tmp_path / "net.onnx", mean="0", std="1").given(np.full((1, 24, 24, 3), 51, np.uint8)), 0.2)
 
 
+def test_means_that_the_file_beside_says_are_not_used_are_not(tmp_path: Path) -> None:
+    said = {"do_normalize": False, "image_mean": [0.5, 0.25, 0], "image_std": [0.5, 0.5, 1]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    grey = np.full((1, 24, 24, 3), 51, np.uint8)
+    assert np.allclose(read(write(net(), tmp_path)).given(grey), 0.2)
+    assert np.allclose(read(tmp_path / "net.onnx", mean="0.1", std="0.5").given(grey), 0.2)
+    assert np.allclose(read(tmp_path / "net.onnx", mean="0.1").given(grey), 0.1)
+
+
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
