@@ -111,15 +111,17 @@ def preparation(folder: Path, config: ImportConfig) -> Preparation:
 
     def numbers(name: str, flag: str, default: tuple[float, ...], least: float) -> tuple[float, ...]:
         values: Any = said.get(name, list(default)) if normalised else list(default)
+        source, form = f"{wrong}{name}", "is no list of one or three numbers."
         if flag:
+            source, form = f"--{name.removeprefix('image_')}", "is one number, or three with commas."
             try:
                 values = [float(part) for part in flag.split(",")]
             except ValueError:
-                raise Refused(f"--{name.removeprefix('image_')} is one number, or three with commas.") from None
+                raise Refused(f"{source} {form}") from None
         if not isinstance(values, list) or len(values) not in (1, 3) or not all(_finite(value) for value in values):
-            raise Refused(f"{wrong}{name} is no list of one or three numbers.")
+            raise Refused(f"{source} {form}")
         if min(values) < least:
-            raise Refused(f"{wrong}{name} holds {min(values):g}.")
+            raise Refused(f"{source} holds {min(values):g}; at least {least:g} is needed.")
         return tuple(float(value) for value in values)
 
     factor = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) is not False else 1.0
