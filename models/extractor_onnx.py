@@ -19,13 +19,16 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is 
 import onnxruntime
 
 
-def session(model: str | bytes) -> Any:
-    """A graph, from its path or its bytes, ready to be called from any thread."""
+def session(model: str | bytes, *, quiet: bool = False) -> Any:
+    """A graph, from its path or its bytes, ready to be called from any thread.
+
+    `quiet`: what fails is raised as ever, and not printed besides; for what is only tried.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if quiet else 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -30,6 +30,11 @@ class Refused(DataError):
     """These weights cannot be made into an artifact; the message says why."""
 
 
+def first_line(error: Exception) -> str:
+    """What somebody else's library says, short enough to end a sentence."""
+    return str(error).split("\n")[0][:200]
+
+
 @dataclass(frozen=True, slots=True)
 class Preparation:
     """What becomes of pixels: (pixel * factor - mean) / std, per channel, at some size."""

@@ -15,7 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from models.extractor_onnx import session
-from training.backbone import DIMS, MOST_BYTES, MOST_PIXELS, Backbone, Preparation, Refused, preparation
+from training.backbone import DIMS, MOST_BYTES, MOST_PIXELS, Backbone, Preparation, Refused, first_line, preparation
 from training.config import ImportConfig
 
 OPSETS = (9, 26)  # of ONNX itself; scanning over images begins with the first
@@ -176,13 +176,13 @@ def _runner(
     try:
         runtime = session(graph.SerializeToString())
     except Exception as error:  # whatever onnxruntime dislikes about a stranger's file
-        raise Refused(f"onnxruntime does not load {file}: {_first(error)}") from None
+        raise Refused(f"onnxruntime does not load {file}: {first_line(error)}") from None
 
     def run(image: np.ndarray) -> np.ndarray:
         try:
             return np.asarray(runtime.run([output], {name: image.astype(kind)})[0])
         except Exception as error:  # as above
-            raise Refused(f"{file} does not run on an image of its size: {_first(error)}") from None
+            raise Refused(f"{file} does not run on an image of its size: {first_line(error)}") from None
 
     return run
 
@@ -230,7 +230,3 @@ def _names(values: Any) -> str:
 
 def _shape(dims: Any) -> str:
     return " x ".join("any" if dim is None else str(dim) for dim in dims)
-
-
-def _first(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]

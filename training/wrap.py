@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from models.extractor_onnx import session
-from training.backbone import Backbone, Refused
+from training.backbone import Backbone, Refused, first_line
 from training.graphs import share_weights
 
 PARITY = 1e-4  # largest difference between source and graph, of vectors of unit length
@@ -84,14 +84,16 @@ def vectors_of(backbone: Backbone, pixels: np.ndarray) -> onnx.ModelProto:
     if not np.isfinite(expected).all():
         raise Refused("The backbone gives numbers that are not finite.")
     nearest = np.inf
+    why = ""
     for graph in _versions(backbone.graph):
         for scanned in (False, True):
             candidate = _surround(backbone, graph, expected.shape[1], scanned)
             try:
-                runtime = session(candidate.SerializeToString())
+                runtime = session(candidate.SerializeToString(), quiet=True)
                 found = runtime.run(["vectors"], {"images": pixels})[0]
                 alone = runtime.run(["vectors"], {"images": pixels[:1]})[0]
-            except Exception:  # noqa: S112 - onnxruntime has no one error for a graph that is not meant for this
+            except Exception as error:  # onnxruntime has no one error for a graph that is not meant for this
+                why = f": {first_line(error)}"
                 continue
             if found.shape == expected.shape and alone.shape == expected[:1].shape:
                 difference = float(
@@ -102,7 +104,7 @@ def vectors_of(backbone: Backbone, pixels: np.ndarray) -> onnx.ModelProto:
                 nearest = min(nearest, difference)
     if nearest < np.inf:
         raise Refused(f"The graph that was made differs from the backbone by {nearest:.1e}; {PARITY:.0e} is allowed.")
-    raise Refused("The backbone could not be made to take uint8 images in batches of any size.")
+    raise Refused(f"The backbone could not be made to take uint8 images in batches of any size{why or '.'}")
 
 
 def _versions(graph: onnx.ModelProto) -> Iterator[onnx.ModelProto]:

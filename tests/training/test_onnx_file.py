@@ -54,6 +54,7 @@ def vectors(found: Backbone, images: np.ndarray, folder: Path, *, half: bool = F
         {"shape": (1, 3, 24, 24)},
         {"shape": (1, 3, 24, 24), "ends": "fixed"},
         {"shape": ("n", 3, 24, 24), "ends": "fixed"},
+        {"ends": "baked"},
         {"shape": ("n", 3, "h", "w")},
         {"shape": (None, None, None, 3), "kind": TensorProto.UINT8},
         {"kind": TensorProto.UINT8},
@@ -93,6 +94,21 @@ def test_images_are_scanned_only_where_the_graph_mixes_them(tmp_path: Path) -> N
         found = read(write(net(shape=(1, 3, 24, 24), ends=ends), tmp_path))
         kinds = [node.op_type for node in wrap.vectors_of(found, pixels(found, 3)).graph.node]
         assert ("Scan" in kinds) == scanned
+
+
+def test_a_try_that_fails_prints_nothing_and_the_last_one_says_why(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = read(write(net(shape=(1, 3, 24, 24), ends="baked"), tmp_path))
+    wrap.vectors_of(found, pixels(found, 3))
+    assert "onnxruntime" not in "".join(capfd.readouterr())
+    del found.graph.graph.node[:1]  # what it makes is missed by the others, whichever way they are put together
+    with pytest.raises(
+        Refused, match=r"could not be made to take uint8 images in batches of any size: .*INVALID_GRAPH"
+    ) as why:
+        wrap.vectors_of(found, pixels(found, 3))
+    assert "\n" not in str(why.value)
+    assert "onnxruntime" not in "".join(capfd.readouterr())
 
 
 def test_older_operators_are_converted_so_that_a_task_can_become_a_file(tmp_path: Path) -> None:
