@@ -231,7 +231,9 @@ class ImportConfig(Config):
     description: str = ""
     size: int = Field(0, ge=0, le=1024, description="pixels of the input, height and width; 0 = what the backbone says")
     pooling: Literal["auto", "cls", "mean"] = Field(
-        "auto", description="how tokens or maps become one vector; auto: a vector as it is, tokens by the first"
+        "auto",
+        description="how tokens or maps become one vector; auto: an ONNX file's vector as it is, a transformer's class "
+        "token from a Hugging Face folder",
     )
     output: str = Field("", description="name of the output, where an ONNX file has several")
     mean: str = Field("", description="of the colours from 0 to 1, with commas; empty = preprocessor_config.json's")
