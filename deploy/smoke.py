@@ -4,6 +4,7 @@
     python deploy/smoke.py http://127.0.0.1:8000 --keep NAME     leaves the task under that name
     python deploy/smoke.py http://127.0.0.1:8000 --check NAME    asks a task that was left
 
+With keys it presents the one in FEWSHOT_KEY, which needs the scope adapt, and sees the tasks of that key's tenant.
 Standard library only: it draws its own pictures and runs wherever Python does.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import secrets
 import struct
@@ -56,13 +58,15 @@ def multipart(files: list[tuple[str, bytes]]) -> tuple[bytes, str]:
 
 
 class Service:
-    def __init__(self, address: str):
+    def __init__(self, address: str, key: str = ""):
         self.address = address.rstrip("/")
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def call(self, method: str, path: str, files: list[tuple[str, bytes]] | None = None) -> tuple[int, Any]:
         """The status and what the JSON of the answer holds. Raises OSError when there is no answer."""
         body, kind = multipart(files) if files else (None, "application/json")
-        request = Request(self.address + path, data=body, method=method, headers={"Content-Type": kind})  # noqa: S310
+        headers = {"Content-Type": kind, **self.headers}
+        request = Request(self.address + path, data=body, method=method, headers=headers)  # noqa: S310
         try:
             with OPENER.open(request, timeout=10) as answer:
                 status, content = answer.status, answer.read()
@@ -151,7 +155,8 @@ def main() -> int:
     what.add_argument("--check", metavar="NAME", help="ask a task that was left under this name")
     parser.add_argument("--wait", type=float, default=60, metavar="SECONDS", help="for the service to be ready")
     given = parser.parse_args()
-    service, task = Service(given.address), given.check or given.keep or f"smoke-{secrets.token_hex(6)}"
+    service = Service(given.address, os.environ.get("FEWSHOT_KEY", ""))
+    task = given.check or given.keep or f"smoke-{secrets.token_hex(6)}"
     steps = [classify, listed] if given.check else [learn, classify, listed]
     if not given.check and not given.keep:
         steps.append(forget)

@@ -18,21 +18,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 import pytest
 import yaml
 
 from models.head import Affine, Head
+from service import keys
 from service.metrics import Metrics
+from service.settings import Settings
 from service.stores import Record, Scope
+from service.stores.memory import MemoryStore
 from service.stores.redis import RedisStore
 from service.stores.sqlite import SqliteStore
 from service.web import reference
+from service.web.app import create_app
+from tests.fakes import MeanColour, picture, tiny_artifact
 from tests.redis_server import RedisServer
+from tests.service.live import served
 from tests.service.test_main import get, started
 from training import config
 
@@ -170,6 +177,37 @@ def test_the_commands_of_operating_run_and_answer_as_shown(tmp_path: Path) -> No
         free.close()
         ports = {"http://localhost:8000": address, "localhost:8000": address, "8001": str(port)}
         check(found, run(found, cwd=tmp_path, replace=ports))
+
+
+@pytest.mark.slow
+def test_the_script_that_finds_stale_tasks_presents_a_key_and_sees_its_tenant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, store = tmp_path / "keys.json", MemoryStore()
+    tokens = {name: keys.create(file, tenant=name, scopes=("adapt",))[1] for name in ("acme", "other")}
+    (source,) = re.findall(
+        r"^python3 - http://localhost:8000 <<'EOF'\n(.*?)^EOF$", text_of("operating.md"), re.DOTALL | re.MULTILINE
+    )
+
+    def at(name: str) -> AbstractContextManager[httpx.Client]:
+        artifact = tiny_artifact(tmp_path / name, name=name)
+        return served(create_app(Settings(keys_file=file), artifact=artifact, extractor=MeanColour(), store=store))
+
+    def teach(http: httpx.Client, tenant: str, task: str) -> None:
+        files = [(colour, picture(colour)) for colour in ("red", "blue")]
+        bearer = {"Authorization": f"Bearer {tokens[tenant]}"}
+        assert http.put(f"/v1/tasks/{task}", files=files, headers=bearer).status_code == 201
+
+    with at("before") as http:
+        teach(http, "acme", "ours")
+        teach(http, "other", "theirs")
+    with at("after") as http:
+        teach(http, "acme", "new")
+        for tenant, stale in (("acme", ["ours"]), ("other", ["theirs"])):
+            monkeypatch.setenv("FEWSHOT_KEY", tokens[tenant])
+            command = [sys.executable, "-c", source, str(http.base_url)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            assert done.stdout.split() == stale, done.stderr
 
 
 # The same commands, on few small images and for a short time.

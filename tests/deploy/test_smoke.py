@@ -1,0 +1,54 @@
+"""deploy/smoke.py tells a service that is well from one that is not, with keys or without."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.artifact import Artifact
+from models.extractor import Extractor
+from service import keys
+from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.web.app import create_app
+from tests.deploy import ROOT
+from tests.fakes import MeanColour, tiny_artifact
+from tests.service.live import served
+
+pytestmark = pytest.mark.slow
+
+
+def smoked(
+    artifact: Artifact, extractor: Extractor, *steps: tuple[str, ...], key: str = "", keys_file: Path | None = None
+) -> list[str]:
+    """What the script says with each of these arguments, one after the other."""
+    app = create_app(Settings(keys_file=keys_file), artifact=artifact, extractor=extractor, store=MemoryStore())
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FEWSHOT_")}
+    with served(app) as http:
+        command = [sys.executable, str(ROOT / "deploy" / "smoke.py"), str(http.base_url), "--wait", "10"]
+        return [
+            subprocess.run(
+                [*command, *step], env={**clean, "FEWSHOT_KEY": key}, text=True, capture_output=True, timeout=60
+            ).stdout
+            for step in steps
+        ]
+
+
+def test_with_keys_it_presents_the_one_that_it_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    _, token = keys.create(file, tenant="acme", scopes=("adapt",))
+    kept, checked, whole = smoked(
+        *(tiny_artifact(tmp_path), MeanColour(), ("--keep", "watchdog"), ("--check", "watchdog"), ()),
+        key=token,
+        keys_file=file,
+    )
+    assert "8 of 8 right" in kept
+    assert "8 of 8 right" in checked
+    assert "forget" in whole
+    assert "FAILED" not in kept + checked + whole
+    (without,) = smoked(tiny_artifact(tmp_path), MeanColour(), (), keys_file=file)
+    assert "status 401" in without
