@@ -1,11 +1,11 @@
-"""Teaches a running service two classes of pictures, asks about others, and tells by its exit status what came of it.
+"""Teaches a running service two classes, asks about others of them, and tells by its exit status what came of it.
 
     python deploy/smoke.py http://127.0.0.1:8000                 learns a task, classifies with it, forgets it
     python deploy/smoke.py http://127.0.0.1:8000 --keep NAME     leaves the task under that name
     python deploy/smoke.py http://127.0.0.1:8000 --check NAME    asks a task that was left
 
 With keys it presents the one in FEWSHOT_KEY, which needs the scope adapt, and sees the tasks of that key's tenant.
-Standard library only: it draws its own pictures and runs wherever Python does.
+Standard library only: it makes its own pictures or texts, whichever the artifact reads, and runs wherever Python does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from urllib.parse import urlencode
 from urllib.request import ProxyHandler, Request, build_opener
 
 COLOURS = {"red": (215, 40, 40), "blue": (40, 40, 215)}  # noise of 35 stays within a byte
+TEXTS = {  # a line has one of each
+    "code": (("for", "while", "if", "return"), ("x", "i", "rows", "n"), ("+= 1", "== y:", "[0]", "= f(x)")),
+    "prose": (("The old", "A quiet", "Our small"), ("house", "garden", "sister"), ("slept well.", "was there.")),
+}
 SHOTS, QUERIES, EDGE = 5, 4, 64
 OPENER = build_opener(ProxyHandler({}))  # a proxy of the environment's would not know the way to a local service
 
@@ -49,22 +53,37 @@ def picture(colour: tuple[int, int, int], seed: int) -> bytes:
     return png
 
 
-def multipart(files: list[tuple[str, bytes]]) -> tuple[bytes, str]:
+def text(label: str, seed: int) -> bytes:
+    """A few lines of code or of prose."""
+    rng = random.Random(seed)
+    return "\n".join(" ".join(map(rng.choice, TEXTS[label])) for _ in range(4)).encode()
+
+
+def multipart(files: list[tuple[str, bytes]], kind: str = "image") -> tuple[bytes, str]:
     """A body and its type; each file stands in the field named with it."""
     boundary = secrets.token_hex(16)
-    head = '--{}\r\nContent-Disposition: form-data; name="{}"; filename="{}.png"\r\nContent-Type: image/png\r\n\r\n'
+    end, of = ("png", "image/png") if kind == "image" else ("txt", "text/plain")
+    head = f'--{{}}\r\nContent-Disposition: form-data; name="{{}}"; filename="{{}}.{end}"\r\nContent-Type: {of}\r\n\r\n'
     parts = [head.format(boundary, field, n).encode() + data + b"\r\n" for n, (field, data) in enumerate(files)]
     return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
 class Service:
+    kind = "image"  # what its artifact reads
+
     def __init__(self, address: str, key: str = ""):
         self.address = address.rstrip("/")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
+    def classes(self) -> list[str]:
+        return list(COLOURS if self.kind == "image" else TEXTS)
+
+    def example(self, label: str, seed: int) -> bytes:
+        return picture(COLOURS[label], seed) if self.kind == "image" else text(label, seed)
+
     def call(self, method: str, path: str, files: list[tuple[str, bytes]] | None = None) -> tuple[int, Any]:
         """The status and what the JSON of the answer holds. Raises OSError when there is no answer."""
-        body, kind = multipart(files) if files else (None, "application/json")
+        body, kind = multipart(files, self.kind) if files else (None, "application/json")
         headers = {"Content-Type": kind, **self.headers}
         request = Request(self.address + path, data=body, method=method, headers=headers)  # noqa: S310
         try:
@@ -105,16 +124,16 @@ def wait(service: Service, limit_s: float) -> str:
 
 
 def learn(service: Service, task: str) -> str:
-    files = [(label, picture(colour, seed)) for label, colour in COLOURS.items() for seed in range(SHOTS)]
+    files = [(label, service.example(label, seed)) for label in service.classes() for seed in range(SHOTS)]
     answer = service.expect((200, 201), "PUT", f"/v1/tasks/{task}", files)
     shots = {item["label"]: item["shots"] for item in answer["classes"]}
-    if shots != dict.fromkeys(COLOURS, SHOTS):
+    if shots != dict.fromkeys(service.classes(), SHOTS):
         raise Failed(f"learned {shots}")
-    return f"{task}, version {answer['version']}, {len(COLOURS)} classes of {SHOTS} by {answer['method']}"
+    return f"{task}, version {answer['version']}, {len(shots)} classes of {SHOTS} by {answer['method']}"
 
 
 def classify(service: Service, task: str) -> str:
-    asked = [(label, picture(colour, 1000 + n)) for label, colour in COLOURS.items() for n in range(QUERIES)]
+    asked = [(label, service.example(label, 1000 + n)) for label in service.classes() for n in range(QUERIES)]
     answer = service.expect(
         (200,), "POST", f"/v1/tasks/{task}/classify?reject=off", [("query", data) for _, data in asked]
     )
@@ -163,6 +182,7 @@ def main() -> int:
     name = "ready"
     try:
         print(f"{name:9} {wait(service, given.wait)}", flush=True)
+        service.kind = service.expect((200,), "GET", "/v1/artifact")["input"]["kind"]
         for step in steps:
             name = step.__name__
             print(f"{name:9} {step(service, task)}", flush=True)

@@ -1,4 +1,4 @@
-"""deploy/smoke.py tells a service that is well from one that is not, with keys or without."""
+"""deploy/smoke.py tells a service that is well from one that is not: with keys or without, of pictures or of texts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy import smoke
 from models.artifact import Artifact
 from models.extractor import Extractor
 from service import keys
@@ -16,7 +17,7 @@ from service.settings import Settings
 from service.stores.memory import MemoryStore
 from service.web.app import create_app
 from tests.deploy import ROOT
-from tests.fakes import MeanColour, tiny_artifact
+from tests.fakes import Letters, MeanColour, tiny_artifact, tiny_text_artifact
 from tests.service.live import served
 
 pytestmark = pytest.mark.slow
@@ -52,3 +53,13 @@ def test_with_keys_it_presents_the_one_that_it_is_given(tmp_path: Path) -> None:
     assert "FAILED" not in kept + checked + whole
     (without,) = smoked(tiny_artifact(tmp_path), MeanColour(), (), keys_file=file)
     assert "status 401" in without
+
+
+def test_where_the_artifact_reads_texts_it_sends_texts(tmp_path: Path) -> None:
+    kept, checked = smoked(tiny_text_artifact(tmp_path), Letters(), ("--keep", "watchdog"), ("--check", "watchdog"))
+    assert "2 classes of 5" in kept
+    assert "8 of 8 right" in checked
+
+
+def test_its_texts_are_others_for_each_seed() -> None:
+    assert len({smoke.text(kind, seed) for kind in smoke.TEXTS for seed in [*range(5), *range(1000, 1004)]}) == 18

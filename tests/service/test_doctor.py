@@ -24,7 +24,11 @@ from service.cli import main
 from service.doctor import Check
 from service.settings import PRETRAINED, Settings
 from service.stores import folder as store_folder
+from service.stores.memory import MemoryStore
+from service.web.app import create_app
+from tests.fakes import Letters, tiny_text_artifact
 from tests.redis_server import RedisServer
+from tests.service.live import served
 from tests.service.test_client import service
 from tests.service.test_main import started
 
@@ -307,6 +311,14 @@ def test_a_running_service_is_put_to_the_test(tmp_path: Path) -> None:
         found = everything(environment, url=url)
         fine(found["port"], "is free")
         wrong(found["service"], "Nothing answers")
+
+
+@pytest.mark.slow
+def test_a_running_service_that_reads_texts_is_put_to_the_test_with_texts(tmp_path: Path) -> None:
+    artifact = tiny_text_artifact(tmp_path)
+    app = create_app(Settings(), artifact=artifact, extractor=Letters(), store=MemoryStore())
+    with served(app) as http:
+        fine(doctor.service(str(http.base_url), None), "learned two kinds of text and knew another in")
 
 
 @pytest.mark.redis
