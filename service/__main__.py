@@ -118,10 +118,20 @@ def give_up() -> None:
 
 def end_at_once(status: int) -> None:
     """Whatever else is under way; but the log's last lines are written, where somebody takes them."""
+    end_log()
+    os._exit(status)
+
+
+def end_log() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logs.Later):
             handler.end()
-    os._exit(status)
+
+
+def last_word(text: str) -> None:
+    """Why there is no service, for people: after all that the log has to say, for the last line is what they read."""
+    end_log()
+    print(text, file=sys.stderr)
 
 
 def welcome(settings: Settings, port: int) -> str:
@@ -159,10 +169,10 @@ def main() -> int:
             level = logging.INFO if settings.host in LOOPBACK else logging.WARNING
             log.log(level, "No keys are configured (FEWSHOT_KEYS_FILE): all tasks are open to %s.", open_to)
     except (SettingsError, ArtifactInvalid) as error:
-        print(f"fewshot cannot start: {error}", file=sys.stderr)
+        last_word(f"fewshot cannot start: {error}")
         return 2
     except FewshotError as error:
-        print(f"fewshot cannot start: {error.detail}", file=sys.stderr)
+        last_word(f"fewshot cannot start: {error.detail}")
         return 2
     connections = room(settings.max_connections)
     if connections < settings.max_connections:
@@ -202,10 +212,9 @@ def main() -> int:
             return int(server.broken)
         if server.lifespan.should_exit:  # the store or the lanes; that has been told
             return 2
-        print(
+        last_word(
             f"fewshot cannot listen on {spelled(settings.host)}:{settings.port}: is the port taken? "
-            f"FEWSHOT_PORT (make run PORT=...) chooses another.",
-            file=sys.stderr,
+            f"FEWSHOT_PORT (make run PORT=...) chooses another."
         )
         return 3
     return int(server.broken) if server.started else 2

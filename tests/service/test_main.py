@@ -236,6 +236,18 @@ def test_a_wrong_setting_is_one_line_with_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_last_line_of_a_start_that_failed_says_why(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("short")
+    *before, last = refused(tmp_path, STORE_KEY_FILE=str(tmp_path / "key"), URL="redis://x").splitlines()
+    assert last.startswith("fewshot cannot start: ")
+    assert "at least 16 characters" in last
+    assert before  # what the log had to say
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = refused(tmp_path, PORT=str(taken.getsockname()[1])).splitlines()
+    assert said[-1].startswith("fewshot cannot listen on ")
+
+
+@pytest.mark.slow
 def test_a_taken_port_is_one_line_that_says_so(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "is the port taken?" in refused(tmp_path, PORT=str(taken.getsockname()[1]))
