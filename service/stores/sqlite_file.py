@@ -8,9 +8,11 @@ other processes: its folder is locked against them, so a pointer that was read s
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 READERS = 4
 CLEAR_S = 60  # between two looks for what expired
+LEAST_FREE = 1_000_000  # bytes of the disk; with less it counts as full
 TRY_S = 5  # between two tries to write of who asks for our health, while writes fail
 
 
@@ -85,9 +88,18 @@ class SqliteFile:
         except BaseException as error:
             await self.close()
             if isinstance(error, OSError | sqlite3.Error):
-                raise StoreMisconfigured(f"The folder {self._dir} cannot be used as a store ({error}).") from error
+                why = f"{error}; the disk is full: free some space first" if self._is_full(error) else str(error)
+                raise StoreMisconfigured(f"The folder {self._dir} cannot be used as a store ({why}).") from error
             raise
         self._clearing = asyncio.create_task(self._clear_now_and_then())
+
+    def _is_full(self, error: Exception) -> bool:
+        """Whether that is why: SQLite calls it an I/O error when there is no room for the memory that readers share."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        with suppress(OSError):
+            return shutil.disk_usage(self._dir).free < LEAST_FREE
+        return False
 
     def _prepare(self) -> None:
         self._held.enter_context(folder.lock(self._dir))

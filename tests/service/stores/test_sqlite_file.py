@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import stat
 import time
+from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -278,6 +281,24 @@ async def test_what_expired_and_was_deleted_by_a_commit_leaves_the_log_as_well(
     await store.run(store._clear)  # as it does now and then
     assert holding(tmp_path, record.images[5]) == []
     await store.close()
+
+
+async def test_a_disk_too_full_to_open_is_said_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    await store.close()
+    usage = namedtuple("usage", "total used free")
+    for free, words in ((10_000, "the disk is full: free some space first"), (10**10, r"I/O error\)")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(10**11, 0, free))
+        with no_file_grows_beyond(2**12), pytest.raises(StoreMisconfigured, match=words):
+            await store.open()
+
+    def full(_: Path) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sqlite_file.folder, "lock", full)
+    with pytest.raises(StoreMisconfigured, match="the disk is full"):
+        await store.open()
 
 
 async def test_a_full_disk_is_no_reason_not_to_open(
