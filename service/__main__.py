@@ -68,7 +68,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-            print(welcome(self.settings, self.servers[0].sockets[0].getsockname()[1]), flush=True)
+            with suppress(OSError):  # a full disk, or nobody who reads: no reason not to serve
+                print(welcome(self.settings, self.servers[0].sockets[0].getsockname()[1]), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Not ready, but at work, until those who send requests here have found out; then uvicorn's own end.

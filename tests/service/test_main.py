@@ -103,6 +103,31 @@ def test_it_says_where_it_is_and_the_command_it_prints_works(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_without_room_for_its_welcome_it_serves_all_the_same(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Path("/dev/full").open("w") as full, (tmp_path / "log").open("w+") as log:
+        command_line = [sys.executable, "-m", audit.program()]
+        environment = command(tmp_path, PORT=str(port))
+        process = subprocess.Popen(command_line, cwd=ROOT, env=environment, stdout=full, stderr=log)
+        try:
+            give_up = time.monotonic() + 30
+            while process.poll() is None and time.monotonic() < give_up:
+                try:
+                    assert get(f"http://127.0.0.1:{port}/readyz")["status"] == "ok"
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        assert "Traceback" not in log.read()
+
+
+@pytest.mark.slow
 def test_a_task_survives_a_kill_and_a_restart(tmp_path: Path) -> None:
     sample = ROOT / "service" / "sample"
     with started(tmp_path) as (process, address, _):
