@@ -13,12 +13,15 @@ import importlib
 import re
 import shutil
 import socket
+import sqlite3
 import ssl
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -192,6 +195,7 @@ def _effective(settings: Settings) -> Check:
 def secrets(settings: Settings) -> Check:
     """Files that hold secrets: there, readable, and not for everybody."""
     from service.settings import SettingsError
+    from service.stores.opening import LEAST_KEY
 
     files = {name: getattr(settings, name) for name in type(settings).model_fields if name.endswith("_file")}
     given = {name: path for name, path in files.items() if path is not None}
@@ -199,21 +203,26 @@ def secrets(settings: Settings) -> Check:
         try:
             if name == "keys_file":
                 path.read_bytes()
-            else:
-                settings.secret(path)
+            elif len(settings.secret(path).encode()) < LEAST_KEY and name == "store_key_file":
+                found = f"{path} holds no key of at least {LEAST_KEY} characters"
+                return Check(
+                    "secrets", "fail", found, f"Put the key back; for a new store: openssl rand -base64 32 > {path}"
+                )
             mode = path.stat().st_mode & 0o777
         except OSError as error:
             return Check("secrets", "fail", f"FEWSHOT_{name.upper()}: {path}: {error.strerror}", "Make it readable.")
         except SettingsError as error:
             return Check("secrets", "fail", f"FEWSHOT_{name.upper()}: {error}", "Make it a readable line of text.")
         if mode & 0o027:
-            found = f"{path} has mode {mode:o}: others may read it, or its group write it"
-            return Check("secrets", "warn", found, f"chmod 600 {path}")
+            return _open(path, mode)
     if settings.keys_file is not None:
         from service import keys
 
-        live = [key for key in keys.load(settings.keys_file).values() if key.revoked is None]
+        live = [key for key in keys.load(settings.keys_file).values() if key.state(datetime.now(UTC)) == "live"]
         keys.load_pepper(settings.keys_file)
+        pepper = keys.pepper_file(settings.keys_file)
+        if (mode := pepper.stat().st_mode & 0o777) & 0o027:
+            return _open(pepper, mode)
         if not live:
             found = f"{settings.keys_file} has no live key: nobody is let in"
             return Check("secrets", "warn", found, "fewshot keys create --tenant NAME --scopes adapt,classify")
@@ -221,6 +230,11 @@ def secrets(settings: Settings) -> Check:
         found = f"no keys, and FEWSHOT_HOST={settings.host}: whoever reaches the port may use the service"
         return Check("secrets", "warn", found, "Make a key with `fewshot keys create`, or listen on 127.0.0.1.")
     return Check("secrets", "ok", ", ".join(str(path) for path in given.values()) or "none are configured")
+
+
+def _open(path: Path, mode: int) -> Check:
+    found = f"{path} has mode {mode:o}: others may read it, or its group write it"
+    return Check("secrets", "warn", found, f"chmod 600 {path}")
 
 
 def artifact(settings: Settings) -> Check:
@@ -316,11 +330,35 @@ def data(settings: Settings, *, running: bool) -> Check:
         found = f"{key} is missing: without it no stored task can be read"
         return Check("data", "fail", found, "Put it back, or set FEWSHOT_STORE_KEY_FILE, or choose another folder.")
     if not _locked(folder / "store.lock"):
-        return Check("data", "ok", f"{folder} is writable and not in use")
+        return _sealed(settings) or Check("data", "ok", f"{folder} is writable and not in use")
     if running:
         return Check("data", "ok", f"{folder} is in use by the running service")
     found = f"{folder} is in use by another process, and these settings start one more"
     return Check("data", "fail", found, "Stop the other service, or set FEWSHOT_DATA_DIR.")
+
+
+def _sealed(settings: Settings) -> Check | None:
+    """What is wrong with the key of a store that nobody uses; nothing, where that cannot be seen."""
+    from service.stores import SealBroken, Sealer, StoreMisconfigured
+    from service.stores import folder as store_folder
+
+    file = settings.data_dir / "fewshot.sqlite3"
+    if not file.exists():
+        return None
+    try:
+        # The store makes no key here: there is one, or one is given.
+        key = settings.secret(settings.store_key_file).encode() or store_folder.own_key(settings.data_dir, new=False)
+        # Immutable: without that SQLite makes files of its own beside it. What a crash left in the log is not seen.
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True)) as db:
+            (seal,) = db.execute("SELECT value FROM seal").fetchone()
+        Sealer(key).open(seal, "store")
+    except StoreMisconfigured as error:
+        return Check("data", "fail", error.detail, "Put the key back that was there.")
+    except SealBroken:
+        return Check("data", "fail", f"{file} was sealed with another key", "Put the right key back.")
+    except (sqlite3.Error, TypeError):
+        return None
+    return None
 
 
 def _nearest(folder: Path) -> Path:
@@ -357,6 +395,10 @@ def redis(settings: Settings) -> Check:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
+    from service.stores import SealBroken, Sealer
+    from service.stores.opening import PUBLIC_KEY
+    from service.stores.redis import MARK
+
     login = {"username": settings.redis_user, "password": settings.secret(settings.redis_password_file)}
     where = _masked(settings.redis_url)
     try:
@@ -384,6 +426,14 @@ def redis(settings: Settings) -> Check:
             return Check(
                 "redis", "fail", found, "Start Redis, or correct FEWSHOT_REDIS_URL (with TLS it is rediss://)."
             )
+        with suppress(exceptions.RedisError):
+            mark = client.get(MARK)
+            try:
+                if isinstance(mark, bytes):  # there is none before the first start
+                    Sealer(settings.secret(settings.store_key_file).encode() or PUBLIC_KEY).open(mark, "mark")
+            except SealBroken:
+                found = f"what {where} holds was sealed with another key, or with none"
+                return Check("redis", "fail", found, "Set FEWSHOT_STORE_KEY_FILE to the right one.")
         try:
             told = {k: v for part in ("memory", "persistence", "replication") for k, v in client.info(part).items()}
         except exceptions.ResponseError:

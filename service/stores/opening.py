@@ -12,13 +12,14 @@ log = logging.getLogger(__name__)
 
 # Not a secret: it finds rot and misplaced values in Redis, but anybody who can write there can seal with it too.
 PUBLIC_KEY = b"fewshot: no key was given"
+LEAST_KEY = 16  # characters of one that is given
 
 
 def open_store(settings: Settings) -> Store:
     """The store, not yet opened: `await store.open()` prepares its files or connections."""
     given = settings.secret(settings.store_key_file).encode()
-    if settings.store_key_file is not None and len(given) < 16:
-        raise SettingsError(f"{settings.store_key_file} holds no key of at least 16 characters.")
+    if settings.store_key_file is not None and len(given) < LEAST_KEY:
+        raise SettingsError(f"{settings.store_key_file} holds no key of at least {LEAST_KEY} characters.")
     return Recent(_beneath(settings, given), most=settings.lru_heads, stale_ok_s=settings.stale_ok_s)
 
 

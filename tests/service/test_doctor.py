@@ -13,6 +13,7 @@ import tomllib
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from service.doctor import Check
 from service.settings import PRETRAINED, Settings
 from service.stores import folder as store_folder
 from service.stores.memory import MemoryStore
+from service.stores.redis import RedisStore
+from service.stores.sqlite import SqliteStore
 from service.web.app import create_app
 from tests.fakes import Letters, tiny_text_artifact
 from tests.redis_server import RedisServer
@@ -227,6 +230,31 @@ def test_the_data_folder_is_writable_private_and_not_in_use(tmp_path: Path) -> N
     assert sorted(path.name for path in settings.data_dir.iterdir()) == ["fewshot.sqlite3", "store.lock"]
 
 
+@pytest.mark.anyio
+async def test_a_store_that_was_sealed_with_another_key_is_told_and_left_as_it_was(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data")
+    store = SqliteStore(settings.data_dir)
+    await store.open()
+    wrong(doctor.data(settings, running=False), "in use by another process")
+    await store.close()
+    key = settings.data_dir / "store.key"
+    before = {path: path.read_bytes() for path in settings.data_dir.iterdir()}
+    fine(doctor.data(settings, running=False))
+    (tmp_path / "given").write_text("another key of the length")
+    given = settings.model_copy(update={"store_key_file": tmp_path / "given"})
+    wrong(doctor.data(given, running=False), "sealed with another key")
+    assert {path: path.read_bytes() for path in settings.data_dir.iterdir()} == before
+    (tmp_path / "given").write_bytes(key.read_bytes())
+    fine(doctor.data(given, running=False))
+    key.write_text("f" * 64)
+    wrong(doctor.data(settings, running=False), "sealed with another key")
+    key.write_text("f")
+    wrong(doctor.data(settings, running=False), "holds no key")
+    (settings.data_dir / "fewshot.sqlite3").write_bytes(b"")
+    key.write_text("f" * 64)
+    fine(doctor.data(settings, running=False))
+
+
 def test_asking_for_the_lock_takes_it_from_nobody(tmp_path: Path) -> None:
     doctor.data(Settings(data_dir=tmp_path), running=False)
     (tmp_path / "store.lock").touch()
@@ -254,6 +282,8 @@ def test_secrets_are_there_and_not_for_everybody(tmp_path: Path) -> None:
     secret.write_text("x" * 32)
     secret.chmod(0o644)
     wrong(doctor.secrets(Settings(store_key_file=secret)), "has mode 644", status="warn")
+    secret.write_text("short")
+    wrong(doctor.secrets(Settings(store_key_file=secret)), "at least 16 characters")
     secret.write_bytes(bytes(range(256)))
     wrong(doctor.secrets(Settings(store_key_file=secret)), "is no text")
     secret.write_text("x" * 32)
@@ -270,6 +300,12 @@ def test_a_keys_file_that_lets_nobody_in_is_told(tmp_path: Path) -> None:
     fine(doctor.secrets(settings), str(file))
     keys.revoke(file, key.id)
     wrong(doctor.secrets(settings), "no live key", status="warn")
+    keys.create(file, tenant="acme", scopes=("adapt",), expires=datetime.now(UTC) - timedelta(seconds=1))
+    wrong(doctor.secrets(settings), "no live key", status="warn")
+    keys.create(file, tenant="acme", scopes=("adapt",), expires=datetime.now(UTC) + timedelta(days=1))
+    fine(doctor.secrets(settings))
+    keys.pepper_file(file).chmod(0o644)
+    wrong(doctor.secrets(settings), "keys.json.pepper has mode 644", status="warn")
     keys.pepper_file(file).unlink()
     wrong(doctor._safely("secrets", lambda: doctor.secrets(settings)), "pepper")
 
@@ -339,6 +375,21 @@ def test_a_redis_is_away_forgetful_or_fine(tmp_path: Path) -> None:
         fine(doctor.redis(settings))
     wrong(doctor.redis(settings), "does not answer")
     wrong(doctor.redis(Settings(redis_url="nonsense")), "no address of a Redis")
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+@pytest.mark.anyio
+async def test_a_redis_that_was_sealed_with_another_key_is_told(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("a key of enough characters")
+    with RedisServer(tmp_path) as server:
+        settings = Settings(redis_url=server.url, store_key_file=tmp_path / "key")
+        fine(doctor.redis(settings))
+        store = RedisStore(server.url, key=b"a key of enough characters")
+        await store.open()
+        await store.close()
+        fine(doctor.redis(settings))
+        wrong(doctor.redis(Settings(redis_url=server.url)), "sealed with another key")
 
 
 @pytest.mark.slow
