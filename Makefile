@@ -9,7 +9,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PORT ?= 8000
+PORT ?= $(or $(FEWSHOT_PORT),8000)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -125,6 +126,21 @@ def test_without_room_for_its_welcome_it_serves_all_the_same(tmp_path: Path) -> 
             process.wait()
         log.seek(0)
         assert "Traceback" not in log.read()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_run_takes_the_port_under_either_name() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("PORT") and "MAKE" not in name}
+    for given, arguments, port in (({}, [], 8000), ({"FEWSHOT_PORT": "18150"}, [], 18150), ({}, ["PORT=8001"], 8001)):
+        done = subprocess.run(
+            ["make", "-n", "run", *arguments],
+            cwd=ROOT,
+            env={**clean, **given},
+            text=True,
+            capture_output=True,
+            timeout=30,
+        )
+        assert f"FEWSHOT_PORT={port} exec" in done.stdout
 
 
 @pytest.mark.slow
