@@ -267,6 +267,13 @@ def test_the_alerts_name_metrics_that_there_are() -> None:
     assert all(f"`POST {route}`" in text_of("api.md") for route in routes)
 
 
+def test_the_proxy_lets_a_little_more_through_than_the_service_takes_and_the_page_says_how_much() -> None:
+    proxy = (ROOT / "deploy" / "nginx.conf").read_text()
+    (size,) = re.findall(r"^ *client_max_body_size (\d+)m;$", proxy, re.MULTILINE)
+    assert 1 < (int(size) << 20) / Settings().max_body_bytes < 1.1
+    assert f"| bodies of {size} MiB, headers of 16 kB | more than `FEWSHOT_MAX_BODY_BYTES`" in text_of("operating.md")
+
+
 WORDS = re.compile(r"(\d+) classes of (\d+)")
 
 
