@@ -25,6 +25,7 @@ LEAST = 32  # characters of a secret
 COMMANDS = (
     "ping",
     "info",
+    "select",
     "get",
     "mget",
     "set",

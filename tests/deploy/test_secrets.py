@@ -233,8 +233,12 @@ async def test_the_store_is_allowed_all_it_asks_for_and_asks_for_all_it_is_allow
         client.flushall()
         client.acl_log_reset()
         client.config_resetstat()
-    store = RedisStore(server.url, key=b"a key for tests only", user="fewshot", password=password, timeout_s=5)
-    await store.open()
+    for database in (1, 0):  # any but the first has to be selected
+        url = f"{server.url.removesuffix('/0')}/{database}"
+        store = RedisStore(url, key=b"a key for tests only", user="fewshot", password=password, timeout_s=5)
+        await store.open()
+        if database:
+            await store.close()
     scope = store.scope("t")
     for task in ("cats", "dogs", "gone"):
         assert await commit(scope, task, 1) == 1
