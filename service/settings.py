@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 PREFIX = "FEWSHOT_"
+PATHS = ("artifact", "keys_file", "redis_password_file", "data_dir", "store_key_file")
 DAY_S, YEAR_S = 24 * 3600, 365 * 24 * 3600
 PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
 
@@ -126,6 +128,14 @@ class Settings(BaseModel):
     trace_endpoint: str = Field("", description="OTLP/HTTP address that spans are sent to; empty = none are made")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @field_validator(*PATHS, mode="before")
+    @classmethod
+    def _is_named(cls, value: object) -> object:
+        """An empty path would be the current folder."""
+        if value == "":
+            raise PydanticCustomError("empty", "It is empty; unset it where none is meant")
+        return value
+
     def secret(self, path: Path | None) -> str:
         """The content of a secret file, without the line end."""
         if path is None:
@@ -184,4 +194,7 @@ def overlooked(environment: Mapping[str, str] | None = None) -> list[str]:
         found.append("FEWSHOT_DATA is read by training only. Is it FEWSHOT_DATA_DIR?")
     if given.get("FEWSHOT_URL", "").startswith("redis"):
         found.append("FEWSHOT_URL is read by the client only, and names a Redis. Is it FEWSHOT_REDIS_URL?")
+    key = given.get("FEWSHOT_KEY", "")
+    if key and not key.startswith("fsk_") and not given.get("FEWSHOT_KEYS_FILE"):
+        found.append("FEWSHOT_KEY is read by the client only, and holds no key. Is it FEWSHOT_KEYS_FILE?")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -32,6 +33,14 @@ def test_a_wrong_value_is_told_with_the_name_of_its_variable(name: str, value: s
         read({f"FEWSHOT_{name}": value})
 
 
+@pytest.mark.parametrize(
+    "name", [n for n, field in Settings.model_fields.items() if Path in (field.annotation, *get_args(field.annotation))]
+)
+def test_an_empty_path_is_refused_for_it_would_be_the_current_folder(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"FEWSHOT_{name.upper()}: It is empty"):
+        read({f"FEWSHOT_{name.upper()}": ""})
+
+
 @pytest.mark.parametrize("name", [n for n, field in Settings.model_fields.items() if field.annotation is float])
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e300"])
 def test_no_number_is_without_end(name: str, value: str) -> None:
@@ -53,6 +62,9 @@ def test_variables_of_training_and_tests_are_left_alone() -> None:
     [
         ({"DATA": "/srv/x"}, "FEWSHOT_DATA_DIR"),
         ({"DATA": "/srv/x", "DATA_DIR": "/srv/y"}, ""),
+        ({"KEY": "keys-sesame.json"}, "FEWSHOT_KEYS_FILE"),
+        ({"KEY": "keys.json", "KEYS_FILE": "keys.json"}, ""),
+        ({"KEY": "fsk_live_000000000000_" + "0" * 43}, ""),
         ({"URL": "redis://host:6379/0"}, "FEWSHOT_REDIS_URL"),
         ({"URL": "rediss://:sesame@host"}, "FEWSHOT_REDIS_URL"),
         ({"URL": "http://redis:8000", "REDIS_URL": "redis://host"}, ""),
