@@ -3,15 +3,18 @@
 An operation runs to its end in a task of its own, bounded by the socket timeouts; its caller may stop waiting at any
 time. So redis-py never meets a cancellation: no connection goes back with an unread reply, and no commit is cut half
 way. Once Redis did not answer, callers are refused at once, and a task of our own tries, now and then, whether it is
-back: nobody waits for that. Knows nothing of what is stored.
+back: nobody waits for that. An operation that alone takes too long, as that of a large record does, is no reason to
+refuse others: while one takes long, Redis is asked for a PING beside it. Knows nothing of what is stored.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from redis import exceptions as redis_errors
@@ -62,6 +65,8 @@ class Link:
         self._said: set[str] = set()
         self._denied: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
+        self._probe: asyncio.Task[None] | None = None
+        self._alive = -math.inf  # monotonic: when a probe began that was answered
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -161,14 +166,52 @@ class Link:
         try:
             if self._closed and not look:  # found out while this one waited for its turn
                 raise StoreUnavailable(self._closed)
-            return await self._attempt(operation)
+            with self._probed():
+                return await self._attempt(operation)
         finally:
             self._slots.release()
+
+    @contextmanager
+    def _probed(self) -> Iterator[None]:
+        """What takes long within is accompanied by probes: when it times out, it is known whether Redis is away."""
+        loop, pause_s = asyncio.get_running_loop(), self._timeout_s / 2
+        alarm: asyncio.TimerHandle
+
+        def probe() -> None:
+            nonlocal alarm
+            alarm = loop.call_later(pause_s, probe)
+            if self._probe is None or self._probe.done():
+                self._probe = self._started(self._ping_anew(pause_s))
+
+        alarm = loop.call_later(pause_s, probe)
+        try:
+            yield
+        finally:
+            alarm.cancel()
+
+    async def _ping_anew(self, timeout_s: float) -> None:
+        """On a connection of its own, which the pool does not count: those that are in use may all be slow."""
+        began = time.monotonic()
+        connection = self._client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        try:
+            with suppress(*AWAY, redis_errors.RedisError):
+                async with asyncio.timeout(timeout_s):
+                    await connection.connect()
+                    await connection.send_command("PING")
+                    await connection.read_response()
+                self._alive = began
+        finally:
+            await connection.disconnect(nowait=True)
 
     async def _attempt(self, operation: Callable[[Redis], Awaitable[T]]) -> T:
         try:
             return await operation(self._client)
         except AWAY as error:
+            # Redis is well if it answered what it was asked after this. Its connection is dropped by redis-py.
+            late = isinstance(error, redis_errors.TimeoutError)
+            if late and time.monotonic() - self._alive < self._timeout_s:
+                log.warning("Redis answers, but one operation took it too long.")
+                raise StoreUnavailable("The store does not answer in time.") from error
             self._lost(SILENT, str(error) or type(error).__name__)
             raise StoreUnavailable(SILENT) from error
         except StoreMisconfigured as error:

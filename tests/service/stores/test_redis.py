@@ -144,6 +144,44 @@ async def test_a_redis_that_is_away_or_hangs_fails_in_time_then_at_once_and_reco
         await commit(scope, "cats", 3)
 
 
+async def test_an_operation_that_takes_too_long_is_refused_and_no_other(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(own_redis) as store:
+        scope, answered = store.scope("t"), 0
+        await commit(scope, "cats", 1)
+
+        async def endless(client: redis.asyncio.Redis) -> None:
+            await client.blpop("fs:none", timeout=10)
+
+        waits = [asyncio.create_task(refused_after(lambda: store.link.call(endless))) for _ in range(3)]
+        while not all(wait.done() for wait in waits) or answered < 20:
+            assert await scope.pointer("cats") == Pointer(1, "hd_1")
+            answered += 1
+            await asyncio.sleep(0.01)
+        assert max([await wait for wait in waits]) < TIMEOUT_S + 0.3
+        assert await store.ping() is True
+        assert "cannot be used" not in caplog.text
+        assert caplog.text.count("one operation took it too long") == 3
+        with redis.Redis(port=own_redis.port) as client:  # so that no answer goes to another operation
+            assert "blpop" not in [one["cmd"] for one in client.client_list()]
+
+
+async def test_a_redis_that_hangs_behind_a_slow_operation_is_found_out(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as store:
+        await commit(store.scope("t"), "cats", 1)
+
+        async def two(client: redis.asyncio.Redis) -> None:
+            await asyncio.sleep(0.9 * TIMEOUT_S)  # asked meanwhile, Redis answers
+            own_redis.hang()
+            await client.get("fs:none")
+
+        assert await refused_after(lambda: store.link.call(two, answers=2)) < 2 * TIMEOUT_S + 0.1
+        assert await refused_after(lambda: store.scope("t").pointer("cats")) < 0.05
+        own_redis.go_on()
+        await back(store.scope("t"))
+
+
 async def test_a_redis_that_is_away_at_the_start_is_used_when_it_comes(
     own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
