@@ -18,6 +18,7 @@ from service.stores.seal import SealBroken as SealBroken
 from service.stores.seal import Sealer as Sealer
 
 MOST_REMEMBERED = 1000  # values beside one task
+MOST_REMEMBERED_BYTES = 2**20  # of them all, sealed
 # What ends within it may be the claim of the very request that makes a task: that stays, where all else that is
 # remembered beside the name is of an earlier one. Twice as long as a claim (web/idempotency.py), for clocks differ.
 CLAIM_S = 120
@@ -129,7 +130,8 @@ class Scope(Protocol):
         """Keeps a small value beside a task for `ttl_s` seconds, durably; says whether it was written.
 
         With `new` only when there is none under that key; of several who try at once, one succeeds. The task need not
-        exist. Of more than MOST_REMEMBERED values beside one task, those written first are forgotten.
+        exist. Of more than MOST_REMEMBERED values beside one task, or more than MOST_REMEMBERED_BYTES of them, those
+        written first are forgotten; one that is larger by itself is not written, and what was there stays.
         """
         ...
 

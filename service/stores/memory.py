@@ -8,9 +8,18 @@ from __future__ import annotations
 import time
 
 from models.head import Head
-from service.stores import CLAIM_S, MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer
+from service.stores import (
+    CLAIM_S,
+    MOST_REMEMBERED,
+    MOST_REMEMBERED_BYTES,
+    Expected,
+    Pointer,
+    Record,
+    SealBroken,
+    Sealer,
+)
 from service.stores.record import Base, RecentRecords
-from service.stores.sealed import Sealed, ends, next_version
+from service.stores.sealed import Sealed, ends, next_version, too_many
 
 # Of a record the name is (task, version), of a remembered value (task, key).
 Name = str | tuple[str, int | str]
@@ -179,14 +188,17 @@ class MemoryScope:
         if new and await self.recall(task, key) is not None:
             return False
         sealed = self._sealed.seal_remembered(task, key, value=value)
+        if len(sealed) > MOST_REMEMBERED_BYTES:
+            return False
         self._put("remembered", (task, key), data=sealed, expires=time.time() + ttl_s)
-        live = []
+        live: dict[Name, int] = {}
         for name in self._beside(task, "remembered"):
-            if self._get("remembered", name) is None:
+            data = self._get("remembered", name)
+            if data is None:
                 self._drop("remembered", name)
             else:
-                live.append(name)
-        for name in live[:-MOST_REMEMBERED]:
+                live[name] = len(data)
+        for name in list(live)[: too_many(list(live.values()), MOST_REMEMBERED, MOST_REMEMBERED_BYTES)]:
             self._drop("remembered", name)
         return True
 

@@ -4,7 +4,7 @@
     fs:{tenant}:v:{task}             history: the kept versions, the current one first
     fs:{tenant}:r:{task}:{version}   record, without TTL unless its task expires
     fs:{tenant}:h:{head id}          head, with TTL
-    fs:{tenant}:m:{task}             index of what is remembered, with the TTL of what lasts longest
+    fs:{tenant}:m:{task}             index of what is remembered and its sizes, with the TTL of what lasts longest
     fs:{tenant}:m:{task}:{digest}    a remembered value, with TTL; what the index does not name is not there
     fs:{tenant}:tasks                sorted set of the names, all with score 0
     fs:mark                          what tells this store from an empty or another one, made by the first who comes
@@ -39,10 +39,20 @@ from redis.asyncio.client import Pipeline
 
 from models.errors import StoreUnavailable, VersionConflict
 from models.head import Head
-from service.stores import CLAIM_S, MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, Sealer, StoreMisconfigured
+from service.stores import (
+    CLAIM_S,
+    MOST_REMEMBERED,
+    MOST_REMEMBERED_BYTES,
+    Expected,
+    Pointer,
+    Record,
+    SealBroken,
+    Sealer,
+    StoreMisconfigured,
+)
 from service.stores.record import Base, RecentRecords
 from service.stores.redis_link import Link
-from service.stores.sealed import History, Sealed, ends, next_version
+from service.stores.sealed import History, Noted, Sealed, ends, next_version, too_many
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -310,13 +320,17 @@ class RedisScope:
     def _forget_earlier(self, pipe: Pipeline, task: str, listed: bytes) -> None:
         """What is remembered beside a name that is no task was asked of an earlier one, but for claims."""
         index, live, until = self._key("m", task), self._live(task, listed), time.time() + CLAIM_S
-        claims = {name: end for name, end in live.items() if end <= until}
-        if claims:
-            pipe.set(index, self._sealed.seal_index(task, claims), px=_ms(max(claims.values())))
-        else:
-            pipe.delete(index)
+        claims = {name: noted for name, noted in live.items() if noted.end <= until}
+        self._set_index(pipe, task, claims)
         for name in live.keys() - claims.keys():
             pipe.delete(f"{index}:{name}")
+
+    def _set_index(self, pipe: Pipeline, task: str, names: dict[str, Noted]) -> None:
+        index = self._key("m", task)
+        if names:
+            pipe.set(index, self._sealed.seal_index(task, names), px=_ms(max(noted.end for noted in names.values())))
+        else:
+            pipe.delete(index)
 
     async def delete(self, task: str, *, expect: Expected = None) -> bool:
         async def look(client: Redis) -> tuple[bool, list[str]]:
@@ -455,6 +469,8 @@ class RedisScope:
 
     async def remember(self, task: str, key: str, value: bytes, *, ttl_s: float, new: bool = False) -> bool:
         sealed = self._sealed.seal_remembered(task, key, value=value)
+        if len(sealed) > MOST_REMEMBERED_BYTES:
+            return False
         return await self._note(task, key, sealed, expires=time.time() + ttl_s, new=new)
 
     async def forget_remembered(self, task: str, key: str) -> None:
@@ -483,15 +499,13 @@ class RedisScope:
             if sealed is None:
                 pipe.delete(f"{index}:{name}")
             else:
-                live[name] = expires
+                live[name] = Noted(expires, len(sealed))
                 pipe.set(f"{index}:{name}", sealed, px=_ms(expires))
-            for oldest in list(live)[:-MOST_REMEMBERED]:
+            sizes = [noted.size for noted in live.values()]
+            for oldest in list(live)[: too_many(sizes, MOST_REMEMBERED, MOST_REMEMBERED_BYTES)]:
                 del live[oldest]
                 pipe.delete(f"{index}:{oldest}")
-            if live:
-                pipe.set(index, self._sealed.seal_index(task, live), px=_ms(max(live.values())))
-            else:
-                pipe.delete(index)
+            self._set_index(pipe, task, live)
             return True
 
         turn = self._store.turns.setdefault((self.tenant, task), asyncio.Lock())
@@ -501,10 +515,10 @@ class RedisScope:
         except VersionConflict:
             raise StoreUnavailable("The store has too much to do for this task.") from None
 
-    def _live(self, task: str, data: bytes | None) -> dict[str, float]:
-        """What an index names and when that ends, by age; of a damaged one, nothing."""
+    def _live(self, task: str, data: bytes | None) -> dict[str, Noted]:
+        """What an index names and has not ended, by age; of a damaged one, nothing."""
         now = time.time()
-        return {name: end for name, end in self._sealed.open_index(task, data).items() if end > now}
+        return {name: noted for name, noted in self._sealed.open_index(task, data).items() if noted.end > now}
 
     @staticmethod
     def _digest(key: str) -> str:

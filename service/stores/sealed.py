@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import NamedTuple
@@ -80,6 +80,24 @@ def next_version(current: int, history: History, expect: Expected) -> int:
 def ends(ttl_s: float, expires: float | None, *, now: float) -> float:
     """When a head is thrown away: after its time, or with its task."""
     return now + ttl_s if expires is None or math.isnan(expires) else min(now + ttl_s, expires)
+
+
+class Noted(NamedTuple):
+    """What an index tells of a remembered value."""
+
+    end: float
+    size: int  # sealed
+
+
+def too_many(sizes: Sequence[int], most: int, most_bytes: int) -> int:
+    """How many of the first have to go, so that the others are so many, of so many bytes, at most."""
+    left, kept = most_bytes, 0
+    for size in reversed(sizes[-most:]):
+        left -= size
+        if left < 0:
+            break
+        kept += 1
+    return len(sizes) - kept
 
 
 class Sealed:
@@ -158,13 +176,17 @@ class Sealed:
             log.warning("A value remembered beside task %s is damaged and counts as forgotten.", task)
             return None
 
-    def seal_index(self, task: str, ends: dict[str, float]) -> bytes:
-        return self._sealer.seal(json.dumps(ends).encode(), self._tenant, "index", task)
+    def seal_index(self, task: str, index: dict[str, Noted]) -> bytes:
+        rows = [[name, *noted] for name, noted in index.items()]
+        return self._sealer.seal(json.dumps(rows).encode(), self._tenant, "index", task)
 
-    def open_index(self, task: str, data: bytes | None) -> dict[str, float]:
-        """The names of what is remembered and when each ends, by age; of a damaged index, none."""
-        with suppress(SealBroken, ValueError):
-            return {} if data is None else dict(json.loads(self._sealer.open(data, self._tenant, "index", task)))
+    def open_index(self, task: str, data: bytes | None) -> dict[str, Noted]:
+        """The names of what is remembered, by age; of a damaged index, none."""
+        with suppress(SealBroken, ValueError, TypeError):
+            rows = [] if data is None else json.loads(self._sealer.open(data, self._tenant, "index", task))
+            if isinstance(rows, dict):  # as it was written before sizes were: they count as nothing, for a day
+                return {name: Noted(end, 0) for name, end in rows.items()}
+            return {name: Noted(end, size) for name, end, size in rows}
         log.warning("The index of what is remembered beside task %s is damaged; all of it counts as forgotten.", task)
         return {}
 

@@ -77,6 +77,8 @@ HEAD = "SELECT CAST(value AS BLOB) FROM heads WHERE tenant = ? AND head = ? AND 
 REMEMBERED = "SELECT CAST(value AS BLOB) FROM remembered WHERE tenant = ? AND task = ? AND key = ? AND expires > ?"
 # A row that is written anew gets a new rowid, so these go by age.
 TOO_MANY = (
-    "DELETE FROM remembered WHERE rowid IN"
-    " (SELECT rowid FROM remembered WHERE tenant = ? AND task = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?)"
+    "DELETE FROM remembered WHERE rowid IN (SELECT id FROM"
+    " (SELECT rowid AS id, count(*) OVER newest AS place, sum(length(value)) OVER newest AS bytes FROM remembered"
+    " WHERE tenant = ? AND task = ? WINDOW newest AS (ORDER BY rowid DESC ROWS UNBOUNDED PRECEDING))"
+    " WHERE place > ? OR bytes > ?)"
 )

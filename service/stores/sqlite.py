@@ -16,7 +16,7 @@ from functools import cached_property
 
 from models.errors import StoreUnavailable
 from models.head import Head
-from service.stores import CLAIM_S, MOST_REMEMBERED, Expected, Pointer, Record, SealBroken, sql
+from service.stores import CLAIM_S, MOST_REMEMBERED, MOST_REMEMBERED_BYTES, Expected, Pointer, Record, SealBroken, sql
 from service.stores.record import Base
 from service.stores.sealed import Sealed, ends, next_version
 from service.stores.sqlite_file import SqliteFile, unavailable
@@ -218,8 +218,10 @@ class SqliteScope:
             if new and self._recall(db, task, key) is not None:
                 return False
             sealed = self._sealed.seal_remembered(task, key, value=value)
+            if len(sealed) > MOST_REMEMBERED_BYTES:
+                return False
             db.execute("REPLACE INTO remembered VALUES (?, ?, ?, ?, ?)", (self.tenant, task, key, now + ttl_s, sealed))
-            db.execute(sql.TOO_MANY, (self.tenant, task, MOST_REMEMBERED))
+            db.execute(sql.TOO_MANY, (self.tenant, task, MOST_REMEMBERED, MOST_REMEMBERED_BYTES))
             return True
 
         return await self._store.change(work)

@@ -556,6 +556,37 @@ async def test_of_too_many_memories_the_oldest_go_first(
     assert await scope.recall("dogs", "a") is not None
 
 
+async def test_of_too_many_bytes_of_memories_the_oldest_go_first(bare: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal = 36  # which is kept with each
+    monkeypatch.setattr(f"service.stores.{bare.name}.MOST_REMEMBERED_BYTES", 3 * (100 + seal))
+    scope = bare.scope("t")
+    await scope.remember("dogs", "a", bytes(100), ttl_s=60)
+    for key in "abc":
+        assert await scope.remember("cats", key, bytes(100), ttl_s=60) is True
+    assert [await scope.recall("cats", key) is not None for key in "abc"] == [True, True, True]
+    await scope.remember("cats", "a", bytes(99), ttl_s=60)  # now b is the oldest
+    await scope.remember("cats", "d", b"", ttl_s=60)
+    assert [await scope.recall("cats", key) is not None for key in "abcd"] == [True, False, True, True]
+    await scope.forget_remembered("cats", "c")  # which takes no room from here on
+    await scope.remember("cats", "e", bytes(100), ttl_s=60)
+    assert [await scope.recall("cats", key) is not None for key in "abcde"] == [True, False, False, True, True]
+    await scope.remember("cats", "f", bytes(3 * (100 + seal) - seal), ttl_s=60)  # as large as all may be
+    assert [await scope.recall("cats", key) is not None for key in "adef"] == [False, False, False, True]
+    assert await scope.recall("dogs", "a") is not None
+
+
+async def test_a_memory_larger_than_all_may_be_is_not_kept_and_leaves_what_is_there(
+    bare: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"service.stores.{bare.name}.MOST_REMEMBERED_BYTES", 200)
+    scope = bare.scope("t")
+    for key in ("key", "other"):
+        await scope.remember("cats", key, b"claim", ttl_s=60, new=True)
+    assert await scope.remember("cats", "key", bytes(200), ttl_s=60) is False
+    assert await scope.remember("cats", "new", bytes(200), ttl_s=60, new=True) is False
+    assert [await scope.recall("cats", key) for key in ("key", "other", "new")] == [b"claim", b"claim", None]
+
+
 @pytest.mark.parametrize("name", [*STORES, "recent-sqlite"])
 async def test_a_scope_may_be_made_before_the_store_is_opened(make: Callable[[str], Store], name: str) -> None:
     store = make(name)
