@@ -2,6 +2,7 @@
 
 The key is remembered beside the task, for a day, with a fingerprint of the request and, when it was answered, the
 answer (the IETF draft "The Idempotency-Key HTTP Header Field"). What failed is not remembered: a retry may succeed.
+Beside one task there is room for so much (`stores.MOST_REMEMBERED_BYTES`): what no longer fits counts as never asked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -53,7 +55,7 @@ async def once(
     claim = json.dumps({"fingerprint": fingerprint}).encode()
     while not await scope.remember(task, key, claim, ttl_s=CLAIM_S, new=True):
         found = await scope.recall(task, key)
-        before: dict[str, Any] = json.loads(found) if found else {"fingerprint": fingerprint}
+        before: dict[str, Any] = _unpacked(found) if found else {"fingerprint": fingerprint}
         if "status" in before and await _is_gone(scope, task):  # it tells of a task that has ended since
             await scope.forget_remembered(task, key)
             continue
@@ -61,9 +63,7 @@ async def once(
             raise IdempotencyMismatch("This Idempotency-Key was used for another request; take a new one.")
         if "status" not in before:
             raise InFlight("The first request with this Idempotency-Key is still at work.")
-        return Response(
-            base64.b64decode(before["body"]), before["status"], {**before["headers"], "Idempotent-Replayed": "true"}
-        )
+        return Response(before["body"], before["status"], {**before["headers"], "Idempotent-Replayed": "true"})
     try:
         response = await work()
     except BaseException:
@@ -74,10 +74,22 @@ async def once(
         "fingerprint": fingerprint,
         "status": response.status_code,
         "headers": {name: response.headers[name] for name in REPLAYED if name in response.headers},
-        "body": base64.b64encode(bytes(response.body)).decode(),
     }
-    await scope.remember(task, key, json.dumps(answer).encode(), ttl_s=ANSWER_S)
+    await scope.remember(task, key, _packed(answer, bytes(response.body)), ttl_s=ANSWER_S)
     return response
+
+
+def _packed(answer: dict[str, Any], body: bytes) -> bytes:
+    return zlib.compress(json.dumps(answer).encode() + b"\n" + body, 1)
+
+
+def _unpacked(value: bytes) -> dict[str, Any]:
+    """A claim, or an answer with its body."""
+    if value.startswith(b"{"):  # a claim, or an answer as it was written before it was packed
+        found: dict[str, Any] = json.loads(value)
+        return {**found, "body": base64.b64decode(found.get("body", ""))}
+    answer, _, body = zlib.decompress(value).partition(b"\n")
+    return {**json.loads(answer), "body": body}
 
 
 async def _is_gone(scope: Scope, task: str) -> bool:

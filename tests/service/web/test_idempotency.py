@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from service import keys
 from service.settings import Settings
+from service.stores import memory
 from service.stores.memory import MemoryStore
 from service.support import example_id
 from service.web import idempotency
@@ -331,6 +334,54 @@ def test_an_answer_is_remembered_for_a_day_and_a_claim_for_a_minute(
     assert not replayed(post(http, "k"))
     assert not replayed(post(http, "k"))  # its day is over
     assert version(http) == 2  # and what is there already changes nothing
+
+
+def remembered(own: MemoryStore) -> list[bytes]:
+    return [data for (_, kind, _), (data, _) in own.values.items() if kind == "remembered"]
+
+
+def test_an_answer_takes_a_fraction_of_its_size(http: httpx.Client, own: MemoryStore) -> None:
+    http.put("/v1/tasks/t", files=colours("red", "blue", "white", "orange", shots=9))
+    answer = post(http, "k")
+    (kept,) = remembered(own)
+    assert len(kept) < len(answer.content) / 2
+    assert post(http, "k").content == answer.content
+
+
+def test_answers_have_so_much_room_beside_a_task_and_the_newest_stay(
+    http: httpx.Client, own: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post(http, "0")
+    (kept,) = remembered(own)
+    monkeypatch.setattr(memory, "MOST_REMEMBERED_BYTES", 4 * len(kept))
+    for key in "123456":
+        post(http, key)
+        assert sum(map(len, remembered(own))) <= 4 * len(kept)
+    assert [replayed(post(http, key)) for key in "650"] == [True, True, False]
+
+
+def test_of_an_answer_that_is_too_large_only_the_claim_is_kept(
+    http: httpx.Client, own: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MOST_REMEMBERED_BYTES", 200)
+    assert (post(http, "k").status_code, version(http)) == (200, 2)
+    refused(post(http, "k"), 409, "in_flight")
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert (post(http, "k").status_code, version(http)) == (200, 2)
+
+
+def test_an_answer_that_an_earlier_program_kept_is_given_again(http: httpx.Client, own: MemoryStore) -> None:
+    first = post(http, "k")
+    ((task, key),) = [name for _, kind, name in own.values if kind == "remembered"]
+    scope = own.scope("default")
+    value = asyncio.run(scope.recall(task, str(key)))
+    assert value is not None
+    answer, _, body = zlib.decompress(value).partition(b"\n")
+    earlier = json.dumps({**json.loads(answer), "body": base64.b64encode(body).decode()}).encode()
+    asyncio.run(scope.remember(task, str(key), earlier, ttl_s=60))
+    again = post(http, "k")
+    assert (replayed(again), again.content) == (True, first.content)
 
 
 def test_nothing_of_a_request_is_kept_but_its_digest(http: httpx.Client, own: MemoryStore) -> None:
