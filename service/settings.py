@@ -113,7 +113,11 @@ class Settings(BaseModel):
     max_text_bytes: int = Field(16_384, ge=16, description="largest text, where the artifact reads texts")
     max_examples: int = Field(512, ge=2, le=10_000, description="most images of one support set")
     max_retained_bytes: int = Field(
-        256_000_000, ge=1000, le=400_000_000, description="most bytes of the images that are kept of one task"
+        64_000_000,
+        ge=1000,
+        le=400_000_000,
+        description="most bytes of the images that are kept of one task. While it is changed or downloaded the process"
+        " takes some eight times as much, and over Redis its record has to pass within STORE_TIMEOUT_S",
     )
     max_queries: int = Field(64, ge=1, le=10_000, description="most images of one classify request")
     max_way: int = Field(256, ge=2, description="most classes of a task")

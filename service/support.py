@@ -52,7 +52,7 @@ class Limits:
     max_queries: int = 64
     max_way: int = 256
     max_label: int = 256
-    max_retained_bytes: int = 256_000_000  # of images, of a task that keeps them
+    max_retained_bytes: int = 64_000_000  # of images, of a task that keeps them
     max_tasks: int = 0  # of a tenant; 0: as many as the store holds
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from service.settings import Settings, SettingsError, overlooked, read
+from service.support import Limits
 
 
 def test_without_any_variable_the_defaults_serve_on_loopback() -> None:
     settings = read({})
     assert (settings.host, settings.port, settings.redis_url) == ("127.0.0.1", 8000, "")
+
+
+def test_a_task_with_all_the_photos_that_it_may_keep_fits_into_what_compose_gives() -> None:
+    """A process of 450 MB that takes eight times what it keeps of a task (docs/operating.md), with room for two."""
+    limits = re.findall(r"mem_limit: (\d)g", (Path(__file__).parents[2] / "docker-compose.yml").read_text())
+    assert [450e6 + 2 * 8 * read({}).max_retained_bytes < int(limit) * 2**30 for limit in limits] == [True]
+    assert Limits().max_retained_bytes == read({}).max_retained_bytes
 
 
 def test_a_variable_sets_its_field() -> None:
