@@ -147,7 +147,7 @@ class SqliteScope:
             # The version has a column of its own, so a damaged pointer does not lose the count.
             row = db.execute(sql.PLACE, (tenant, task, now)).fetchone()
             if row is None:
-                db.execute(sql.EARLIER, (tenant, task, now + CLAIM_S))
+                self._store.drop(db, sql.EARLIER, tenant, task, now + CLAIM_S)
             current, at, known = row or (0, None, None)
             before = self._sealed.history(task, current, pointer=at, history=known)
             if before.versions and before.base is None:
@@ -160,10 +160,10 @@ class SqliteScope:
             history = before.then(pointer, base, record, most=most, instead=instead)
             sealed = self._sealed.seal_pointer(task, pointer), self._sealed.seal_history(task, history)
             db.execute(sql.PUT_TASK, (tenant, task, pointer.version, record.expires, *sealed))
-            db.execute(sql.UNNEEDED, (tenant, task, json.dumps(sorted(history.records))))
+            self._store.drop(db, sql.UNNEEDED, tenant, task, json.dumps(sorted(history.records)))
             db.execute("REPLACE INTO records VALUES (?, ?, ?, ?)", (tenant, task, pointer.version, value))
             for dropped in before.dropped(history):  # should another task share it, it is made again
-                db.execute(sql.DROP_HEAD, (tenant, dropped))
+                self._store.drop(db, sql.DROP_HEAD, tenant, dropped)
             if head is not None:
                 self._put_head(db, head_id, head=head, expires=record.expires)
             return pointer
@@ -221,7 +221,7 @@ class SqliteScope:
             if len(sealed) > MOST_REMEMBERED_BYTES:
                 return False
             db.execute("REPLACE INTO remembered VALUES (?, ?, ?, ?, ?)", (self.tenant, task, key, now + ttl_s, sealed))
-            db.execute(sql.TOO_MANY, (self.tenant, task, MOST_REMEMBERED, MOST_REMEMBERED_BYTES))
+            self._store.drop(db, sql.TOO_MANY, self.tenant, task, MOST_REMEMBERED, MOST_REMEMBERED_BYTES)
             return True
 
         return await self._store.change(work)
@@ -235,4 +235,4 @@ class SqliteScope:
 
     async def forget_remembered(self, task: str, key: str) -> None:
         forget = "DELETE FROM remembered WHERE tenant = ? AND task = ? AND key = ?"
-        await self._store.change(lambda db: db.execute(forget, (self.tenant, task, key)))
+        await self._store.change(lambda db: self._store.drop(db, forget, self.tenant, task, key))

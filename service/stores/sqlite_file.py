@@ -197,6 +197,11 @@ class SqliteFile:
         if db.total_changes > before:
             self._unclean = True
 
+    def drop(self, db: sqlite3.Connection, statement: str, *values: str | float) -> None:
+        """Deletes rows in a transaction; their bytes leave the log as well before long."""
+        if db.execute(statement, values).rowcount > 0:
+            self._unclean = True
+
     def checkpoint(self, db: sqlite3.Connection) -> None:
         """Clears the bytes of what was deleted from the log; where somebody still reads there, another time."""
         self._unclean = True

@@ -22,6 +22,7 @@ from service.stores.record import RecentRecords
 from service.stores.redis import MARK, Found, RedisScope, RedisStore
 from service.stores.sealed import Sealed
 from tests.redis_server import RedisServer
+from tests.service.stores.files import holding
 from tests.service.stores.values import commit, make_head, make_record, same
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
@@ -97,6 +98,25 @@ async def test_what_was_acknowledged_survives_kill_9_of_redis(own_redis: RedisSe
         assert await scope.pointer("task0") is None
         assert await scope.versions("task1") == [Pointer(2, "hd_1"), Pointer(1, "hd_1")]
         assert await scope.recall("task1", "key") == b"value"
+
+
+async def test_deleted_photos_leave_the_log_of_redis_when_it_is_rewritten(
+    own_redis: RedisServer, tmp_path: Path
+) -> None:
+    log, record = tmp_path / "appendonlydir", make_record(1, images=True)
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        await scope.commit("cats", record, "hd_1", make_head(1), expect=None)
+        await scope.delete("cats")
+    assert holding(log, record.images[5])
+    with redis.Redis(port=own_redis.port) as client:
+        client.bgrewriteaof()
+    left = True
+    async with asyncio.timeout(10):
+        while left:
+            await asyncio.sleep(0.05)
+            with suppress(FileNotFoundError):  # just then
+                left = bool(holding(log, record.images[5]))
 
 
 async def test_without_a_log_kill_9_of_redis_would_lose_all(tmp_path: Path) -> None:

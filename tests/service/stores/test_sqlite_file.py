@@ -301,6 +301,41 @@ async def test_a_disk_too_full_to_open_is_said_as_that(tmp_path: Path, monkeypat
         await store.open()
 
 
+async def test_photos_of_versions_that_are_not_kept_leave_the_log_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_file, "CLEAR_S", 1000)
+    store, record = SqliteStore(tmp_path, versions_kept=1), make_record(1, images=True)
+    await store.open()
+    scope = store.scope("t")
+    await scope.commit("cats", record, "hd_1", make_head(1), expect=None)
+    await store.run(store._clear)
+    assert holding(tmp_path, record.images[5])
+    await scope.commit("cats", make_record(2, images=True), "hd_2", make_head(2), expect=None)
+    assert holding(tmp_path, record.images[5])
+    await store.run(store._clear)  # as it does now and then
+    assert holding(tmp_path, record.images[5]) == []
+    await store.close()
+
+
+async def test_what_is_forgotten_beside_a_task_leaves_the_log_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_file, "CLEAR_S", 1000)
+    monkeypatch.setattr("service.stores.sqlite.MOST_REMEMBERED", 1)
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    for key, value in (("old", b"an old answer"), ("key", b"the last answer")):
+        await scope.remember("cats", key, value, ttl_s=60)
+    await store.run(store._clear)
+    assert holding(tmp_path, b"an old answer") == []
+    await scope.forget_remembered("cats", "key")
+    await store.run(store._clear)
+    assert holding(tmp_path, b"the last answer") == []
+    await store.close()
+
+
 async def test_a_full_disk_is_no_reason_not_to_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
