@@ -68,6 +68,7 @@ class Link:
         self._probe: asyncio.Task[None] | None = None
         self._alive = -math.inf  # monotonic: when a probe began that was answered
         self._watcher: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()  # to look without a pause
 
     @property
     def well(self) -> bool:
@@ -139,9 +140,12 @@ class Link:
             task.exception()  # its caller may have left; then nobody else asks
 
     async def _watch(self) -> None:
-        """Looks at Redis now and then, and each PAUSE_S while it cannot be used."""
+        """Looks at Redis now and then, and each PAUSE_S while it cannot be used; at once when an answer was late."""
         while True:
-            await asyncio.sleep(PAUSE_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PAUSE_S):
+                    await self._hurry.wait()
+            self._hurry.clear()
             if self._closed or time.monotonic() >= self._look_again:
                 look = self._started(self._look())
                 await asyncio.wait((look,))  # it is not cancelled with us
@@ -212,6 +216,8 @@ class Link:
             if late and time.monotonic() - self._alive < self._timeout_s:
                 log.warning("Redis answers, but one operation took it too long.")
                 raise StoreUnavailable("The store does not answer in time.") from error
+            if late and not self._closed:  # it may have been busy for a moment, with writing a large record
+                self._hurry.set()
             self._lost(SILENT, str(error) or type(error).__name__)
             raise StoreUnavailable(SILENT) from error
         except StoreMisconfigured as error:

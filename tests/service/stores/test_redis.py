@@ -187,6 +187,19 @@ async def test_an_operation_that_takes_too_long_is_refused_and_no_other(
             assert "blpop" not in [one["cmd"] for one in client.client_list()]
 
 
+async def test_a_redis_that_was_busy_for_a_moment_is_used_again_at_once(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_link, "PAUSE_S", 5)
+    async with opened(own_redis) as store:
+        scope = store.scope("t")
+        await commit(scope, "cats", 1)
+        own_redis.hang()
+        await refused_after(lambda: scope.pointer("cats"))
+        own_redis.go_on()
+        assert await back(scope) < TIMEOUT_S + 0.3
+
+
 async def test_a_redis_that_hangs_behind_a_slow_operation_is_found_out(own_redis: RedisServer) -> None:
     async with opened(own_redis) as store:
         await commit(store.scope("t"), "cats", 1)
