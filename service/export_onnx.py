@@ -124,6 +124,9 @@ def build(artifact: Artifact, head: Head, facts: Mapping[str, str], *, precision
     opsets = [opset for opset in model.opset_import if opset.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(opsets)
+    # What wrote the artifact's graph may have stamped it for newer runtimes than its operators need.
+    least = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    model.ir_version = min(model.ir_version, least)
     model.producer_name, model.producer_version, model.graph.name = "fewshot", "", "task"
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(facts))

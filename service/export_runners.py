@@ -14,7 +14,10 @@ RESIZE = (
     "picture in the shape of the input, resized in one step with Pillow's BILINEAR, which averages; a JPEG may first "
     "be decoded at a half, a quarter or an eighth, to no less than twice the input."
 )
-RUN_IMAGES = '''"""Says what pictures show:  python run.py PICTURE...  Needs onnxruntime, numpy and Pillow."""
+RUN_IMAGES = '''"""Says what pictures show:  python run.py PICTURE...
+
+Needs Python 3.9, onnxruntime 1.17, numpy and Pillow 9.1, or newer.
+"""
 
 import json
 import sys
@@ -28,6 +31,7 @@ session = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), p
 facts = session.get_modelmeta().custom_metadata_map
 labels, reject = json.loads(facts["labels"]), float(facts["reject"])
 height, width, channels = session.get_inputs()[0].shape[1:]
+SEE_THROUGH = ("LA", "PA", "RGBA", "La", "RGBa")
 
 
 def pixels(path):
@@ -37,7 +41,7 @@ def pixels(path):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-    if image.mode != mode and image.has_transparency_data:
+    if image.mode != mode and (image.mode in SEE_THROUGH or "transparency" in image.info):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert(mode)
     if image.size != (width, height):
@@ -55,7 +59,10 @@ for path in sys.argv[1:]:
     verdict = ranked[0][1] if known[0] >= reject else "none of these"
     print(f"{path}: {verdict}", *(f"{label} {share:.6f}" for share, label in ranked), sep="\\n  ")
 '''
-RUN_TEXTS = '''"""Says what texts are:  python run.py FILE...  Needs onnxruntime and numpy."""
+RUN_TEXTS = '''"""Says what texts are:  python run.py FILE...
+
+Needs Python 3.9, onnxruntime 1.17 and numpy, or newer.
+"""
 
 import json
 import sys
@@ -113,7 +120,7 @@ KINDS: Mapping[str, Kind] = {
         fact="resize",
         made=RESIZE,
         program=RUN_IMAGES,
-        needs="onnxruntime numpy Pillow",
+        needs='"onnxruntime>=1.17" numpy "Pillow>=9.1"',
         example="picture.jpg",
     ),
     "text": Kind(
@@ -122,7 +129,7 @@ KINDS: Mapping[str, Kind] = {
         fact="cut",
         made=CUT,
         program=RUN_TEXTS,
-        needs="onnxruntime numpy",
+        needs='"onnxruntime>=1.17" numpy',
         example="text.txt",
     ),
 }

@@ -138,6 +138,13 @@ def test_the_file_takes_pixels_and_gives_probabilities_and_how_known_they_are(tm
     assert found == [("probabilities", "tensor(float)", ["n", 4]), ("known", "tensor(float)", ["n"])]
 
 
+def test_the_file_asks_for_no_newer_runtime_than_its_operators_do(tmp_path: Path) -> None:
+    artifact = graphed(tmp_path)
+    model = onnx.load_from_string(file_of(artifact, a_head()))
+    assert (model.opset_import[0].version, model.ir_version) == (20, 9)  # onnxruntime 1.17 knows both, and 1.16 neither
+    onnx.checker.check_model(model, full_check=True)
+
+
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     artifact = graphed(tmp_path, rejection=REJECTION)
     head = dataclasses.replace(with_gauge(a_head(), 0, 1), labels=("größe, \"'\n", "日本"))
@@ -305,7 +312,9 @@ def test_the_zip_holds_the_file_a_runner_and_answers_to_hold_any_runtime_against
         golden = np.load(io.BytesIO(archive.read("golden.npz")))
         probabilities, known = run(archive.read("model.onnx"), golden["pixels"])
         compile(archive.read("run.py"), "run.py", "exec")
-        assert "'garage-door', version 3" in archive.read("README.txt").decode()
+        readme = archive.read("README.txt").decode()
+        assert "'garage-door', version 3" in readme
+        assert 'pip install "onnxruntime>=1.17" numpy "Pillow>=9.1"' in readme
     np.testing.assert_allclose(probabilities, golden["probabilities"], atol=1e-4)
     np.testing.assert_allclose(known, golden["known"], atol=1e-4)
     assert len(probabilities) == 6
