@@ -20,25 +20,47 @@ Needs Python 3.9, onnxruntime 1.17, numpy and Pillow 9.1, or newer.
 """
 
 import json
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
 
 session = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), providers=["CPUExecutionProvider"])
 facts = session.get_modelmeta().custom_metadata_map
 labels, reject = json.loads(facts["labels"]), float(facts["reject"])
 height, width, channels = session.get_inputs()[0].shape[1:]
 SEE_THROUGH = ("LA", "PA", "RGBA", "La", "RGBa")
+UPRIGHT = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+
+
+def orientation(exif):
+    """From 1 to 8. Pillow's own looks in more places, where the service does not."""
+    while exif.startswith(b"Exif\\0\\0"):
+        exif = exif[6:]
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (entries,) = struct.unpack_from(f"{order}H", exif, start)
+        for entry in range(entries):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * entry)
+            if tag == 0x0112 and kind == 3 and 1 <= value <= 8:
+                return value
+    except struct.error:  # none, or it ends early
+        pass
+    return 1
 
 
 def pixels(path):
     """A picture as the service sees it: uint8 [height, width, channels]."""
     image, mode = Image.open(path), "L" if channels == 1 else "RGB"
     image.draft(None, (2 * max(height, width),) * 2)  # JPEG alone heeds this
-    image = ImageOps.exif_transpose(image)
+    image.load()  # in a PNG, EXIF may come behind the picture
+    turn = orientation(image.info.get("exif", b""))
+    if turn > 1:
+        image = image.transpose(Image.Transpose[UPRIGHT[turn - 2]])
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
     if image.mode != mode and (image.mode in SEE_THROUGH or "transparency" in image.info):
@@ -55,7 +77,7 @@ def pixels(path):
 
 for path in sys.argv[1:]:
     probabilities, known = session.run(["probabilities", "known"], {"pixels": pixels(path)[None]})
-    ranked = sorted(zip(probabilities[0].tolist(), labels), reverse=True)
+    ranked = sorted(zip(probabilities[0].tolist(), labels), key=lambda row: -row[0])  # of equals, the first
     verdict = ranked[0][1] if known[0] >= reject else "none of these"
     print(f"{path}: {verdict}", *(f"{label} {share:.6f}" for share, label in ranked), sep="\\n  ")
 '''
@@ -87,7 +109,7 @@ def read(path):
 
 for path in sys.argv[1:]:
     probabilities, known = session.run(["probabilities", "known"], {"bytes": read(path)[None]})
-    ranked = sorted(zip(probabilities[0].tolist(), labels), reverse=True)
+    ranked = sorted(zip(probabilities[0].tolist(), labels), key=lambda row: -row[0])  # of equals, the first
     verdict = ranked[0][1] if known[0] >= reject else "none of these"
     print(f"{path}: {verdict}", *(f"{label} {share:.6f}" for share, label in ranked), sep="\\n  ")
 '''

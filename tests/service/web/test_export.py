@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import zipfile
@@ -22,6 +23,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from models.artifact import Artifact
 from models.calibration import Rejection
@@ -222,6 +224,10 @@ def test_a_task_leaves_with_a_key_of_its_tenant_only(tmp_path: Path) -> None:
 # Another Python.
 
 
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
 def pictures(folder: Path) -> list[Path]:
     """Letters in every way that a picture can be a file: sizes, modes, formats, turned, see-through."""
     found = []
@@ -240,6 +246,7 @@ def pictures(folder: Path) -> list[Path]:
         turned, exif = large.convert("RGB").transpose(Image.Transpose.ROTATE_90), Image.Exif()
         exif[0x0112] = 6
         keep(turned, f"{label}-turned.jpg", exif=exif)
+        keep(turned, f"{label}-turned.png", exif=exif)
         keep(large.convert("RGB"), f"{label}.webp", lossless=True)
         glass = Image.new("RGBA", large.size, (0, 0, 0, 0))
         glass.putalpha(large.point(lambda value: 255 - value))
@@ -247,6 +254,20 @@ def pictures(folder: Path) -> list[Path]:
         keep(Image.fromarray(np.asarray(large, np.uint16) * 257), f"{label}-deep.png")
         keep(large.convert("RGB").quantize(16), f"{label}-palette.png")
         keep(letter.resize((40, 31)), f"{label}-tiny.png")
+    for turn in range(2, 9):
+        exif[0x0112] = turn
+        keep(large, f"turn-{turn}.webp", exif=exif)
+    # What Pillow turns and the service does not.
+    keep(large, "xmp.jpg", xmp=XMP)
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    keep(large, "xmp.png", pnginfo=info)
+    info = PngInfo()
+    raw = exif.tobytes()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True)
+    keep(large, "raw.png", pnginfo=info)
+    long = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x0112, 4, 1, 6, 0)  # a number of four bytes and not of two
+    keep(large, "long.jpg", exif=b"Exif\0\0" + long)
     rng = np.random.default_rng(0)
     keep(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "noise.png")
     return found
