@@ -14,7 +14,7 @@ RESIZE = (
     "picture in the shape of the input, resized in one step with Pillow's BILINEAR, which averages; a JPEG may first "
     "be decoded at a half, a quarter or an eighth, to no less than twice the input."
 )
-RUN_IMAGES = '''"""Says what pictures show:  python run.py PICTURE...
+RUN_IMAGES = '''"""python run.py PICTURE...  says what pictures show.
 
 Needs Python 3.9, onnxruntime 1.17, numpy and Pillow 9.1, or newer.
 """
@@ -53,7 +53,7 @@ def orientation(exif):
     return 1
 
 
-def pixels(path):
+def read(path):
     """A picture as the service sees it: uint8 [height, width, channels]."""
     image, mode = Image.open(path), "L" if channels == 1 else "RGB"
     image.draft(None, (2 * max(height, width),) * 2)  # JPEG alone heeds this
@@ -73,15 +73,8 @@ def pixels(path):
         box = (left, top, left + across, top + down)
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
     return np.asarray(image, np.uint8).reshape(height, width, channels)
-
-
-for path in sys.argv[1:]:
-    probabilities, known = session.run(["probabilities", "known"], {"pixels": pixels(path)[None]})
-    ranked = sorted(zip(probabilities[0].tolist(), labels), key=lambda row: -row[0])  # of equals, the first
-    verdict = ranked[0][1] if known[0] >= reject else "none of these"
-    print(f"{path}: {verdict}", *(f"{label} {share:.6f}" for share, label in ranked), sep="\\n  ")
 '''
-RUN_TEXTS = '''"""Says what texts are:  python run.py FILE...
+RUN_TEXTS = '''"""python run.py FILE...  says what texts are.
 
 Needs Python 3.9, onnxruntime 1.17 and numpy, or newer.
 """
@@ -101,18 +94,35 @@ length = session.get_inputs()[0].shape[1]
 
 def read(path):
     """A text as the service sees it: uint8 [length], zeros behind its end."""
-    text = Path(path).read_bytes().removeprefix(b"\\xef\\xbb\\xbf").decode()
+    data = Path(path).read_bytes().removeprefix(b"\\xef\\xbb\\xbf")
+    if not data.strip() or b"\\0" in data:
+        raise ValueError("The text is empty, or holds a NUL character.")
+    text = data.decode()
     data = text.replace("\\r\\n", "\\n").replace("\\r", "\\n").encode()
     data = data[:length].decode(errors="ignore").encode()  # whole characters
     return np.frombuffer(data.ljust(length, b"\\0"), np.uint8)
+'''
+# How either goes on.
+ANSWERS = """
 
-
+if len(sys.argv) < 2:
+    print("usage:", __doc__, file=sys.stderr)
+    sys.exit(2)
+sys.stdout.reconfigure(errors="backslashreplace")  # a label may have letters that the terminal has not
+status = 0
 for path in sys.argv[1:]:
-    probabilities, known = session.run(["probabilities", "known"], {"bytes": read(path)[None]})
+    try:
+        given = {session.get_inputs()[0].name: read(path)[None]}
+        probabilities, known = session.run(["probabilities", "known"], given)
+    except Exception as error:  # a bad file costs the others nothing
+        print(f"{path}: {str(error) or type(error).__name__}", file=sys.stderr)
+        status = 1
+        continue
     ranked = sorted(zip(probabilities[0].tolist(), labels), key=lambda row: -row[0])  # of equals, the first
     verdict = ranked[0][1] if known[0] >= reject else "none of these"
     print(f"{path}: {verdict}", *(f"{label} {share:.6f}" for share, label in ranked), sep="\\n  ")
-'''
+sys.exit(status)
+"""
 CUT = "UTF-8 without a byte order mark, line ends as one byte; as many whole characters as fit, zeros behind them."
 
 
@@ -141,7 +151,7 @@ KINDS: Mapping[str, Kind] = {
         shape="height, width, channels",
         fact="resize",
         made=RESIZE,
-        program=RUN_IMAGES,
+        program=RUN_IMAGES + ANSWERS,
         needs='"onnxruntime>=1.17" numpy "Pillow>=9.1"',
         example="picture.jpg",
     ),
@@ -150,7 +160,7 @@ KINDS: Mapping[str, Kind] = {
         shape="length",
         fact="cut",
         made=CUT,
-        program=RUN_TEXTS,
+        program=RUN_TEXTS + ANSWERS,
         needs='"onnxruntime>=1.17" numpy',
         example="text.txt",
     ),
