@@ -71,8 +71,11 @@ def create_router(engine: Engine, *, precision: str, reject: float, views: int) 
             raise ExportRefused(
                 f"A file sees one view of an image, and this service {views} (VIEWS): export from one that sees one."
             )
-        headers = {"ETag": f'"{pointer.head}"'}
-        if unchanged(request, headers["ETag"]):
+        graph = options.precision or GRAPH_OF.get(precision, precision)
+        # All that may make another file of the same head.
+        tag = f'"v{pointer.version}-{pointer.head}-{graph}-{reject:g}.{options.format}"'
+        headers = {"ETag": tag}
+        if unchanged(request, tag):
             return Response(status_code=304, headers=headers)
         who = tenant.get()
         if asked[who] >= MOST_ASKED:
@@ -87,7 +90,7 @@ def create_router(engine: Engine, *, precision: str, reject: float, views: int) 
                     task,
                     pointer,
                     head,
-                    precision=options.precision or GRAPH_OF.get(precision, precision),
+                    precision=graph,
                     served=precision,
                     reject=reject,
                 )

@@ -81,6 +81,7 @@ TAKES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("add_examples", "remove_example", "remove_class", "change_task", "rollback"), TERMS),
 }
 ETAG = "version and head of the task"
+EXPORT_ETAG = f"{ETAG}, precision, rate of rejection and format"
 REPLAYED = "`true`: this was answered before, to the same Idempotency-Key"
 RETRY_AFTER = "seconds to wait before it is asked again"
 
@@ -101,7 +102,7 @@ def _with_headers(operation: dict[str, Any]) -> None:
     for status, answer in operation["responses"].items():
         headers: dict[str, Any] = {}
         if status in ("200", "201", "304") and names:
-            headers["ETag"] = _header("head of the task" if kind == "export_task" else ETAG)
+            headers["ETag"] = _header(EXPORT_ETAG if kind == "export_task" else ETAG)
             if "Idempotency-Key" in names:
                 headers["Idempotent-Replayed"] = _header(REPLAYED)
         if status in ("429", "503"):

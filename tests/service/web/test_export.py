@@ -77,21 +77,40 @@ def unpacked(answer: httpx.Response, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_file_is_sent_under_the_name_of_the_task_and_the_tag_of_its_head(http: httpx.Client) -> None:
+def test_the_file_is_sent_under_the_name_of_the_task_and_a_tag_of_what_it_is_made_of(http: httpx.Client) -> None:
     head = http.get("/v1/tasks/letters").json()["head"]
-    answer = http.get("/v1/tasks/letters/export")
+    answer = http.get("/v1/tasks/letters/export?precision=int8")
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/octet-stream"
     assert answer.headers["content-disposition"] == 'attachment; filename="fewshot-letters-v1.onnx"'
-    assert answer.headers["etag"] == f'"{head}"'
+    assert answer.headers["etag"] == f'"v1-{head}-int8-0.1.onnx"'
     session = onnxruntime.InferenceSession(answer.content)
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["labels"]) == list(LETTERS)
     assert (facts["task"], facts["version"], facts["head"], facts["reject"]) == ("letters", "1", head, "0.1")
     assert session.get_inputs()[0].shape == ["n", 28, 28, 1]
     for known in (answer.headers["etag"], f'"x", W/{answer.headers["etag"]}', "*"):
-        again = http.get("/v1/tasks/letters/export", headers={"If-None-Match": known})
+        again = http.get("/v1/tasks/letters/export?precision=int8", headers={"If-None-Match": known})
         assert (again.status_code, again.content) == (304, b"")
+
+
+@pytest.mark.slow
+def test_another_file_of_the_same_head_has_another_tag(http: httpx.Client) -> None:
+    known, tags = {}, set()
+    for query in ("precision=float32", "precision=int8", "precision=float32&format=zip", "precision=int8&format=zip"):
+        answer = http.get(f"/v1/tasks/letters/export?{query}", headers=known)
+        assert answer.status_code == 200
+        tags.add(answer.headers["etag"])
+        known = {"If-None-Match": ", ".join(tags)}
+    http.put("/v1/tasks/back", files=SUPPORT)
+    query = "/v1/tasks/back/export?precision=float32"
+    first = http.get(query).headers["etag"]
+    http.post("/v1/tasks/back/examples", files=[("alpha", (SAMPLE / "alpha" / "4.png").read_bytes())])
+    assert http.post("/v1/tasks/back/rollback?version=1").status_code == 200  # the same head, as another version
+    assert http.get(query, headers={"If-None-Match": first}).status_code == 200
+    with service("characters", reject=0.2) as other:  # the same task, and another number in its file
+        answer = other.get("/v1/tasks/letters/export?precision=float32", headers=known)
+        assert answer.status_code == 200
 
 
 def test_the_file_follows_the_task(http: httpx.Client) -> None:
