@@ -133,7 +133,9 @@ def classify(
 
 def export(
     task: Task,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; .zip adds a program that runs it.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .onnx, or .zip with a program that runs it.")
+    ],
     precision: Annotated[
         Precision | None, typer.Option(help="Of its extractor; otherwise that of the service.")
     ] = None,

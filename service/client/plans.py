@@ -117,10 +117,11 @@ class Plans:
                 raise
 
     def export(self, task: str, path: str | os.PathLike[str], *, precision: Precision | None) -> Plan[Path]:
-        kind = "zip" if os.fspath(path).endswith(".zip") else "onnx"
-        return (
-            yield from self._save(Call("GET", _path(task, "export"), _query(format=kind, precision=precision)), path)
-        )
+        kind = Path(path).suffix.lower().removeprefix(".")
+        if kind not in ("onnx", "zip"):
+            raise ValueError(f"{os.fspath(path)} ends in neither .onnx nor .zip: the name says what is written.")
+        call = Call("GET", _path(task, "export"), _query(format=kind, precision=precision))
+        return (yield from self._save(call, path))
 
     def save_support(self, task: str, path: str | os.PathLike[str]) -> Plan[Path]:
         return (yield from self._save(Call("GET", _path(task, "support")), path))

@@ -259,7 +259,10 @@ class Task(values.TaskState):
         return self._client._task(self._client._plans.task(self.name))
 
     def export(self, path: str | os.PathLike[str], *, precision: Precision | None = None) -> Path:
-        """Writes the task as one ONNX file, or, where the name ends in .zip, with a program that runs it."""
+        """Writes the task as one ONNX file, or with a program that runs it: the name ends in .onnx or in .zip.
+
+        Raises ValueError for a name with another ending.
+        """
         return self._client._run(self._client._plans.export(self.name, path, precision=precision))
 
     def save_support(self, path: str | os.PathLike[str]) -> Path:

@@ -238,6 +238,8 @@ def test_what_goes_wrong_is_one_sentence_and_status_1(
     refused(fewshot("adapt", tmp_path / "none"), f"There is no folder {tmp_path / 'none'}.")
     refused(fewshot("adapt", folder / "red"), "lies in no sub-folder")
     refused(fewshot("classify", "none", tmp_path / "none.png"), "none.png: No such file or directory.")
+    assert fewshot("adapt", folder, "--task", "leaves").status == 0
+    refused(fewshot("export", "leaves", "-o", tmp_path / "x.tflite"), "x.tflite ends in neither .onnx nor .zip")
     refused(fewshot("adapt", folder, "--method", "magic"), "There is no method 'magic'")
     refused(fewshot("tasks", "--url", "127.0.0.1:9"), "Nothing answers at http://127.0.0.1:9; is the service running")
     refused(fewshot("tasks", "--url", "ftp://x"), "is no address of a service")

@@ -45,6 +45,7 @@ from service.client import (
     errors,
     pictures,
 )
+from service.client.plans import Plans
 from service.client.wire import Patience
 from service.settings import Settings
 from service.stores.memory import MemoryStore
@@ -469,6 +470,23 @@ def test_kept_images_come_back(client: Client, tmp_path: Path) -> None:
     with pytest.raises(package.NotRetained):
         client.adapt(some("red", "lime")).save_support(tmp_path / "none.zip")
     assert not (tmp_path / "none.zip").exists()
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.ONNX", "x.zip", "x.ZIP"])
+def test_the_ending_of_a_name_says_what_is_exported_in_letters_of_any_size(name: str) -> None:
+    asked = next(Plans(Patience()).export("t", name, precision=None))
+    assert asked.query["format"] == name[2:].lower()
+
+
+@pytest.mark.parametrize("name", ["x.tflite", "x", "x.zip.gz", ".zip"])
+def test_an_export_under_another_ending_is_refused_and_writes_nothing(
+    client: Client, faults: Faults, tmp_path: Path, name: str
+) -> None:
+    task = client.adapt(some("red", "blue"), task="leaves")
+    faults.asked.clear()
+    with pytest.raises(ValueError, match=r"ends in neither \.onnx nor \.zip"):
+        task.export(tmp_path / name)
+    assert (paths(faults), list(tmp_path.iterdir())) == ([], [])
 
 
 @pytest.mark.slow
