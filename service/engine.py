@@ -38,7 +38,7 @@ from service.support import (
     Rejected,
     checked,
     grown,
-    normal_label,
+    normal,
     record_id,
     rows_of,
     task_name,
@@ -225,17 +225,17 @@ class Engine:
         """Takes an example back: the task is then equal to one that never saw it."""
 
         def left(record: Record) -> Record:
-            return self._learning.record(without_example(rows_of(record), example), record.method)
+            return self._learning.record(without_example(rows_of(record), example), record.method, known=True)
 
         return await self._changed(scope, task, left, expect=expect, brief=brief)
 
     async def remove_class(
         self, scope: Scope, task: str, label: str, *, expect: Expected = None, brief: bool = False
     ) -> Adapted:
-        label = normal_label(label, index=None, limits=self.limits)
+        label = normal(label)
 
         def left(record: Record) -> Record:
-            return self._learning.record(without_class(rows_of(record), label), record.method)
+            return self._learning.record(without_class(rows_of(record), label), record.method, known=True)
 
         return await self._changed(scope, task, left, expect=expect, brief=brief)
 

@@ -12,7 +12,7 @@ from models.learners import Learner
 from models.report import Report
 from service.batcher import Batcher
 from service.stores import Record
-from service.support import Example, Learned, Limits, Rows, learn, like, record_of, usable
+from service.support import UNLIMITED, Example, Learned, Limits, Rows, learn, like, record_of, usable
 
 
 class Learning:
@@ -37,10 +37,10 @@ class Learning:
         """Whether it is of features of the artifact that is served."""
         return made.artifact == self.artifact.digest
 
-    def record(self, rows: Rows, method: str) -> Record:
-        """Raises TooLarge."""
-        dim = self.artifact.manifest.dim
-        return record_of(rows, artifact=self.artifact.digest, method=method, dim=dim, limits=self.limits)
+    def record(self, rows: Rows, method: str, *, known: bool = False) -> Record:
+        """Raises TooLarge, but for what is `known`: of a task that is there, however large it was allowed to be."""
+        dim, limits = self.artifact.manifest.dim, UNLIMITED if known else self.limits
+        return record_of(rows, artifact=self.artifact.digest, method=method, dim=dim, limits=limits)
 
     async def head(self, record: Record) -> Head:
         """For questions whose images were let in, or once for all who ask."""
@@ -76,4 +76,4 @@ class Learning:
         except (UndecodableExample, TooLarge):  # a limit was lowered since; the caller sent no such image
             raise TaskStale(f"Not all images of the task {task!r} can be read now; send its examples again.") from None
         method = record.method if record.method in self.learners else self.default_method
-        return like(self.record(rows, method), record)
+        return like(self.record(rows, method, known=True), record)

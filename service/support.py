@@ -56,6 +56,10 @@ class Limits:
     max_tasks: int = 0  # of a tenant; 0: as many as the store holds
 
 
+ANY = 2**62
+UNLIMITED = Limits(max_examples=ANY, max_way=ANY, max_retained_bytes=ANY)  # of what a task has already
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     label: str
@@ -127,9 +131,14 @@ def checked(
     return normal
 
 
+def normal(label: str) -> str:
+    """A label as it is kept, however it was written."""
+    return unicodedata.normalize("NFC", label).strip()
+
+
 def normal_label(label: str, *, index: int | None, limits: Limits) -> str:
     """The label in its normal form. Raises InvalidSupport."""
-    label = unicodedata.normalize("NFC", label).strip()
+    label = normal(label)
     if not label:
         raise InvalidSupport("A label is empty.", index=index)
     if len(label) > limits.max_label:
@@ -138,8 +147,8 @@ def normal_label(label: str, *, index: int | None, limits: Limits) -> str:
         )
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in label):
         raise InvalidSupport("A label holds control characters.", index=index)
-    if {".", ".."} & set(label.split("/")):  # in an address these lead elsewhere: to another class, or to the task
-        raise InvalidSupport('A label has no part that is "." or "..": no address could name it.', index=index)
+    if label == "..":  # a client that does not know better would ask for the task where it means the class
+        raise InvalidSupport("No class can be called '..': in an address it means the task.", index=index)
     return label
 
 

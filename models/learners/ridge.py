@@ -19,6 +19,7 @@ from models.head import Affine
 from models.learners.things import by_thing
 
 MANY = 512  # examples of a class
+LEAST = 1e-6  # of the mean of the diagonal
 
 
 class Fit(NamedTuple):
@@ -66,7 +67,8 @@ def fit(features: Array, belongs: Array, log_penalty: Array) -> Fit:
     xp = array_namespace(features)
     rows, targets, root = _weighted(features, belongs)
     n, dim = features.shape
-    penalty = xp.exp(log_penalty)
+    # The least part keeps the factor of alike examples from failing where the penalty says next to nothing.
+    penalty = xp.exp(log_penalty) + LEAST * xp.sum(rows * rows) / min(n, dim)
     # The same solution either way; the smaller system of equations is the faster one.
     scatter = rows @ rows.T if n <= dim else rows.T @ rows
     return Fit(rows, targets, root, penalty, inverse(scatter + penalty * _unit(min(n, dim), rows)))

@@ -152,7 +152,8 @@ def _found(text: str) -> list[Path]:
     if _is_file(text):
         return [path]
     if path.is_dir():
-        found = [file for file in _walk(path) if _is_of(file, PICTURES)]
+        files = list(_walk(path))
+        found = [file for file in files if _is_of(file, PICTURES)] or [file for file in files if _is_of(file, TEXTS)]
     else:
         found = sorted(Path(name) for name in glob.glob(text, recursive=True) if Path(name).is_file())
     if not found:

@@ -61,6 +61,7 @@ class Link:
         self._told = False  # that it cannot be used
         self._look_again = 0.0  # monotonic
         self._refused_until = 0.0  # monotonic
+        self._late_until = 0.0  # likewise: of answers that were late there was a line in the log
         # About the settings of Redis, since it was last away: what was said, and what may not be asked.
         self._said: set[str] = set()
         self._denied: set[str] = set()
@@ -214,7 +215,9 @@ class Link:
             # Redis is well if it answered what it was asked after this. Its connection is dropped by redis-py.
             late = isinstance(error, redis_errors.TimeoutError)
             if late and time.monotonic() - self._alive < self._timeout_s:
-                log.warning("Redis answers, but one operation took it too long.")
+                if time.monotonic() >= self._late_until:
+                    log.warning("Redis answers, but one operation took it too long.")
+                self._late_until = time.monotonic() + REFUSED_S
                 raise StoreUnavailable("The store does not answer in time.") from error
             if late and not self._closed:  # it may have been busy for a moment, with writing a large record
                 self._hurry.set()

@@ -71,7 +71,9 @@ class Access:
         if scope["type"] == "http":
             if self.keyring is None:
                 at, _ = scope.get("server") or ("", None)
-                if said := origins.refusal(scope["method"], dict(scope["headers"]), at, self.allowed):
+                method, headers = scope["method"], dict(scope["headers"])
+                private = needed(method, scope["path"]) != PUBLIC
+                if private and (said := origins.refusal(method, headers, at, self.allowed)):
                     answer = problems.of_error(Forbidden(said), request_id=scope["state"]["request_id"])
                     await answer(scope, receive, send)
                     return

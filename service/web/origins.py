@@ -15,6 +15,7 @@ from collections.abc import Mapping
 SAFE = {"GET", "HEAD", "OPTIONS"}
 ANY = "*"
 OWN = {"same-origin", "none"}  # none: the user typed the address
+PRIVATE = (".localhost", ".local", ".internal", ".test", ".home.arpa")  # nobody can have registered a name under these
 PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -67,7 +68,7 @@ def _name(host: str) -> str:
 def _is_public(host: str, known: set[str]) -> bool:
     """Whether a host has a name that anybody may have registered: one with a dot, that is no address."""
     name = _name(host)
-    if "." not in name or name.endswith(".localhost") or name in known:
+    if "." not in name or name.endswith(PRIVATE) or name in known:
         return False
     try:
         ipaddress.ip_address(name)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from models.errors import NotRetained
 from models.leftovers import JUNK
 from service.stores import Record
-from service.web.bodies import UNLABELLED
+from service.web.bodies import MEANT, UNLABELLED
 
 SAFE = " !#$&'()+,-.;=@[]^_`{}~"  # in the name of a folder on any file system
 
@@ -49,6 +49,7 @@ def archive(record: Record) -> bytes:
 def folder_of(label: str) -> str:
     """The label as the name of one folder; what that cannot hold is percent-encoded, which `bodies` decodes."""
     name = "".join(c if c.isalnum() or c in SAFE else quote(c, safe="") for c in label)
-    if name.startswith(".") or name in (UNLABELLED, *JUNK):  # would be read as something else than a label
+    misread = MEANT.get(name.casefold()) == UNLABELLED or name in JUNK
+    if misread or name.startswith("."):
         name = f"%{ord(name[0]):02X}{name[1:]}"
     return f"{name[:-1]}%2E" if name.endswith(".") else name

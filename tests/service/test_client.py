@@ -30,6 +30,7 @@ from service.client import (
     AsyncClient,
     AsyncTask,
     Busy,
+    ClassNotFound,
     Client,
     ExampleNotFound,
     InvalidSupport,
@@ -219,6 +220,8 @@ def test_texts_come_from_a_folder_or_a_zip_as_pictures_do(tmp_path: Path, form: 
         source = Path(shutil.make_archive(str(tmp_path / "days"), "zip", source))
     found = {file.label: file.load() for file in pictures.support(source, ())}
     assert found == {None: b"grey", "rain": b"wet", "sun": b"warm"}
+    if form == "folder":
+        assert [file.load() for file in pictures.many(source / "sun")] == [b"warm"]
 
 
 @pytest.mark.parametrize("name", ["unlabeled", "Unlabelled"])
@@ -233,13 +236,13 @@ def test_a_folder_that_is_nearly_called_unlabelled_is_no_class(client: Client, t
 
 
 def test_a_label_of_dots_leads_to_no_other_address(client: Client) -> None:
-    with pytest.raises(InvalidSupport, match="no address could name it"):
+    with pytest.raises(InvalidSupport, match="it means the task"):
         client.adapt({"..": RED, "lime": picture("lime"), "tan": picture("tan")})
-    task = client.adapt({"lime": picture("lime"), "tan": picture("tan"), "red": RED})
-    for label in (".", "..", "../.."):
-        with pytest.raises(InvalidSupport):
-            task.remove_class(label)
-    assert len(client.task(task.name).classes) == 3
+    task = client.adapt({".": RED, "a/../b": picture("blue"), "lime": picture("lime"), "tan": picture("tan")})
+    with pytest.raises(ClassNotFound):
+        task.remove_class("..")
+    task = task.remove_class(".").remove_class("a/../b")
+    assert [item.label for item in client.task(task.name).classes] == ["lime", "tan"]
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "..", "a b", "x" * 65, "é"])

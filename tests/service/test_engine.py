@@ -1176,6 +1176,22 @@ def test_with_its_images_a_task_is_learned_again_on_first_use(tmp_path: Path, us
     run(tmp_path, work)
 
 
+@pytest.mark.parametrize("artifact", ["the same", "another"])
+def test_a_task_above_a_limit_that_was_lowered_is_used_and_made_smaller(tmp_path: Path, artifact: str) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", [*SUPPORT, *GREEN], retain=True)
+        now = served_by_another(engine, tmp_path) if artifact == "another" else engine
+        now.limits = now._learning.limits = Limits(max_examples=2, max_way=2, max_retained_bytes=1)
+        assert len((await now.classify(scope, "t", [RED])).rows) == 1
+        with pytest.raises(TooLarge):
+            await now.add(scope, "t", GREEN)
+        told = await now.remove_example(scope, "t", (await now.describe(scope, "t")).record.ids[0])
+        told = await now.remove_class(scope, "t", told.record.labels[0])
+        assert len(told.record.labels) == 2
+
+    run(tmp_path, work)
+
+
 def test_many_first_uses_at_once_learn_the_task_again_once(tmp_path: Path) -> None:
     extractor = MeanColour()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from models.episode import Support
 from tests.models.learners.given import DIM, clusters, learner
 
 
@@ -27,6 +28,15 @@ def test_a_larger_penalty_gives_a_smaller_map() -> None:
     ]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > 2 * lengths[-1]
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_examples_that_are_alike_are_learned_from_where_the_penalty_says_next_to_nothing(copies: int) -> None:
+    support, query, answers = clusters((8, 8, 8), queries=10, noise=0.05)
+    alike = Support(np.tile(support.features, (copies, 1)), np.tile(support.labels, copies), support.way)
+    weight, bias = learner("ridge", log_penalty=np.float32(-30)).adapt(alike)
+    assert np.isfinite(weight).all()
+    assert ((query @ weight.T + bias).argmax(axis=1) == answers).mean() > 0.9
 
 
 @pytest.mark.parametrize("things", [1, 2])

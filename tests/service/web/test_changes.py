@@ -35,7 +35,9 @@ ZIP, TAR = {"Content-Type": "application/zip"}, {"Content-Type": "application/x-
 AWKWARD = [
     "a/b",
     "/a/b/",
-    "..a",
+    "../../etc",
+    "unlabeled",
+    "Unlabelled",
     ".hidden",
     "a//b",
     "50%",

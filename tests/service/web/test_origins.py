@@ -64,12 +64,22 @@ def test_an_origin_that_is_named_may_change_tasks(listed: str) -> None:
     assert said("PUT", allowed=listed, **asked) == ""
 
 
+@pytest.mark.parametrize("host", ["host.docker.internal:8000", "pi.local", "a.test", "box", "box:8000"])
+def test_names_that_nobody_can_have_registered_are_answered(host: str) -> None:
+    assert said("GET", host=host) == ""
+
+
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "EVIL.example.", "127.0.0.1.nip.io"])
 def test_on_loopback_a_public_name_is_answered_nothing(host: str) -> None:
     for method in ("GET", "POST"):
         assert "localhost" in said(method, host=host, origin=f"http://{host}", sec_fetch_site="same-origin")
         assert said(method, host=host, allowed="https://evil.example, https://127.0.0.1.nip.io") == ""
     assert said("GET", ELSEWHERE, host=host) == ""  # whoever listens elsewhere has a name of his own
+
+
+def test_what_is_nobodys_is_answered_under_any_name(http: httpx.Client) -> None:
+    for path, status in (("/healthz", 200), ("/", 200), ("/v1/tasks", 403), ("/metrics", 403)):
+        assert http.get(path, headers={"Host": "evil.example"}).status_code == status
 
 
 def test_a_form_on_another_page_teaches_nothing(http: httpx.Client) -> None:
