@@ -872,7 +872,7 @@ def test_what_is_not_there_cannot_be_taken_back(tmp_path: Path) -> None:
         for change, error in (
             (engine.remove_example(scope, "t", "ex_nothing"), ExampleNotFound),
             (engine.remove_class(scope, "t", "green"), ClassNotFound),
-            (engine.remove_class(scope, "t", ""), InvalidSupport),
+            (engine.remove_class(scope, "t", ""), ClassNotFound),
             (engine.remove_example(scope, "u", adapted.record.ids[0]), TaskNotFound),
             (engine.remove_class(scope, "u", "red"), TaskNotFound),
             (engine.add(scope, "u", SUPPORT), TaskNotFound),
