@@ -108,8 +108,9 @@ extractor that saw 80 kinds of things in 84 pixels. By every learner: [training/
 """
 TRUST = """How far probabilities and "none of these" can be trusted on classes never seen, with five in each episode
 that the task does not know (one where there are six in all; `python -m training evaluate ... --foreign 5`), per cent,
-default learner. In a domain far from the training photographs little that is foreign is noticed, and where the examples of a
-class show few things, as frames of one approach to a sign do, more genuine images are turned away than were asked for.
+default learner. In a domain far from the training photographs little that is foreign is noticed, and where the examples
+of a class show few things, as frames of one approach to a sign do, more genuine images are turned away than were asked
+for.
 """
 
 
