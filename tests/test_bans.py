@@ -27,7 +27,7 @@ CALLS = re.compile(
 # What stands in the command of a person at a terminal, who may start what they like.
 BESIDE = ("service/cli/", "service/client/")
 # Where a program speaks to the person who started it, an error may have its words.
-SPEAKING = (*BESIDE, "service/__main__.py", "service/doctor.py", "service/keys.py", "service/secrets.py")
+SPEAKING = (*BESIDE, "service/__main__.py", "service/doctor/", "service/keys.py", "service/secrets.py")
 # Lines that are no such thing, with why.
 LOOKED_AT = {
     "models/artifact.py": 2,  # an artifact that is refused at the start

@@ -184,7 +184,7 @@ RULES: list[tuple[Rule, list[tuple[str, str]], list[tuple[str, str]]]] = [
         ],
         [
             ("service/client/sync.py", "import httpx, time\nfrom service.client import values"),
-            ("service/doctor.py", "import redis"),
+            ("service/doctor/store.py", "import redis"),
         ],
     ),
     (
