@@ -20,6 +20,10 @@ from models.errors import InvalidRequest, TooLarge, UnsupportedMedia
 from models.leftovers import left_behind
 
 DRIVE = re.compile(r"[A-Za-z]:")  # of Windows; a label may hold a colon
+# Of a tar: headers that tell of the entry behind them, how long one may be, and what has no content, whatever its size.
+PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+MAX_TOLD = 65_536
+HOLLOW = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,33 +90,75 @@ def open_tar(body: bytes, most: Most) -> Opened:
     """Raises InvalidRequest, TooLarge or UnsupportedMedia, as its `files` does."""
     if body[:2] == b"\x1f\x8b":
         raise UnsupportedMedia("The archive is compressed; send a plain tar, images hardly shrink.")
-    infos = []
     try:
-        archive = tarfile.open(fileobj=io.BytesIO(body), mode="r:")  # noqa: SIM115 - of bytes there is nothing to close
-        for info in archive:
-            infos.append(info)
-            if len(infos) > most.parts + 1000:
-                raise TooLarge(f"The archive has too many entries; the limit is {most.parts}.")
-    except (tarfile.TarError, EOFError, ValueError, OSError):
+        entries = _tar_entries(body, most)
+    except (tarfile.TarError, ValueError):
         raise InvalidRequest("The body is not a tar archive, or it is cut off.") from None
-    if not body.startswith(bytes(tarfile.BLOCKSIZE), archive.offset):  # tarfile takes one that just stops for whole
+    size = _check_entries([info.size for info, _ in entries if info.isreg()], most)
+    return Opened(size, lambda: _tar_files(body, entries))
+
+
+def _tar_entries(body: bytes, most: Most) -> list[tuple[tarfile.TarInfo, int]]:
+    """Every entry, and where its content begins. Raises TarError or ValueError.
+
+    tarfile reads a header here and no archive: all that it follows there, holes, headers for all entries, headers of
+    headers, makes many times the memory and the time of what was sent.
+    """
+    entries: list[tuple[tarfile.TarInfo, int]] = []
+    at = headers = 0
+    told: dict[bytes, bytes] = {}  # of the entry that comes next, by headers of their own
+    while any(block := body[at : at + tarfile.BLOCKSIZE]):
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        at += tarfile.BLOCKSIZE
+        headers += 1
+        if len(entries) > most.parts + 1000 or headers > 4 * (most.parts + 1000):
+            raise TooLarge(f"The archive has too many entries; the limit is {most.parts}.")
+        index, told_of = len(entries), info.type in (*PAX, tarfile.GNUTYPE_LONGNAME)
+        if not told_of and b"size" in told:
+            info.size = int(told[b"size"])
+        size = 0 if info.type in HOLLOW else info.size
+        if not 0 <= size <= len(body) - at or (told_of and size > MAX_TOLD):
+            raise ValueError("an entry ends behind the archive, or is no header")
+        content = body[at : at + size] if told_of else b""
+        begins, at = at, at + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if info.type == tarfile.GNUTYPE_LONGNAME:
+            told[b"path"] = content.partition(b"\0")[0]
+        elif told_of:
+            told |= _told(content)
+        elif info.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):  # of all entries, and of a link
+            if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(b"GNU.sparse.") for key in told):
+                raise InvalidRequest("An entry of the archive is stored with holes (--sparse).", index=index)
+            if b"path" in told:
+                info.name = told[b"path"].decode("utf-8", "surrogateescape")
+            entries.append((info, begins))
+            told = {}
+    if len(block) < tarfile.BLOCKSIZE:
         raise InvalidRequest("The tar archive has no end: it is cut off.")
-    size = _check_entries([info.size for info in infos if info.isreg()], most)
-    return Opened(size, lambda: _tar_files(archive, infos))
+    return entries
 
 
-def _tar_files(archive: tarfile.TarFile, infos: list[tarfile.TarInfo]) -> Iterator[tuple[PurePosixPath, bytes]]:
-    try:
-        for index, info in enumerate(infos):
-            path = _checked(info.name, index)
-            if info.isdir() or path is None:
-                continue
-            if not info.isreg():
-                raise InvalidRequest("An entry of the archive is a link or a device.", index=index)
-            file = archive.extractfile(info)
-            yield path, file.read() if file else b""
-    except (tarfile.TarError, EOFError, ValueError, OSError):
-        raise InvalidRequest("The body is not a tar archive, or it is cut off.") from None
+def _told(header: bytes) -> dict[bytes, bytes]:
+    """The records of a pax header, each "LENGTH KEY=VALUE\\n". Raises ValueError."""
+    found, at = {}, 0
+    while at < len(header):
+        blank = header.index(b" ", at, at + 8)
+        end = at + int(header[at:blank])
+        key, equals, value = header[blank + 1 : end - 1].partition(b"=")
+        if not equals or not blank < end <= len(header):
+            raise ValueError("no record")
+        found[key] = value
+        at = end
+    return found
+
+
+def _tar_files(body: bytes, entries: list[tuple[tarfile.TarInfo, int]]) -> Iterator[tuple[PurePosixPath, bytes]]:
+    for index, (info, begins) in enumerate(entries):
+        path = _checked(info.name, index)
+        if info.isdir() or path is None:
+            continue
+        if not info.isreg():
+            raise InvalidRequest("An entry of the archive is a link or a device.", index=index)
+        yield path, body[begins : begins + info.size]
 
 
 def _check_entries(sizes: list[int], most: Most) -> int:

@@ -1,0 +1,95 @@
+"""Archives that a stranger wrote: read to the byte where they are plain, refused before they cost anything else."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import tracemalloc
+
+import pytest
+
+from models.errors import FewshotError, InvalidRequest, TooLarge
+from service.web.archives import Most, open_tar
+
+MOST = Most(parts=40, unpacked=10_000_000, entry=1_000_000)
+LONG = "photos/" + "/".join(["ä" * 60] * 3) + "/1.png"
+
+
+def member(name: str, data: bytes = b"", *, kind: bytes = tarfile.REGTYPE, pax: dict[str, str] | None = None) -> bytes:
+    """One entry of a tar."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = len(data), kind
+    info.pax_headers = pax or {}
+    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+END = bytes(2 * tarfile.BLOCKSIZE)
+
+
+def hole(name: str, size: int) -> bytes:
+    """A file of zeros that is stored as nothing but its size, as GNU tar does with --sparse."""
+    told = {"major": "1", "minor": "0", "name": name, "realsize": str(size)}
+    pax = {f"GNU.sparse.{key}": value for key, value in told.items()}
+    return member("x", f"1\n{size}\n0\n".encode(), pax=pax)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_read_as_it_was_written_whatever_its_form(form: int) -> None:
+    names = ["a/1.png", "ä b/2.png", "c/" + "x" * 90 + "/1.png", *([LONG] if form != tarfile.USTAR_FORMAT else [])]
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form, pax_headers={"comment": "of all"}) as archive:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for index, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 500 * index, 1.5
+            archive.addfile(info, io.BytesIO(bytes([index]) * info.size))
+    found = open_tar(out.getvalue(), MOST)
+    assert [(str(path), data) for path, data in found.files()] == [
+        (name, bytes([index]) * (500 * index)) for index, name in enumerate(names)
+    ]
+    assert found.size == sum(500 * index for index in range(len(names)))
+
+
+def test_a_tar_with_holes_is_refused_before_they_are_filled() -> None:
+    """A megabyte of them is gigabytes, and one of a size below nothing would make up for all others."""
+    for tar in (hole("a/1", 900_000), hole("a/1", 900_000) * 30 + hole("a/2", -(10**12))):
+        with pytest.raises(InvalidRequest, match="holes"):
+            open_tar(tar + END, MOST)
+    with pytest.raises(InvalidRequest, match="holes"):
+        open_tar(member("a/1", kind=tarfile.GNUTYPE_SPARSE) + END, MOST)
+
+
+@pytest.mark.parametrize("size", ["-5", "99999999", "x"])
+def test_a_tar_whose_header_lies_about_a_size_is_refused(size: str) -> None:
+    with pytest.raises(InvalidRequest, match="not a tar"):
+        open_tar(member("a/1", b"xy", pax={"size": size}) + END, MOST)
+
+
+def test_a_header_for_all_entries_of_a_tar_is_not_kept_for_each() -> None:
+    told = tarfile.TarInfo.create_pax_global_header({f"k{k}": "v" for k in range(20_000)})
+    tar = told + b"".join(member(f"a/{k}", b"x", pax={"mtime": "1.5"}) for k in range(40)) + END
+    tracemalloc.start()
+    try:
+        assert len(list(open_tar(tar, MOST).files())) == 40
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_headers_of_headers_of_a_tar_are_counted_and_end() -> None:
+    name = member("././@LongLink", b"a/named\0", kind=tarfile.GNUTYPE_LONGNAME)
+    assert [str(path) for path, _ in open_tar(name * 2000 + member("x") + END, MOST).files()] == ["a/named"]
+    for many in (name * 5000 + member("x"), member("a/", kind=tarfile.DIRTYPE) * 1100):
+        with pytest.raises(TooLarge, match="too many entries"):
+            open_tar(many + END, MOST)
+    with pytest.raises(InvalidRequest, match="not a tar"):
+        open_tar(member("a/1", pax={f"k{k}": "v" * 50 for k in range(2000)}) + END, MOST)
+
+
+@pytest.mark.parametrize("record", [b"5", b"0 a=b\n", b"-6 a=b\n", b"99 a=b\n", b"6 axb\n", b"x a=b\n", b"1" * 40])
+def test_a_tar_whose_records_are_none_is_refused(record: bytes) -> None:
+    tar = member("x", record, kind=tarfile.XHDTYPE) + member("a/1", b"x") + END
+    with pytest.raises(FewshotError):
+        open_tar(tar, MOST)
