@@ -16,6 +16,7 @@ from typing import TypeVar
 from urllib.parse import unquote
 
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -55,6 +56,7 @@ SPARE = 100  # objects, lists, values and keys of a JSON beyond those of its exa
 # What clients write for what the name of a field cannot hold; nothing else is escaped in it, a "%" neither (WHATWG).
 ESCAPED = (("%22", '"'), ("%0D", "\r"), ("%0A", "\n"))
 NO_FILE = "A form field holds text where a file belongs; with curl, write -F label=@file, with the @."
+MARKS = "The names of the form's fields and files hold too many semicolons."
 LONGEST_NAME = 255  # of a file, where an answer tells it; its end tells most
 UNLABELLED, QUERY, LABEL = "unlabelled", "query", "label:"
 MEANT = dict.fromkeys(("unlabelled", "unlabeled"), UNLABELLED) | dict.fromkeys(("query", "queries"), QUERY)
@@ -80,6 +82,14 @@ class _Parser(MultiPartParser):
     # Uploads stay in memory, which the limit on the body bounds: nothing of a client's is written to a disk.
     spool_max_size = 1 << 40
     whole = False  # whether its last boundary was there
+    marks = 0
+
+    def on_headers_finished(self) -> None:
+        # What stands between two is looked for from the beginning at each of them.
+        self.marks += (self._current_part.content_disposition or b"").count(b";")
+        if self.marks > 16 * self.max_files + SPARE:
+            raise MultiPartException(MARKS)
+        super().on_headers_finished()
 
     def on_end(self) -> None:
         super().on_end()
@@ -196,6 +206,10 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, str, b
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
+    # Within a file there is none, and for the parser each is hard work, one that only begins like one too.
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
+    if body.count(b"\r\n--" + boundary) > bounds.parts + 1:
+        raise TooLarge(f"The form has too many parts; the limit is {bounds.parts}.")
     kind = _TextParser if bounds.kind == "text" else _Parser
     parser = kind(request.headers, stream(), max_files=bounds.parts, max_fields=bounds.parts, max_part_size=1024)
     try:
@@ -207,6 +221,8 @@ async def _multipart(request: Request, bounds: Bounds) -> list[tuple[str, str, b
     except MultiPartException as error:
         if error.message.startswith("Too many"):
             raise TooLarge(f"The form has too many parts; the limit is {bounds.parts}.") from None
+        if error.message == MARKS:
+            raise TooLarge(MARKS) from None
         if error.message.startswith("Part exceeded"):  # only what is no file is held to a size
             raise InvalidRequest(NO_FILE, index=len(parser.items)) from None
         if "header size" in str(error.__cause__):  # names of fields are in the headers of parts

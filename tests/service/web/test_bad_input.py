@@ -152,6 +152,27 @@ def test_too_many_parts(http: httpx.Client) -> None:
     refused(http.post("/v1/tasks", files=[("a", b"x")] * 60), 413, "too_large", "48")
 
 
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+FILE = b'--b\r\nContent-Disposition: form-data; name="a"; filename="%b"\r\n\r\n%b\r\n'
+
+
+def test_what_begins_like_a_boundary_within_a_file_counts_as_a_part(http: httpx.Client) -> None:
+    """A megabyte of them holds the event loop for half a second and more."""
+    body = FILE % (b"1.png", b"\r\n--bX" * 60) + b"--b--\r\n"
+    for path in ("/v1/tasks", "/v1/classify", "/v1/tasks/any/classify"):
+        refused(http.post(path, content=body, headers=FORM), 413, "too_large", "too many parts")
+    few = FILE % (b"1.png", b"\r\n--bX" * 40) + b"--b--\r\n"
+    refused(http.post("/v1/embed", content=few, headers=FORM), 422, "undecodable_example")
+
+
+def test_names_of_thousands_of_semicolons(http: httpx.Client) -> None:
+    """How long a header takes to be read grows with their square: a form of two megabytes took four seconds."""
+    body = FILE % (b";" * 500, b"x") * 3 + b"--b--\r\n"
+    refused(http.post("/v1/tasks", content=body, headers=FORM), 413, "too_large", "semicolons")
+    files = [("a;b", ("1;2.png", RED)), (";" * 20, ("3.png", BLUE)), ("query", RED)]
+    assert http.post("/v1/classify", files=files).json()["predictions"][0]["label"] == "a;b"
+
+
 def test_too_many_classes(http: httpx.Client) -> None:
     files = [(f"c{k}", picture("red", seed=k)) for k in range(7)]
     refused(http.post("/v1/tasks", files=files), 413, "too_large", "MAX_WAY")
