@@ -14,8 +14,10 @@ ASSETS = {
 }
 FOLDER = Path(fastapi_offline.__file__).parent / "static"
 # Swagger UI sets styles in place; scripts are ours or its own file and nothing else.
+# And the page sends requests, so nobody may lay it, framed, under what somebody thinks to click on.
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PAGE = """<!doctype html>
 <html lang="en">

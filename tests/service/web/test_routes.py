@@ -348,6 +348,8 @@ def test_health_readiness_and_metrics(http: httpx.Client) -> None:
 def test_the_reference_and_its_assets_are_served_from_here(http: httpx.Client) -> None:
     page = http.get("/docs")
     assert "default-src 'none'" in page.headers["content-security-policy"]
+    for rule in ("base-uri", "form-action", "frame-ancestors"):  # for which there is no default
+        assert f"; {rule} 'none'" in page.headers["content-security-policy"]
     assert "http://" not in page.text
     assert "https://" not in page.text
     for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js", "favicon.png"):
