@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from service.cli import VERSION, operate, tasks, teach
+from service.cli import VERSION, operate, show, tasks, teach
 from service.cli.show import Failure
 from service.client import FewshotError, Unauthorized
 
@@ -62,5 +61,5 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _told(text: str, *, status: int = 1) -> int:
-    print(f"fewshot: {text}", file=sys.stderr)
+    show.say(f"fewshot: {text}")
     return status

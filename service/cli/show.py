@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -69,15 +70,24 @@ def rows(columns: Sequence[str], lines: Sequence[Sequence[object]], *, look: Cal
 def _field(item: object) -> str:
     """Text that is one field whatever it holds: labels and file names may hold anything."""
     text = "" if item is None else f"{item:.6g}" if isinstance(item, float) else str(item)
-    return "".join(" " if character in "\t\r\n" else character for character in text)
+    return harmless("".join(" " if character in "\t\r\n" else character for character in text))
+
+
+def harmless(text: str) -> str:
+    """Without what a terminal would obey: names of files, and what a service says, are somebody else's."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c != "\n" else c for c in text)
 
 
 def _cell(item: object) -> RenderableType:
-    return Text(_field(item))
+    return _words(_field(item))
+
+
+def _words(text: str, style: str = "") -> Text:
+    return Text(harmless(text), style)
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(harmless(text), file=sys.stderr)
 
 
 @contextmanager
@@ -142,34 +152,34 @@ def task(found: TaskState, *, json: bool, versions: Sequence[Any] | None = None,
         return
     grid = Table.grid(padding=(0, 2))
     for kind, *rest in facts:
-        grid.add_row(Text(str(kind), style="dim"), _sentence(str(kind), rest))
+        grid.add_row(_words(str(kind), style="dim"), _sentence(str(kind), rest))
     Console().print(grid)
 
 
 def _sentence(kind: str, fact: Sequence[Any]) -> Text:
     match kind, fact:
         case "class", (label, shots):
-            return Text(f"{label}  ") + Text(f"{shots} example{'s' * (shots != 1)}", style="dim")
+            return _words(f"{label}  ") + _words(f"{shots} example{'s' * (shots != 1)}", style="dim")
         case "accuracy", (value, low, high):
             percent = [f"{share * 100:.0f}" for share in (value, low, high)]
-            return Text("{} % of its own examples, each held out in turn (95 %: {} to {})".format(*percent))
+            return _words("{} % of its own examples, each held out in turn (95 %: {} to {})".format(*percent))
         case "confusion", (label, taken_for, count):
-            return Text(f"{label!r} was taken for {taken_for!r} {'once' if count == 1 else f'{count} times'}")
+            return _words(f"{label!r} was taken for {taken_for!r} {'once' if count == 1 else f'{count} times'}")
         case "example", (_, example):
-            return Text(example, style="dim")
+            return _words(example, style="dim")
         case "suspect", (name, label, looks_like, example):
-            said = Text(f"{name} is called {label!r} and looks like {looks_like!r}", style="yellow")
-            return said if name == example else said + Text(f" ({example})", style="dim")
+            said = _words(f"{name} is called {label!r} and looks like {looks_like!r}", style="yellow")
+            return said if name == example else said + _words(f" ({example})", style="dim")
         case "advice", (text,):
-            return Text(text, style="bold")
+            return _words(text, style="bold")
         case "kept", (version, head, None, *_):
-            return Text(f"version {version}  ") + Text(head, style="dim")
+            return _words(f"version {version}  ") + _words(head, style="dim")
         case "kept", (version, head, at, method, classes, examples):
-            return Text(f"version {version}  {at}  {method}, {classes} classes, {examples} examples  ") + Text(
+            return _words(f"version {version}  {at}  {method}, {classes} classes, {examples} examples  ") + _words(
                 head, style="dim"
             )
         case _:
-            return Text(" ".join(_field(item) for item in fact))
+            return _words(" ".join(_field(item) for item in fact))
 
 
 def predictions(files: Sequence[File], found: Sequence[Prediction], *, explain: bool) -> None:
@@ -182,12 +192,12 @@ def predictions(files: Sequence[File], found: Sequence[Prediction], *, explain: 
         lines.append((file.name, row.label, row.probability, row.known, remark, *nearest))
 
     def look(name: str, label: str | None, p: float | None, known: float | None, remark: str | None, *more: str) -> Any:
-        answer = Text(label) if label is not None else Text((remark or "").replace("_", " "), style="yellow")
+        answer = _words(label) if label is not None else _words((remark or "").replace("_", " "), style="yellow")
         bar: RenderableType = ""
         if p is not None:
             bar = Table.grid(padding=(0, 1))
             bar.add_row(ProgressBar(total=1, completed=p, width=20), f"{p * 100:3.0f} %")
-        return Text(name), answer, bar, "" if known is None else f"{known:.2f}", "", *map(Text, more)
+        return _words(name), answer, bar, "" if known is None else f"{known:.2f}", "", *map(_words, more)
 
     rows(columns, lines, look=look)
 
@@ -198,7 +208,7 @@ def check(found: Any) -> None:
         rows((), [(found.status, found.name, found.found, found.fix)])
         return
     colour = {"ok": "green", "note": "blue", "warn": "yellow", "fail": "bold red"}[found.status]
-    line = Text(f"{found.status:5}", style=colour) + Text(f"{found.name:9} ", style="bold") + Text(found.found)
+    line = _words(f"{found.status:5}", style=colour) + _words(f"{found.name:9} ", style="bold") + _words(found.found)
     if found.fix:
-        line += Text(f"\n{'':15}{found.fix}", style=colour if found.status == "fail" else "")
+        line += _words(f"\n{'':15}{found.fix}", style=colour if found.status == "fail" else "")
     Console(soft_wrap=True).print(line, highlight=False)

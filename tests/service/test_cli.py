@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from service import keys
-from service.cli import main
+from service.cli import main, show
 from tests.fakes import picture
 from tests.service.test_client import drawn, service
 
@@ -347,6 +347,23 @@ def test_a_name_with_a_tab_stays_one_field(fewshot: Fewshot, folder: Path) -> No
     asked = fewshot("classify", "odd", folder / "red")
     assert [len(line) for line in asked.fields] == [5] * 4
     assert "a b .png" in asked
+
+
+def test_no_name_of_a_file_and_no_word_of_a_service_is_a_command_to_the_terminal(
+    fewshot: Fewshot, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders = "\x1b]0;owned\x07\x9b2J"
+    (folder / "red" / f"{orders}.png").write_bytes(b"no picture")
+    (folder / "red" / f"{orders}ok.png").write_bytes(picture("red", seed=9))
+    adapted = fewshot("adapt", folder, "--task", "odd")
+    asked = fewshot("classify", "odd", folder / "red")
+    monkeypatch.setattr(show, "is_terminal", lambda: True)
+    shown = fewshot("classify", "odd", folder / "red")
+    told = fewshot("tasks", "show", "odd", "--url", f"http://x{orders}")
+    for said in (adapted, adapted.err, asked, asked.err, shown, shown.err, told.err):
+        assert not any(order in said for order in ("\x1b]", "\x07", "\x9b")), said
+    for said in (adapted.err, asked, shown):
+        assert "]0;owned" in said
 
 
 def test_the_command_loads_neither_the_server_nor_a_model() -> None:
