@@ -169,7 +169,7 @@ def test_names_of_thousands_of_semicolons(http: httpx.Client) -> None:
     """How long a header takes to be read grows with their square: a form of two megabytes took four seconds."""
     body = FILE % (b";" * 500, b"x") * 3 + b"--b--\r\n"
     refused(http.post("/v1/tasks", content=body, headers=FORM), 413, "too_large", "semicolons")
-    files = [("a;b", ("1;2.png", RED)), (";" * 20, ("3.png", BLUE)), ("query", RED)]
+    files = [("a;b", ("1;2.png", RED)), (";" * 20, ("3.png", BLUE)), ("query", ("4.png", RED))]
     assert http.post("/v1/classify", files=files).json()["predictions"][0]["label"] == "a;b"
 
 
@@ -245,7 +245,8 @@ def test_a_json_of_more_keys_than_examples_need_is_not_read(http: httpx.Client) 
 
 def test_a_json_of_more_lists_or_values_than_examples_need_is_not_read(http: httpx.Client) -> None:
     """The parser takes a hundred bytes for an empty list, and half a microsecond in which nothing else runs."""
-    for many in ([[]] * 3_000, [0] * 40_000, [""] * 40_000):
+    lists: list[list[object]] = [[[]] * 3_000, [0] * 40_000, [""] * 40_000]
+    for many in lists:
         refused(http.post("/v1/tasks/any/classify", json={"images": many}), 413, "too_large", "lists")
         refused(http.post("/v1/tasks", json={"support": [], "more": many}), 413, "too_large", "lists")
     refused(http.post("/v1/tasks", content=b"[" * 100_000, headers=JSON), 413, "too_large", "lists")
