@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -40,6 +41,7 @@ from models.report import HeldOut, Report
 from service.stores import Record
 
 T = TypeVar("T")
+MOST_MARKS = 30  # what text of any language keeps to (Unicode, UAX #15, section 13)
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 OnBadImage = Literal["skip", "fail"]
 
@@ -131,14 +133,30 @@ def checked(
     return normal
 
 
+def _marks(label: str) -> int:
+    """The most combining marks that stand in a row."""
+    if label.isascii():
+        return 0
+    runs = groupby(map(unicodedata.combining, label), bool)
+    return max((sum(1 for _ in run) for marks, run in runs if marks), default=0)
+
+
 def normal(label: str) -> str:
-    """A label as it is kept, however it was written."""
+    """A label as it is kept, however it was written; one that none can be is left as it is.
+
+    To bring marks into order takes the square of how many there are in a row, and nothing else in Python runs then.
+    """
+    if _marks(label) > MOST_MARKS:
+        return label
     return unicodedata.normalize("NFC", label).strip()
 
 
 def normal_label(label: str, *, index: int | None, limits: Limits) -> str:
     """The label in its normal form. Raises InvalidSupport."""
-    label = normal(label)
+    too_long = len(label) > 4 * limits.max_label  # in its normal form, too: no letter gets shorter than a quarter
+    if not too_long and _marks(label) > MOST_MARKS:
+        raise InvalidSupport(f"A label has more than {MOST_MARKS} combining marks in a row.", index=index)
+    label = label if too_long else normal(label)
     if not label:
         raise InvalidSupport("A label is empty.", index=index)
     if len(label) > limits.max_label:

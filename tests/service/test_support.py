@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from service.support import (
     head_id,
     learn,
     like,
+    normal,
     normal_label,
     record_id,
     record_of,
@@ -126,6 +128,20 @@ def test_a_label_has_one_form(label: str, normal: str) -> None:
     assert normal_label(normal, index=None, limits=LIMITS) == normal
     given = [Example(label, b"x"), Example("b", b"y")]
     assert checked(given, [], LIMITS)[0].label == normal
+
+
+def test_marks_in_a_row_are_counted_before_they_are_brought_into_order() -> None:
+    """It takes the square of their number: these would take many minutes, in which nothing else runs."""
+    marks = "\u0315\u0300\u0323" * 200_000
+    start = time.perf_counter()
+    assert normal("a" + marks[:3000]) == "a" + marks[:3000]
+    for label in ("a" + marks[:31], "a" + marks, marks):
+        with pytest.raises(InvalidSupport, match=r"marks in a row|the limit is 8"):
+            normal_label(label, index=0, limits=LIMITS)
+    assert time.perf_counter() - start < 1
+    assert normal_label("a" + "\u0300\u0323" * 3, index=0, limits=LIMITS) == "\u1ea1\u0323\u0323\u0300\u0300\u0300"
+    syllables = "\u1112\u1161\u11ab" * 8  # of three letters each, and one when they are put together
+    assert len(normal_label(syllables, index=0, limits=LIMITS)) == 8
 
 
 @pytest.mark.parametrize("label", ["", "  ", "\u200a", "a\0b", "a\x7fb", "a\x85b", "a\nb", "\ud800", "123456789"])
