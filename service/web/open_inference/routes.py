@@ -114,8 +114,11 @@ def create_router(
         body = await request.body()
         encoding = request.headers.get("content-encoding", "")
         header_length = request.headers.get(codec.HEADER_LENGTH)
-        large = bool(encoding) or len(body) > LARGE  # a compressed body is small only until it is unpacked
-        asked = await _aside(large, lambda: read_request(body, encoding, header_length, most, kind))
+        if encoding:  # it is small only until it is unpacked, which counts as if it had been sent
+            packed = body
+            body = await _aside(True, lambda: codec.unpack(packed, encoding, most.unpacked))
+            request.scope["state"]["hold"](len(body))
+        asked = await _aside(len(body) > LARGE, lambda: read_request(body, header_length, most, kind))
         if name == EXTRACTOR:
             tensors = await _features(engine, asked)
         else:
@@ -145,8 +148,8 @@ def _check_version(request: Request, name: str, at: str) -> None:
         raise VersionNotFound(f"The model {name!r} is at version {at}, and no other version is served.")
 
 
-def read_request(body: bytes, encoding: str, header_length: str | None, most: codec.Most, kind: str = "image") -> Asked:
-    request, raws = codec.parse(codec.unpack(body, encoding, most.unpacked), header_length, most)
+def read_request(body: bytes, header_length: str | None, most: codec.Most, kind: str = "image") -> Asked:
+    request, raws = codec.parse(body, header_length, most)
     encoded, plain = INPUTS[kind]
     if len(request.inputs) != 1 or request.inputs[0].name not in (encoded, plain):
         what = "UTF-8" if kind == "text" else "encoded files"

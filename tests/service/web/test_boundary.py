@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
@@ -156,6 +157,21 @@ def test_what_an_archive_unpacks_to_counts_as_if_it_had_been_sent(http: httpx.Cl
         refused(http.post("/v1/tasks", content=small, headers=kind), 503, "overloaded", "MAX_BODIES_BYTES")
     time.sleep(0.3)
     refused(http.post("/v1/tasks", content=small, headers=kind), 422, "invalid_support")  # alone it may
+
+
+@pytest.mark.slow
+def test_what_a_compressed_body_unpacks_to_counts_as_if_it_had_been_sent(http: httpx.Client) -> None:
+    small, path = zlib.compress(bytes(90_000)), "/v1/tasks/colours/classify"
+    kind, infer = {"Content-Encoding": "deflate"}, "/v2/models/extractor/infer"
+    with ExitStack() as held:
+        for _ in range(3):
+            held.enter_context(closing(connected(http, asking(path, bytes(80_000), length=90_000))))
+        time.sleep(0.2)
+        answer = http.post(infer, content=small, headers=kind)
+        assert answer.status_code == 503, answer.text
+        assert "MAX_BODIES_BYTES" in answer.json()["error"]
+    time.sleep(0.3)
+    assert http.post(infer, content=small, headers=kind).status_code == 400  # there is room, and it is no JSON
 
 
 def test_of_the_room_for_bodies_each_tenant_has_a_share() -> None:

@@ -584,7 +584,7 @@ REQUEST = st.fixed_dictionaries(
 def read(body: bytes, header_length: str | None, encoding: str = "") -> None:
     """Reads a request: it is good, or refused with a sentence."""
     try:
-        asked = read_request(body, encoding, header_length, MOST)
+        asked = read_request(codec.unpack(body, encoding, MOST.unpacked), header_length, MOST)
     except FewshotError as error:
         sentence = error.detail
     else:
@@ -626,9 +626,9 @@ def test_no_damage_to_a_good_request_breaks_the_codec(data: st.DataObject) -> No
 @given(st.lists(st.binary(max_size=30), min_size=1, max_size=3))
 def test_encoded_images_are_read_as_they_were_written(images: list[bytes]) -> None:
     body, headers = raw_body(ask(image_input(*images)), elements(*images))
-    assert read_request(body, "", headers[codec.HEADER_LENGTH], MOST).payloads == images
+    assert read_request(body, headers[codec.HEADER_LENGTH], MOST).payloads == images
     plain = json.dumps(ask(image_input(*images))).encode()
-    assert read_request(zlib.compress(plain), "deflate", None, MOST).payloads == images
+    assert read_request(codec.unpack(zlib.compress(plain), "deflate", MOST.unpacked), None, MOST).payloads == images
 
 
 @thorough
@@ -642,7 +642,7 @@ def test_strings_are_written_as_they_are(labels: list[str], binary: bool) -> Non
 
 def test_too_many_images_are_refused_before_they_are_read() -> None:
     with pytest.raises(TooLarge, match="MAX_QUERIES"):
-        read_request(json.dumps(ask(image_input(*[b""] * 4, data=["?"]))).encode(), "", None, MOST)
+        read_request(json.dumps(ask(image_input(*[b""] * 4, data=["?"]))).encode(), None, MOST)
 
 
 @pytest.mark.slow
