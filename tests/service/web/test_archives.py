@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import tarfile
+import time
 import tracemalloc
 import zipfile
+from pathlib import PurePosixPath
 
 import pytest
 
 from models.errors import FewshotError, InvalidRequest, TooLarge
 from service.web.archives import Most, open_tar, open_zip
+from service.web.bodies import _from_entries
 
 MOST = Most(parts=40, unpacked=10_000_000, entry=1_000_000)
 LONG = "photos/" + "/".join(["ä" * 60] * 3) + "/1.png"
@@ -49,6 +52,30 @@ def test_a_zip_of_extra_fields_is_refused_before_they_are_read() -> None:
     assert len(list(open_zip(extra(400), MOST).files())) == 30
     with pytest.raises(TooLarge, match="extra fields"):
         open_zip(extra(20_000), MOST)
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["x/a", "x/b"], ["a", "b"]),
+        (["x/y/a", "x/y/a/c"], ["a", "a/c"]),
+        (["x/a", "x/a"], ["a", "a"]),
+        (["x/y/a", "x/z/a", "x/y/b"], ["y/a", "z/a", "y/b"]),
+        (["x", "x/a"], ["x", "x/a"]),
+    ],
+)
+def test_folders_that_all_share_are_no_part_of_the_label(folders: list[str], labels: list[str]) -> None:
+    given = _from_entries((PurePosixPath(folder, f"{n}.png"), b"x") for n, folder in enumerate(folders))
+    assert [example.label for example in given.examples] == labels
+
+
+def test_folders_within_thousands_of_folders_take_no_time() -> None:
+    deep = PurePosixPath("x/" * 8000)
+    start = time.perf_counter()
+    given = _from_entries((deep / label / f"{k}.png", b"x") for k in range(10) for label in ("a", "b"))
+    assert {example.label for example in given.examples} == {"a", "b"}
+    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
