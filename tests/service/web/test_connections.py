@@ -243,7 +243,8 @@ def test_many_requests_in_one_piece_may_have_bodies(port: int) -> None:
 def test_a_trailer_is_no_header(port: int) -> None:
     chunks = b"\r\n3\r\nabc\r\n0\r\nauthorization: Bearer x\r\ncontent-type: image/png\r\n\r\n"
     asked = POST.replace(b"POST / ", b"POST /headers ") + CHUNKED + chunks
-    assert said(port, asked + LAST).partition(b"HTTP/1.1 200 OK")[2].count(b"/headers:host,transfer-encoding") == 1
+    first = said(port, asked + LAST).split(b"HTTP/1.1 200 OK")[1]
+    assert first.endswith(b"/headers:host,transfer-encoding")
 
 
 @pytest.mark.slow
