@@ -21,6 +21,7 @@ from models.errors import VersionConflict
 from service import secrets
 from service.stores import Pointer
 from service.stores.redis import RedisStore
+from tests import flushed
 from tests.deploy import ROOT
 from tests.redis_server import RedisServer
 from tests.service.stores.values import commit, make_head, same
@@ -81,6 +82,17 @@ def test_secrets_stay_and_rules_follow_the_password(folder: Path) -> None:
     secrets.make(folder)
     assert {path: (text(path), path.stat().st_ino) for path in (folder / "service").iterdir()} == before
     assert text(folder / "redis" / "users.acl") == rules
+
+
+def test_secrets_and_rules_outlive_a_power_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = flushed.noted(monkeypatch)
+    secrets.make(folder)
+    made = [
+        part
+        for name in ("store-key", "redis-password")
+        for part in (f"flush {name}.*", f"name {name}", "flush service")
+    ]
+    assert done == [*made, "flush users.*", "name users.acl", "flush redis"]
 
 
 def test_makers_that_come_at_once_agree(folder: Path) -> None:

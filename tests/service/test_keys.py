@@ -21,6 +21,7 @@ import pytest
 from models.errors import Unauthorized
 from service import keys
 from service.keys import Keyring, KeysUnusable, create, load, pepper_file, revoke
+from tests import flushed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,6 +169,16 @@ def test_keys_that_are_made_and_revoked_at_once_are_all_kept(file: Path) -> None
         assert refusal(ring, first) == "This key was revoked."
         assert {ring.check(token.encode()).tenant for token in rest} == {f"t{number}"}
     assert sorted(path.name for path in file.parent.iterdir()) == ["keys.json", "keys.json.pepper"]
+
+
+def test_a_key_that_was_made_or_revoked_outlives_a_power_cut(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = flushed.noted(monkeypatch)
+    whole = ["flush keys.json.*", "name keys.json", f"flush {file.parent.name}"]
+    token = a_key(file)
+    assert done == ["flush keys.json.pepper", *whole]
+    done.clear()
+    revoke(file, token.split("_")[2])
+    assert done == whole
 
 
 def test_a_write_that_fails_leaves_the_keys_as_they_were(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

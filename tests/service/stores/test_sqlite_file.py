@@ -19,6 +19,7 @@ from models.errors import StoreUnavailable
 from service.callers import CallerLeft, has_left
 from service.stores import Pointer, StoreMisconfigured, sqlite_file
 from service.stores.sqlite import SqliteStore
+from tests import flushed
 from tests.service.stores.files import holding, no_file_grows_beyond, reading_held_up
 from tests.service.stores.values import commit, make_head, make_record, same
 
@@ -59,6 +60,15 @@ async def test_the_key_is_made_once_and_is_its_owners_alone(tmp_path: Path) -> N
     assert (tmp_path / "other" / "store.key").read_text() != path.read_text()
 
 
+async def test_the_key_is_on_disk_before_anything_is_sealed_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, store = flushed.noted(monkeypatch), SqliteStore(tmp_path)
+    await store.open()
+    await store.close()
+    assert done == ["flush store.new", "name store.key", f"flush {tmp_path.name}"]
+
+
 async def test_data_without_its_key_is_not_served(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path)
     await store.open()
@@ -71,9 +81,10 @@ async def test_data_without_its_key_is_not_served(tmp_path: Path) -> None:
     with pytest.raises(StoreMisconfigured, match="is missing"):
         await SqliteStore(tmp_path).open()
     assert not (tmp_path / "store.key").exists()
-    (tmp_path / "store.key").write_bytes(b"")
-    with pytest.raises(StoreMisconfigured, match="holds no key"):
-        await SqliteStore(tmp_path).open()
+    for cut in (b"", key[:15], b" " * 64):
+        (tmp_path / "store.key").write_bytes(cut)
+        with pytest.raises(StoreMisconfigured, match="holds no key"):
+            await SqliteStore(tmp_path).open()
     given = SqliteStore(tmp_path, key=key)  # the same key from elsewhere
     await given.open()
     assert await given.scope("t").pointer("cats") == Pointer(1, "hd_0")
