@@ -287,6 +287,11 @@ def test_an_archive_without_folders(http: httpx.Client) -> None:
     refused(http.post("/v1/tasks", content=zipped({}), headers=ZIP), 422, "invalid_support", "no files")
 
 
+@pytest.mark.parametrize("files", [{"red/1.png": RED, "red/2.png": RED}, {"set/red/1.png": RED}], ids=["flat", "deep"])
+def test_an_archive_of_one_class(http: httpx.Client, files: dict[str, bytes]) -> None:
+    refused(http.post("/v1/tasks", content=zipped(files), headers=ZIP), 422, "invalid_support", "class 'red'")
+
+
 def test_an_archive_with_a_link(http: httpx.Client) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
