@@ -318,6 +318,8 @@ def test_tasks_are_listed_page_by_page(http: httpx.Client) -> None:
         cursor = page.next_cursor or ""
     assert [name for name in names if name.startswith("list-")] == ["list-a", "list-b", "list-c"]
     assert names == sorted(names)
+    last = http.get(f"/v1/tasks?limit={len(names)}&cursor=list").json()
+    assert ([item["task"] for item in last["items"]], last["next_cursor"]) == (names, None)  # full, and no more to come
 
 
 def test_a_deleted_task_is_gone(http: httpx.Client) -> None:
