@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from service.callers import has_left
 from service.flights import Flights, both
 
 pytestmark = pytest.mark.anyio
@@ -51,6 +52,16 @@ async def test_who_leaves_does_not_end_it_for_the_others() -> None:
     work.go.set()
     assert await second == 1
     assert first.cancelled()
+
+
+async def test_work_that_others_may_share_is_not_given_up_when_who_began_it_hangs_up() -> None:
+    async def looks() -> bool:
+        return has_left.get()()
+
+    token = has_left.set(lambda: True)
+    assert await Flights().once(("a",), looks) is False
+    assert has_left.get()()  # of whoever asked for it, all else still is
+    has_left.reset(token)
 
 
 async def test_a_failure_is_told_to_all_who_wait_and_to_none_who_come_later() -> None:

@@ -68,6 +68,27 @@ async def test_who_finds_its_task_made_by_another_meanwhile_is_let_in() -> None:
         pass
 
 
+async def test_a_task_that_is_made_meanwhile_takes_one_place_and_not_two() -> None:
+    store, places = MemoryStore(), Places(2)
+    scope = store.scope("a")
+    async with AsyncExitStack() as made:
+        await made.enter_async_context(places.kept(scope, "one"))
+        await scope.commit("one", make_record(), "hd_1", None, expect=0)  # it is in the store now, and still coming
+
+        class Meanwhile:
+            """Its maker is done while the store is asked."""
+
+            tenant, pointer = scope.tenant, scope.pointer
+
+            async def full(self, most: int) -> bool:
+                found = await scope.full(most)
+                await made.aclose()
+                return found
+
+        async with places.kept(Meanwhile(), "two"):  # type: ignore[arg-type]
+            pass
+
+
 async def test_with_no_bound_the_store_is_not_asked() -> None:
     async with Places(0).kept(None, "one"):  # type: ignore[arg-type]
         pass
