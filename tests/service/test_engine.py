@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, patch
@@ -535,6 +536,14 @@ def test_what_is_refused_before_its_images_are_looked_at_costs_nothing(tmp_path:
                     await refused
         assert allowance.left()[0] == 4
         quota.current.reset(token)
+
+    run(tmp_path, work)
+
+
+def test_of_twins_each_has_kept_what_it_asked_for(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        found = await asyncio.gather(*(engine.adapt(scope, "t", SUPPORT, retain=keeps) for keeps in (True, False)))
+        assert [len(adapted.record.images) for adapted in found] == [len(SUPPORT), 0]
 
     run(tmp_path, work)
 
@@ -1456,16 +1465,31 @@ def test_a_wrong_label_is_the_first_suspect_and_taking_it_back_clears_the_report
     run(tmp_path, work)
 
 
+def counted(engine: Engine, op: str) -> tuple[float, ...]:
+    """Images so far: used, and rejected."""
+    images = engine.metrics.images
+    return tuple(images.labels(op, kind)._value.get() for kind in ("used", "rejected"))
+
+
 def test_the_images_of_a_change_are_counted_as_used_or_not(tmp_path: Path) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
-        def counted() -> tuple[float, float]:
-            images = engine.metrics.images
-            return tuple(images.labels("adapt", kind)._value.get() for kind in ("used", "rejected"))  # type: ignore
-
         await engine.adapt(scope, "t", [*SUPPORT, Example("red", b"junk")])
-        assert counted() == (6, 1)
+        assert counted(engine, "adapt") == (6, 1)
         await engine.add(scope, "t", [*GREEN, Example("red", b"junk")])
-        assert counted() == (8, 2)
+        assert counted(engine, "adapt") == (8, 2)
+
+    run(tmp_path, work)
+
+
+def test_images_that_are_asked_about_are_counted_by_what_is_asked_though_all_are_refused(tmp_path: Path) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        await engine.adapt(scope, "t", SUPPORT)
+        for op, ask in (("embed", engine.embed), ("classify", partial(engine.classify, scope, "t"))):
+            await ask([RED, b"junk", BLUE])
+            assert counted(engine, op) == (2, 1)
+            with pytest.raises(UndecodableExample):
+                await ask([b"junk"])
+            assert counted(engine, op) == (2, 2)
 
     run(tmp_path, work)
 
