@@ -216,18 +216,19 @@ def test_training_episodes_are_those_of_their_seed_and_step() -> None:
 
 
 def test_every_second_training_episode_takes_classes_that_are_alike() -> None:
-    side = np.arange(8) % 2  # classes with even numbers are alike, and those with odd ones
+    side = np.arange(12) % 3  # not two of them: what is least alike to one would then be alike as well
     near = np.where(side[:, None] == side[None], 1.0, -5.0)
+    classes = labels(12)
     episodes = [
         e
-        for step in range(20)
-        for e in varied(Pool.of(labels()), 0, step, count=6, max_way=4, max_shot=2, queries=1, near=near)
+        for step in range(40)
+        for e in varied(Pool.of(classes), 0, step, count=6, max_way=4, max_shot=2, queries=1, near=near)
     ]
-    mixed = [len(set(side[labels()[episode.support]].tolist())) > 1 for episode in episodes]
+    mixed = [len(set(side[classes[episode.support]].tolist())) > 1 for episode in episodes]
     assert not any(mixed[1::2])
     assert np.mean(mixed[::2]) > 0.5
-    first = [int(labels()[episode.support[0]]) for episode in episodes[1::2]]
-    assert len(set(first)) == 8  # whichever class the others are like
+    first = [int(classes[episode.support[0]]) for episode in episodes[1::2]]
+    assert len(set(first)) == 12  # whichever class the others are like
 
 
 def test_a_class_of_one_thing_is_called_by_its_name() -> None:
