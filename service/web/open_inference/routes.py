@@ -222,6 +222,7 @@ async def _predictions(
     rows = [row for row in found.rows if isinstance(row, Answer)]
     known = [row.known for row in rows if row.known is not None]
     labels, rate = found.head.labels, reject if asked.reject is None else asked.reject
+    engine.metrics.none_of_these.inc(found.none_of_these(rate))
     tensors: dict[str, np.ndarray] = {}
     for name in asked.outputs or ("probabilities", "label", *(["known"] if known else [])):
         if name == "probabilities":

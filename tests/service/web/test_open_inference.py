@@ -301,6 +301,7 @@ def test_what_resembles_no_class_has_an_empty_label(tmp_path: Path) -> None:
             found = tensors(client.post(INFER, json=ask(image_input(RED), parameters={"reject": reject})))
             assert found["label"].tolist() == [label]
             np.testing.assert_allclose(found["known"], [0.02])
+        assert "fewshot_none_of_these_total 2.0" in client.get("/metrics").text.splitlines()
 
 
 # Bodies that are compressed.
