@@ -690,6 +690,24 @@ def test_an_image_of_no_class_has_no_label_unless_that_is_asked_for(http: httpx.
     assert row(INDIGO, f"?reject={known - 0.01:.3f}")["label"] == "blue"
 
 
+def test_images_of_no_class_are_counted_by_whatever_way_they_are_asked_about(http: httpx.Client) -> None:
+    taught(http, "t")
+
+    def counted() -> float:
+        lines = http.get("/metrics").text.splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("fewshot_none_of_these_total")))
+
+    before, files = counted(), [("query", BLACK), ("query", RED), ("query", BLACK)]
+    http.post("/v1/tasks/t/classify", content=BLACK, headers=PNG)
+    assert counted() - before == 1
+    http.post("/v1/tasks/t/classify", files=files)
+    assert counted() - before == 3
+    http.post("/v1/classify", files=[*colours("red", "blue"), *files])
+    assert counted() - before == 5
+    http.post("/v1/tasks/t/classify?reject=off", files=files)
+    assert counted() - before == 5
+
+
 @pytest.mark.parametrize("reject", ["0", "0.6", "-0.1", "1", "yes", "nan", "inf", ""])
 def test_a_rate_is_off_or_a_share_of_up_to_a_half(http: httpx.Client, reject: str) -> None:
     taught(http, "t")
