@@ -57,6 +57,27 @@ def asking(path: str, body: bytes, *, length: int = 0, kind: str = "image/png") 
     return head.encode() + body
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/tasks/colours", 200),
+        ("POST", "/v1/tasks/colours/classify", 200),
+        ("GET", "/v1/tasks/none", 404),
+        ("GET", "/nowhere", 404),
+        ("PATCH", "/healthz", 405),
+    ],
+)
+def test_no_answer_is_kept_by_who_passes_it_on_or_taken_for_something_else(
+    http: httpx.Client, method: str, path: str, status: int
+) -> None:
+    answer = http.request(
+        method, path, content=RED if method == "POST" else None, headers={"Content-Type": "image/png"}
+    )
+    assert answer.status_code == status
+    told = [answer.headers.get_list(name) for name in ("cache-control", "x-content-type-options")]
+    assert told == [["no-store"], ["nosniff"]]
+
+
 def abandoned(http: httpx.Client) -> float:
     lines = http.get("/metrics").text.splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith("fewshot_abandoned_images_total")))
