@@ -37,6 +37,29 @@ def test_the_energy_is_that_of_the_head() -> None:
     assert all(values.shape == (12,) and np.isfinite(values).all() for values in found.values())
 
 
+def test_each_score_is_what_its_name_says() -> None:
+    support, query, _ = clusters((1, 3, 2), queries=4)
+    given = learner("whitened")
+    found = scores.scores(given, learner("lstm").slots, support, query, 2.0)
+    x, examples = query @ given.worked_out, support.features @ given.worked_out
+    means = np.stack([examples[support.labels == label].mean(axis=0) for label in range(3)])
+    weight, bias = given.adapt(support)
+    logits = (query @ weight.T + bias) / 2
+
+    def likest(others: np.ndarray) -> list[float]:
+        return [max(unit(row) @ unit(other) for other in others) for row in x]
+
+    expected = {
+        "largest logit": logits.max(axis=1),
+        "largest probability": 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1),
+        "distance": [-min(np.square(row - mean).sum() for mean in means) for row in x],
+        "cosine": likest(means),
+        "nearest example": likest(examples),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 def test_every_score_tells_foreign_images_better_than_chance() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(12), 10)
