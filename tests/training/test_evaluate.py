@@ -62,7 +62,10 @@ def test_accuracy_counts_the_questions_whose_own_class_is_highest() -> None:
     assert evaluate.accuracy(right, features, episode) == 1
     swapped = Affine(right.weight[[1, 0, 2, 3]], right.bias)
     assert evaluate.accuracy(swapped, features, episode) == 0.5
-    assert evaluate.accuracy(Affine(right.weight, np.array([0, 0, 0, 9], np.float32)), features, episode) == 0.25
+    always_last = Affine(right.weight, np.array([0, 0, 0, 9], np.float32))
+    assert evaluate.accuracy(always_last, features, episode) == 0.25
+    few = dataclasses.replace(episode, query=episode.query[:-4], answers=episode.answers[:-4])  # one of the last class
+    assert evaluate.accuracy(always_last, features, few) == 0.25
 
 
 @pytest.mark.parametrize("learner", [PROTOTYPE, RIDGE], ids=["prototype", "ridge"])
