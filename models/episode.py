@@ -1,4 +1,4 @@
-"""The values passed to learners."""
+"""The value passed to learners."""
 
 from __future__ import annotations
 
@@ -24,12 +24,3 @@ class Support:
         seen = {int(label) for label in self.labels}
         if seen != set(range(self.way)):
             raise InvalidSupport(f"Labels must be 0..{self.way - 1} with no gap.")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Episode:
-    """One sampled task with its questions and their answers, for training and evaluation."""
-
-    support: Support
-    query: Array  # [q, dim]
-    answers: Array  # [q] integers in 0..way-1
