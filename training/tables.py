@@ -7,14 +7,12 @@ what an experiment means.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from training.intervals import student
 from training.raw import Line
-
-Columns = Sequence[tuple[str, Callable[[Line], str]]]
 
 # Fields that name a line or tell how it was made, and are shown elsewhere or not at all.
 BESIDE = {"experiment", "labels", "command", "digest", "weights_digest", "episode_list", "measured_in_s", "default"}
