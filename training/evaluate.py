@@ -202,7 +202,6 @@ def _numbers(text: str) -> list[int]:
 
 
 def against(
-    config: EvaluateConfig,
     rows: Sequence[Row],
     single: Mapping[tuple[str, int, int], np.ndarray],
     exact: Mapping[tuple[str, int, int], np.ndarray],
@@ -276,7 +275,7 @@ def main(config: EvaluateConfig) -> list[Row]:
     )
     if config.against_float32:
         exact = embed(seen(load_extractor(artifact, precision="float32"), config.views), images.pixels)
-        lines += against(config, rows, single, measure(learners, exact, pool, config)[1])
+        lines += against(rows, single, measure(learners, exact, pool, config)[1])
         for line in lines[len(rows) :]:
             print(
                 f"{line['method']}, {line['way']}-way {line['shot']}-shot, {config.precision} less float32: "

@@ -96,11 +96,8 @@ def write_graph(backbone: Backbone, pixels: np.ndarray, work: Path) -> tuple[onn
 
 
 def vectors(work: Path, images: data.Images, dim: int) -> np.ndarray:
-    """What the backbone gives, [n, dim]. Raises Refused where that is not finite."""
-    found = evaluate.embed(_Vectors(work / GRAPH, dim), images.pixels, batch=16)
-    if not np.isfinite(found).all():
-        raise Refused("The backbone gives numbers that are not finite.")
-    return found
+    """What the backbone gives, [n, dim]. Raises DataError where that is not finite."""
+    return evaluate.embed(_Vectors(work / GRAPH, dim), images.pixels, batch=16)
 
 
 def learn(config: ImportConfig, seen: Tasks, held_out: Tasks, work: Path) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def learn(config: ImportConfig, seen: Tasks, held_out: Tasks, work: Path) -> dic
     return {method: {name: stored(value) for name, value in fields.items()} for method, fields in arrays.items()}
 
 
-def try_int8(config: ImportConfig, model: onnx.ModelProto, pixels: np.ndarray, work: Path) -> str | None:
+def try_int8(model: onnx.ModelProto, pixels: np.ndarray, work: Path) -> str | None:
     """Writes the int8 graph; a sentence where there is none."""
     if any(node.op_type == "Scan" for node in model.graph.node):
         return "images are taken one at a time"
@@ -181,7 +178,7 @@ def _make(config: ImportConfig, backbone: Backbone, seen: data.Images, held_out:
     save(model, work / WEIGHTS, work / GRAPH, half=half)
     save_file({f"{m}/{n}": v for m, fields in arrays.items() for n, v in fields.items()}, work / ARRAYS)
     save_file({"images": shown, "features": told}, work / PROBE)
-    why_not = try_int8(config, model, some, work) if config.int8 else "it was not asked for"
+    why_not = try_int8(model, some, work) if config.int8 else "it was not asked for"
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": config.name,

@@ -267,7 +267,7 @@ def test_trust_and_what_int8_loses_are_lines_of_their_own(shapes: Path, fake: Me
 def test_a_difference_is_paired_over_the_episodes() -> None:
     rows = [a_row("ridge", 5, 1, 60.0)]
     exact, found = np.array([0.2, 0.9, 0.5]), np.array([0.1, 0.8, 0.4])
-    (line,) = evaluate.against(config(), rows, {("ridge", 5, 1): found}, {("ridge", 5, 1): exact})
+    (line,) = evaluate.against(rows, {("ridge", 5, 1): found}, {("ridge", 5, 1): exact})
     assert line["difference"] == -10.0
     assert line["difference_interval"] == pytest.approx(0, abs=1e-9)  # each episode loses as much
 
