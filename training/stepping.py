@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import PretrainConfig
-from training.objective import Fixed, Learned, Uncertainty
+from training.objective import Weighting
 
 
 def choose_device(name: str) -> torch.device:
@@ -74,7 +74,7 @@ class Stepper(ABC):
     config: PretrainConfig
     network: nn.ModuleDict
     optimizer: torch.optim.Optimizer
-    weighting: Fixed | Uncertainty | Learned
+    weighting: Weighting
     step: int
     precision: str
 

@@ -17,7 +17,7 @@ from training.augment import AUGMENTATIONS, close, mixed
 from training.config import PretrainConfig
 from training.folders import DataError
 from training.heldout import SHARE, HeldOut
-from training.objective import Fixed, Learned, Uncertainty, unchanged
+from training.objective import Fixed, Learned, Uncertainty, Weighting, unchanged
 from training.objectives import OBJECTIVES, Kept, Objective, Posed, View, rotated
 from training.pretrained import starting
 from training.stepping import (
@@ -82,7 +82,7 @@ class Run(Stepper):
         if self.pixels.nbytes < free / 4:
             self.pixels = self.pixels.to(self.device)
 
-    def _weighting(self) -> Fixed | Uncertainty | Learned:
+    def _weighting(self) -> Weighting:
         if self.config.weighting == "uncertainty":
             return Uncertainty(self.weights, self.device)
         if self.config.weighting == "learned":
