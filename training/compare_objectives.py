@@ -18,7 +18,7 @@ import numpy as np
 from models.images import ImageDecoder
 from models.learners.prototype import Prototype
 from models.resnet import SHAPES
-from training import checkpoint, data, evaluate, inputs, pretrain, pretrained, rows, splits, vision
+from training import checkpoint, data, evaluate, inputs, pretrain, pretrained, raw, rows, splits, vision
 from training.config import CompareObjectivesConfig, PretrainConfig
 from training.episodes import Pool, digest, frozen
 from training.folders import DataError
@@ -159,7 +159,7 @@ def _run(
             "images": len(run.trained),
             "weights": {name: round(value, 3) for name, value in run.weighting.weights().items()},
             "episode_list": digest(episodes),
-            "command": rows.command("compare-objectives", config),
+            "command": raw.command("compare-objectives", config),
         }
 
 

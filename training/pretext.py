@@ -22,7 +22,7 @@ from models.head import Affine
 from models.images import ImageDecoder
 from models.learners.gradient import Gradient
 from models.resnet import SHAPES, ImageExtractor, ResNet
-from training import data, rows
+from training import data, raw, rows
 from training.config import PretextConfig
 from training.intervals import interval
 from training.pretexts import PRETEXTS, Pretext
@@ -129,7 +129,7 @@ def main(config: PretextConfig) -> list[dict[str, Any]]:
                     "seed": config.seed,
                     "labels": "none",
                     "seconds": round(time.monotonic() - began, 1),
-                    "command": rows.command("pretext", config),
+                    "command": raw.command("pretext", config),
                 }
             )
             if config.results:

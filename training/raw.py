@@ -19,7 +19,7 @@ from training.folders import DataError
 
 Line = dict[str, Any]
 
-SILENT = {"json_out"}  # flags that change nothing of what is measured
+SILENT = {"json_out", "results"}  # flags that change nothing of what is measured
 FOLDERS = {"data": "DATA"}  # whose place differs from one computer to the next
 
 

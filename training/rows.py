@@ -1,4 +1,4 @@
-"""Raw results: one JSON line per measured number, which says what it is. Knows nothing of what was measured."""
+"""Files of JSON lines, raw results and logs: read, added to, and cut. Knows nothing of what a line tells."""
 
 from __future__ import annotations
 
@@ -6,25 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from training.config import Config
-
-SILENT = {"results"}  # flags that change nothing of what is measured
-
-
-def command(name: str, config: Config) -> str:
-    """What to type for this configuration, without flags at their defaults; DATA/ stands for where the data lie."""
-    words = [f"python -m training {name}"]
-    for field, info in type(config).model_fields.items():
-        value = getattr(config, field)
-        if field in SILENT or (not info.is_required() and value == info.default):
-            continue
-        flag = "--" + field.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words.append(f"{flag} {f'DATA/{value.name}' if field == 'data' else value}")
-    return " ".join(words)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from tests.training.conftest import ROOT
 from training import __main__ as commands
 from training import goals, raw, results, svg, tables
-from training.config import EvaluateConfig, ResultsConfig, parse
+from training.config import ResultsConfig, parse
 from training.folders import DataError
 
 COMMITTED = ROOT / "training"
@@ -291,13 +291,6 @@ def test_names_at_the_ends_of_curves_do_not_cover_each_other() -> None:
     ]
     assert len(places) == 5
     assert min(b - a for a, b in zip(sorted(places), sorted(places)[1:], strict=False)) >= 15.9
-
-
-def test_a_command_leaves_out_what_is_the_default() -> None:
-    config = EvaluateConfig(artifact=Path("a"), data=Path("/far/away/flowers"), group="^[0-9]+_", json_out=Path("x"))
-    assert raw.command("evaluate", config) == (
-        "python -m training evaluate --artifact a --data DATA/flowers --group '^[0-9]+_'"
-    )
 
 
 def test_what_is_no_raw_result_is_named(tmp_path: Path) -> None:
