@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,27 @@ def test_where_the_artifact_reads_texts_it_sends_texts(tmp_path: Path) -> None:
 
 def test_its_texts_are_others_for_each_seed() -> None:
     assert len({smoke.text(kind, seed) for kind in smoke.TEXTS for seed in [*range(5), *range(1000, 1004)]}) == 18
+
+
+class Told(smoke.Service):
+    """Answers what it is given, one after the other."""
+
+    def __init__(self, *answers: tuple[int, Any]):
+        super().__init__("http://nowhere")
+        self.answers = list(answers)
+
+    def call(self, method: str, path: str, files: list[tuple[str, bytes]] | None = None) -> tuple[int, Any]:
+        return self.answers.pop(0)
+
+
+def test_a_wrong_answer_one_from_memory_and_a_task_that_stays_are_failures() -> None:
+    rows = [{"label": label} for label in smoke.COLOURS for _ in range(smoke.QUERIES)]
+    right = {"predictions": rows, "stale": False, "version": 3}
+    assert smoke.classify(Told((200, right)), "t") == "8 of 8 right, version 3"
+    with pytest.raises(smoke.Failed, match="from memory"):
+        smoke.classify(Told((200, {**right, "stale": True})), "t")
+    with pytest.raises(smoke.Failed, match="blue instead of red"):
+        smoke.classify(Told((200, {**right, "predictions": rows[::-1]})), "t")
+    assert smoke.forget(Told((204, None), (404, {})), "t") == "t"
+    with pytest.raises(smoke.Failed, match="GET /v1/tasks/t: status 200"):
+        smoke.forget(Told((204, None), (200, {})), "t")
