@@ -59,8 +59,9 @@ def test_secrets_are_there_and_not_for_everybody(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     wrong(configured.secrets(Settings(redis_password_file=secret)), "FEWSHOT_REDIS_PASSWORD_FILE")
     secret.write_text("x" * 32)
-    secret.chmod(0o644)
-    wrong(configured.secrets(Settings(store_key_file=secret)), "has mode 644", status="warn")
+    for mode in (0o644, 0o620, 0o602):
+        secret.chmod(mode)
+        wrong(configured.secrets(Settings(store_key_file=secret)), f"has mode {mode:o}", status="warn")
     secret.write_text("short")
     wrong(configured.secrets(Settings(store_key_file=secret)), "at least 16 characters")
     secret.write_bytes(bytes(range(256)))
@@ -83,7 +84,8 @@ def test_a_keys_file_that_lets_nobody_in_is_told(tmp_path: Path) -> None:
     wrong(configured.secrets(settings), "no live key", status="warn")
     keys.create(file, tenant="acme", scopes=("adapt",), expires=datetime.now(UTC) + timedelta(days=1))
     fine(configured.secrets(settings))
-    keys.pepper_file(file).chmod(0o644)
-    wrong(configured.secrets(settings), "keys.json.pepper has mode 644", status="warn")
+    for mode in (0o644, 0o620):
+        keys.pepper_file(file).chmod(mode)
+        wrong(configured.secrets(settings), f"keys.json.pepper has mode {mode:o}", status="warn")
     keys.pepper_file(file).unlink()
     wrong(doctor._safely("secrets", lambda: configured.secrets(settings)), "pepper")
