@@ -395,6 +395,13 @@ def test_a_key_that_leaked_is_revoked_by_pasting_it_and_is_not_repeated(
     assert token.rsplit("_", 1)[1] not in capsys.readouterr().err
 
 
+def test_a_key_is_good_until_the_moment_at_which_it_expires(file: Path) -> None:
+    end = datetime(2040, 1, 31, tzinfo=UTC)
+    key, _ = create(file, tenant="acme", scopes=["adapt"], expires=end)
+    assert key.state(end - timedelta(microseconds=1)) == "live"
+    assert key.state(end) == "expired"
+
+
 def test_revoking_twice_keeps_the_first_time(file: Path) -> None:
     token = a_key(file)
     revoke(file, token.split("_")[2])

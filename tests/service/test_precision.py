@@ -51,6 +51,11 @@ def test_int8_is_served_where_it_is_clearly_faster(
     assert choose(losing(characters, loss_5w1s=0.1), tmp_path) == chosen
 
 
+def test_int8_may_lose_half_a_point(characters: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Stopwatch(monkeypatch, float32=0.01, int8=0.001)
+    assert choose(losing(characters, loss_5w1s=0.5), tmp_path) == "int8"
+
+
 @pytest.mark.parametrize("losses", [{}, {"loss_5w1s": 0.1, "loss_5w5s": 0.51}])
 def test_int8_that_loses_too_much_or_was_not_measured_is_not_even_timed(
     characters: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, losses: dict[str, float]

@@ -588,6 +588,19 @@ def test_over_its_quota_a_key_is_told_how_long_to_wait_and_others_are_not_affect
     assert "ratelimit" not in service.get("/v1/tasks", "a").headers
 
 
+def test_a_quota_that_is_changed_in_the_file_counts_from_then_on(tmp_path: Path) -> None:
+    key, _ = create(tmp_path / "keys.json", tenant="a", scopes=SCOPES, quota=10)
+    layer = access.Access(None, MemoryStore())  # type: ignore[arg-type]
+    before = layer._allowance(key)
+    assert before is not None
+    before.spend(4)
+    assert layer._allowance(key) is before
+    after = layer._allowance(key.model_copy(update={"quota": 20}))
+    assert after is not None
+    assert after.left()[0] == 20
+    assert layer._allowance(key.model_copy(update={"quota": None})) is None
+
+
 @pytest.mark.slow
 def test_nothing_is_stored_over_quota_and_a_retry_of_what_is_there_costs_nothing(service: Guarded, quick: None) -> None:
     token = limited(service, IMAGES, tenant="q")
