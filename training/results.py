@@ -102,7 +102,7 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
         "Over HTTP, on domains never seen",
         "`deploy/field.py` teaches a running service and asks it: every learner, with unlabelled images of the same "
         "classes, and with images of classes that the task does not know. Episodes are draws, "
-        "and intervals are over them: of five or ten draws they are wide.",
+        "and intervals are over them: of fifteen or thirty draws they are wide.",
         (
             *("artifact", "data", "method", "task", "unlabelled", "accuracy", "genuine_rejected", "foreign_rejected"),
             *("foreign", "episodes", "precision", "views", "note"),
