@@ -23,10 +23,14 @@ from models.leftovers import left_behind
 DRIVE = re.compile(r"[A-Za-z]:")  # of Windows; a label may hold a colon
 ZIP_HEADER = re.compile(rb"PK\x01\x02")
 MAX_EXTRA = 256  # bytes of extra fields, of all entries of a zip in the mean; programs write some 30 each
-# Of a tar: headers that tell of the entry behind them, how long one may be, and what has no content, whatever its size.
+# Of a tar: headers that tell of the entry behind them, of all entries and of a link, and what has no content, whatever
+# its size. Of what the first tell, records of these names change how an entry is read.
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-MAX_TOLD = 65_536
+OTHER = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 HOLLOW = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+MEANT = (b"path", b"size")
+HOLES = b"GNU.sparse."
+MAX_RECORDS = 64  # an entry, in the mean; macOS writes some 20, two for each attribute of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ def _tar_entries(body: bytes, most: Most) -> list[tuple[tarfile.TarInfo, int]]:
     headers, makes many times the memory and the time of what was sent.
     """
     entries: list[tuple[tarfile.TarInfo, int]] = []
-    at = headers = 0
+    at = headers = records = 0
     told: dict[bytes, bytes] = {}  # of the entry that comes next, by headers of their own
     while any(block := body[at : at + tarfile.BLOCKSIZE]):
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -121,19 +125,23 @@ def _tar_entries(body: bytes, most: Most) -> list[tuple[tarfile.TarInfo, int]]:
         if len(entries) > most.parts + 1000 or headers > 4 * (most.parts + 1000):
             raise TooLarge(f"The archive has too many entries; the limit is {most.parts}.")
         index, told_of = len(entries), info.type in (*PAX, tarfile.GNUTYPE_LONGNAME)
-        if not told_of and b"size" in told:
+        if not told_of and info.type not in OTHER and b"size" in told:
             info.size = int(told[b"size"])
         size = 0 if info.type in HOLLOW else info.size
-        if not 0 <= size <= len(body) - at or (told_of and size > MAX_TOLD):
-            raise ValueError("an entry ends behind the archive, or is no header")
-        content = body[at : at + size] if told_of else b""
+        if not 0 <= size <= len(body) - at:
+            raise ValueError("an entry ends behind the archive")
         begins, at = at, at + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if info.type == tarfile.GNUTYPE_LONGNAME:
-            told[b"path"] = content.partition(b"\0")[0]
+            told[b"path"] = body[begins : begins + size].partition(b"\0")[0]
         elif told_of:
-            told |= _told(content)
-        elif info.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):  # of all entries, and of a link
-            if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(b"GNU.sparse.") for key in told):
+            for key, value in _records(body, begins, begins + size):
+                records += 1
+                if records > MAX_RECORDS * (most.parts + 1000):
+                    raise TooLarge("The headers of the archive tell more of its entries than any program writes.")
+                if key in MEANT or key.startswith(HOLES):
+                    told[key] = body[value]
+        elif info.type not in OTHER:
+            if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(HOLES) for key in told):
                 raise InvalidRequest("An entry of the archive is stored with holes (--sparse).", index=index)
             if b"path" in told:
                 info.name = told[b"path"].decode("utf-8", "surrogateescape")
@@ -144,18 +152,16 @@ def _tar_entries(body: bytes, most: Most) -> list[tuple[tarfile.TarInfo, int]]:
     return entries
 
 
-def _told(header: bytes) -> dict[bytes, bytes]:
-    """The records of a pax header, each "LENGTH KEY=VALUE\\n". Raises ValueError."""
-    found, at = {}, 0
-    while at < len(header):
-        blank = header.index(b" ", at, at + 8)
-        end = at + int(header[at:blank])
-        key, equals, value = header[blank + 1 : end - 1].partition(b"=")
-        if not equals or not blank < end <= len(header):
+def _records(body: bytes, at: int, end: int) -> Iterator[tuple[bytes, slice]]:
+    """Of each record, "LENGTH KEY=VALUE\\n", of a pax header its key, and where its value stands. Raises ValueError."""
+    while at < end:
+        blank = body.index(b" ", at, at + 8)
+        after = at + int(body[at:blank])
+        if not blank < after <= end:
             raise ValueError("no record")
-        found[key] = value
-        at = end
-    return found
+        equals = body.index(b"=", blank, after)
+        yield body[blank + 1 : equals], slice(equals + 1, after - 1)
+        at = after
 
 
 def _tar_files(body: bytes, entries: list[tuple[tarfile.TarInfo, int]]) -> Iterator[tuple[PurePosixPath, bytes]]:

@@ -129,8 +129,30 @@ def test_headers_of_headers_of_a_tar_are_counted_and_end() -> None:
     for many in (name * 5000 + member("x"), member("a/", kind=tarfile.DIRTYPE) * 1100):
         with pytest.raises(TooLarge, match="too many entries"):
             open_tar(many + END, MOST)
-    with pytest.raises(InvalidRequest, match="not a tar"):
-        open_tar(member("a/1", pax={f"k{k}": "v" * 50 for k in range(2000)}) + END, MOST)
+
+
+def test_what_else_the_headers_of_a_tar_tell_is_passed_over_however_long_it_is() -> None:
+    """As a tar of macOS does, of a picture with a preview of its own among its attributes."""
+    tar = member("a/1", b"x", pax={"LIBARCHIVE.xattr.com.apple.ResourceFork": "A" * 200_000}) + END
+    assert [(str(path), data) for path, data in open_tar(tar, MOST).files()] == [("a/1", b"x")]
+
+
+def test_a_tar_of_more_records_than_any_program_writes_is_refused_before_it_is_kept() -> None:
+    """Each takes a microsecond, and ten times its bytes if it is kept."""
+    tar = b"".join(member("a/1", pax={f"{n}.{k}": "v" for k in range(4000)}) for n in range(17)) + END
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge, match="than any program writes"):
+            open_tar(tar, MOST)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("between", [tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE])
+def test_a_size_that_a_header_of_a_tar_tells_is_that_of_the_entry(between: bytes) -> None:
+    told = member("x", b"10 size=1\n", kind=tarfile.XHDTYPE) + member("x", b"600" * 200, kind=between)
+    assert [data for _, data in open_tar(told + member("a/1", b"x") + END, MOST).files()] == [b"x"]
 
 
 @pytest.mark.parametrize("record", [b"5", b"0 a=b\n", b"-6 a=b\n", b"99 a=b\n", b"6 axb\n", b"x a=b\n", b"1" * 40])
