@@ -42,6 +42,7 @@ from service.stores import Record
 
 T = TypeVar("T")
 MOST_MARKS = 30  # what text of any language keeps to (Unicode, UAX #15, section 13)
+OF_MARKS = "\u0f73\u0f75\u0f81"  # no marks by themselves, but what they are taken apart into is nothing else
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 OnBadImage = Literal["skip", "fail"]
 
@@ -137,7 +138,7 @@ def _marks(label: str) -> int:
     """The most combining marks that stand in a row."""
     if label.isascii():
         return 0
-    runs = groupby(map(unicodedata.combining, label), bool)
+    runs = groupby(label, lambda letter: bool(unicodedata.combining(letter)) or letter in OF_MARKS)
     return max((sum(1 for _ in run) for marks, run in runs if marks), default=0)
 
 

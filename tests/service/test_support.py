@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -135,6 +137,9 @@ def test_marks_in_a_row_are_counted_before_they_are_brought_into_order() -> None
     marks = "\u0315\u0300\u0323" * 200_000
     start = time.perf_counter()
     assert normal("a" + marks[:3000]) == "a" + marks[:3000]
+    for letter in map(chr, range(sys.maxunicode + 1)):
+        if unicodedata.combining(unicodedata.normalize("NFD", letter)[0]):
+            assert normal(letter * 31) == letter * 31
     for label in ("a" + marks[:31], "a" + marks, marks):
         with pytest.raises(InvalidSupport, match=r"marks in a row|the limit is 8"):
             normal_label(label, index=0, limits=LIMITS)
