@@ -23,6 +23,7 @@ from models.leftovers import left_behind
 DRIVE = re.compile(r"[A-Za-z]:")  # of Windows; a label may hold a colon
 ZIP_HEADER = re.compile(rb"PK\x01\x02")
 MAX_EXTRA = 256  # bytes of extra fields, of all entries of a zip in the mean; programs write some 30 each
+MAX_FOLDERS = 1000  # that an entry lies in; each costs some bytes to send and many more to keep
 # Of a tar: headers that tell of the entry behind them, of all entries and of a link, and what has no content, whatever
 # its size. Of what the first tell, records of these names change how an entry is read.
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -44,6 +45,8 @@ class Most:
 
 def _checked(name: str, index: int) -> PurePosixPath | None:
     """The path of an archive entry; None for what operating systems leave behind. Raises InvalidRequest."""
+    if name.count("/") > MAX_FOLDERS:
+        raise InvalidRequest(f"An entry of the archive lies in more than {MAX_FOLDERS} folders.", index=index)
     path = PurePosixPath(name)
     if "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or DRIVE.match(name):
         raise InvalidRequest("An entry of the archive leads out of it.", index=index)

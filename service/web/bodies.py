@@ -400,7 +400,7 @@ def _from_entries(entries: Iterator[tuple[PurePosixPath, bytes]]) -> Given:
     folders = [path.parent.parts for path, _ in found]
     if any(not folder for folder in folders):
         raise InvalidSupport("The archive has a file outside of any folder; the folder's name is the label.")
-    # What the first and the last in order share, all do. A path may have thirty thousand folders: each is seen once.
+    # What the first and the last in order share, all do. A path may have a thousand folders: each is seen once.
     alike = (one == other for one, other in zip(min(folders), max(folders), strict=False))
     shared = min(sum(1 for _ in takewhile(bool, alike)), min(map(len, folders)) - 1)
     given, names, more = Given([], [], []), [], []

@@ -78,6 +78,22 @@ def test_folders_within_thousands_of_folders_take_no_time() -> None:
     assert time.perf_counter() - start < 2
 
 
+def test_a_path_of_more_folders_than_any_computer_makes_is_refused_before_it_is_taken_apart() -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("a/" * 1000 + "1", b"x")
+        archive.writestr("a/" * 1001 + "1", b"x")
+    name = (
+        member("././@LongLink", b"a/" * folders + b"1\0", kind=tarfile.GNUTYPE_LONGNAME) for folders in (1000, 1001)
+    )
+    for opened in (open_zip(out.getvalue(), MOST), open_tar(b"".join(n + member("x", b"x") for n in name) + END, MOST)):
+        files = opened.files()
+        assert len(next(files)[0].parts) == 1001
+        with pytest.raises(InvalidRequest, match="more than 1000 folders") as caught:
+            next(files)
+        assert caught.value.index == 1
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_is_read_as_it_was_written_whatever_its_form(form: int) -> None:
     names = ["a/1.png", "ä b/2.png", "c/" + "x" * 90 + "/1.png", *([LONG] if form != tarfile.USTAR_FORMAT else [])]
