@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from rich.text import Text
 from service.client import Prediction, Rejected, TaskState
 from service.client.pictures import File
 
+OBEYED = re.compile("[\x7f-\x9f]")  # by a terminal, and not escaped in JSON
+
 
 class Failure(Exception):
     """A command cannot do what it was asked to; the message is one sentence."""
@@ -34,7 +37,8 @@ def is_terminal() -> bool:
 
 
 def as_json(document: object) -> None:
-    print(json.dumps(plain(document), indent=2 if is_terminal() else None, ensure_ascii=False))
+    text = json.dumps(plain(document), indent=2 if is_terminal() else None, ensure_ascii=False)
+    print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def plain(value: object) -> Any:

@@ -360,7 +360,9 @@ def test_no_name_of_a_file_and_no_word_of_a_service_is_a_command_to_the_terminal
     monkeypatch.setattr(show, "is_terminal", lambda: True)
     shown = fewshot("classify", "odd", folder / "red")
     told = fewshot("tasks", "show", "odd", "--url", f"http://x{orders}")
-    for said in (adapted, adapted.err, asked, asked.err, shown, shown.err, told.err):
+    plain = fewshot("classify", "odd", folder / "red", "--json")
+    assert any(orders in row["image"] for row in json.loads(plain))
+    for said in (adapted, adapted.err, asked, asked.err, shown, shown.err, told.err, plain):
         assert not any(order in said for order in ("\x1b]", "\x07", "\x9b")), said
     for said in (adapted.err, asked, shown):
         assert "]0;owned" in said
