@@ -121,13 +121,13 @@ function holding(shoot) {
   return {
     onpointerdown: (event) => {
       if (event.button !== 0) return;
+      // The button moves away from under it as the photos above it fill another row.
+      event.currentTarget.setPointerCapture(event.pointerId);
       stop();
       shoot();
       timer = setInterval(shoot, BURST_MS);
     },
-    onpointerup: stop,
-    onpointerleave: stop,
-    onpointercancel: stop,
+    onlostpointercapture: stop,
     onclick: (event) => event.detail === 0 && shoot(),
   };
 }
