@@ -103,6 +103,25 @@ def test_it_says_where_it_is_and_the_command_it_prints_works(tmp_path: Path) -> 
         assert process.wait(10) == 0
 
 
+COUNTS = """
+import gc, signal, sys
+from service.__main__ import main
+
+signal.signal(signal.SIGUSR1, lambda *_: print(len(gc.get_objects()), flush=True))
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_what_the_start_made_is_not_gone_through_again_by_the_collector_while_others_wait(tmp_path: Path) -> None:
+    with started(tmp_path, program=("-c", COUNTS)) as (process, address, _):
+        assert get(address + "/readyz")["status"] == "ok"
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout
+        count = next(int(line) for line in process.stdout if line.strip().isdigit())
+        assert count < 20_000  # of some 90,000, which take 25 to 40 ms
+
+
 @pytest.mark.slow
 def test_without_room_for_its_welcome_it_serves_all_the_same(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
