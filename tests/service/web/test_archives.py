@@ -153,6 +153,7 @@ def test_what_else_the_headers_of_a_tar_tell_is_passed_over_however_long_it_is()
     assert [(str(path), data) for path, data in open_tar(tar, MOST).files()] == [("a/1", b"x")]
 
 
+@pytest.mark.slow
 def test_a_tar_of_more_records_than_any_program_writes_is_refused_before_it_is_kept() -> None:
     """Each takes a microsecond, and ten times its bytes if it is kept."""
     tar = b"".join(member("a/1", pax={f"{n}.{k}": "v" for k in range(4000)}) for n in range(17)) + END
