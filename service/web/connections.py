@@ -248,10 +248,15 @@ class Connection(HttpToolsProtocol):
             self.scope["method"] = self.parser.get_method().decode()  # and comes again, see _pass_over
         elif size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             app, self.app = self.app, _large_head  # it has to wait for its turn
-            super().on_headers_complete()
+            self._begin()
             self.app = app
         else:
-            super().on_headers_complete()
+            self._begin()
+
+    def _begin(self) -> None:
+        super().on_headers_complete()
+        if self.scope["method"] != "HEAD":  # whose answer has nothing but a head
+            self.cycle.transport = AtOnce(self.transport, self.loop)  # type: ignore[assignment]
 
     def _should_upgrade(self) -> bool:
         return True  # says to uvicorn that the rest of this request is not its own, see _pass_over
@@ -327,6 +332,43 @@ class Connection(HttpToolsProtocol):
         with suppress(OSError, ValueError):  # it has gone by itself; uvloop says so by a number that is none
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.transport.abort()
+
+
+class AtOnce:
+    """A transport that sends the head of an answer and what follows it as one piece, where that follows at once.
+
+    uvicorn writes the two by themselves: two calls of the system, two packets, and a client that is woken twice.
+    """
+
+    __slots__ = ("_first", "_held", "_loop", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
+        self._transport = transport
+        self._loop = loop
+        self._first = True
+        self._held = b""
+
+    def write(self, data: bytes) -> None:
+        if self._first:
+            self._first, self._held = False, data
+            self._loop.call_soon(self._let_go)
+        elif self._held:
+            held, self._held = self._held, b""
+            self._transport.writelines((held, data))
+        else:
+            self._transport.write(data)
+
+    def _let_go(self) -> None:
+        if self._held:
+            held, self._held = self._held, b""
+            self._transport.write(held)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._let_go()
+        self._transport.close()
 
 
 def has_said(transport: asyncio.Transport) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import signal
@@ -21,15 +22,19 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from service.web import connections
-from service.web.connections import Door, room
+from service.web.connections import AtOnce, Door, room
 from tests.service.live import Server, running
 from tests.service.test_main import ROOT, command
 
 LARGE = 8_000_000
+LATER_S = 0.2
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the path and the body or, to /headers, their names; /large with more than the sockets hold."""
+    """Answers with the path and the body or, to /headers, their names; /large with more than the sockets hold.
+
+    To /later a head goes first, and the rest when the client has had the time to take it.
+    """
     body = b""
     while (message := await receive())["type"] == "http.request":
         body += message["body"]
@@ -40,6 +45,10 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     content = bytes(LARGE) if scope["path"] == "/large" else scope["path"].encode() + b":" + body
     headers = [(b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    if scope["path"] == "/later":
+        await asyncio.sleep(LATER_S)
+        await send({"type": "http.response.body", "body": content[:1], "more_body": True})
+        content = content[1:]
     await send({"type": "http.response.body", "body": content})
 
 
@@ -272,6 +281,62 @@ def test_requests_sent_at_once_are_answered_in_order(port: int) -> None:
     words = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body + GET + LAST
     answers = said(port, words).split(b"HTTP/1.1 200 OK")[1:]
     assert [answer[-6:] for answer in answers] == [b"xxxxxx", b"\n/get:", b"/last:"]
+
+
+class Sent(asyncio.Transport):
+    """Takes note of each piece that would be a packet of its own."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def write(self, data: Any) -> None:
+        self.pieces.append(data)
+
+    def writelines(self, list_of_data: Any) -> None:
+        self.pieces.append(b"".join(list_of_data))
+
+    def close(self) -> None:
+        self.pieces.append(b"closed")
+
+
+def test_an_answer_leaves_in_one_piece_and_its_end_closes_behind_it() -> None:
+    async def answered(*pieces: bytes, pause: bool) -> list[bytes]:
+        sent = Sent()
+        transport = AtOnce(sent, asyncio.get_running_loop())
+        for piece in pieces:
+            transport.write(piece)
+            if pause:
+                await asyncio.sleep(0)
+        transport.close()
+        return sent.pieces
+
+    assert asyncio.run(answered(b"head", b"body", pause=False)) == [b"headbody", b"closed"]
+    assert asyncio.run(answered(b"head", b"body", b"more", pause=False)) == [b"headbody", b"more", b"closed"]
+    assert asyncio.run(answered(b"head", b"body", pause=True)) == [b"head", b"body", b"closed"]
+    assert asyncio.run(answered(b"head", pause=False)) == [b"head", b"closed"]
+
+
+def test_a_head_does_not_wait_for_a_body_that_comes_later(port: int) -> None:
+    client = connected(port, b"GET /later HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    start = time.monotonic()
+    first = client.recv(65536)
+    assert time.monotonic() - start < LATER_S
+    assert first.endswith(b"\r\n\r\n")
+    assert everything(client) == b"/later:"
+
+
+def test_an_answer_to_head_comes_at_once_and_the_next_one_after_it(port: int) -> None:
+    head = b"HEAD /get HTTP/1.1\r\nHost: a\r\n\r\n"
+    told = said(port, head + head + LAST)
+    assert told.count(b"content-length: 5") == 2
+    assert told.endswith(b"/last:")
+
+
+def test_who_waits_to_be_told_to_go_on_is_told(port: int) -> None:
+    client = connected(port, POST + b"Connection: close\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+    assert client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.sendall(b"abc")
+    assert everything(client).endswith(b"/:abc")
 
 
 def test_what_breaks_the_protocol_waits_for_the_answers_before_it(port: int) -> None:
