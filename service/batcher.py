@@ -29,7 +29,7 @@ from models.errors import ExtractorFailed, FewshotError, Overloaded, Undecodable
 from models.extractor import Decoder, Extractor
 from service.callers import CallerLeft, has_left, tenant
 from service.metrics import Metrics
-from service.waiting import LARGE, Job, Payload, Waiting, cost
+from service.waiting import LARGE, Job, Payload, Waiting
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -224,7 +224,7 @@ class Batcher:
             try:
                 arrays.append(self._pixels(job.payloads[index]))
                 places.append((job, index))
-                work += cost(job.payloads[index]) - 1
+                work += job.costs[index] - 1
             except FewshotError as error:
                 error.index = index
                 # Its traceback would hold this frame, and with it the request, until the garbage collector comes by.
@@ -281,7 +281,7 @@ class Batcher:
 
 
 def _work(batch: list[tuple[Job, int]]) -> float:
-    return sum(cost(job.payloads[index]) for job, index in batch)
+    return sum(job.costs[index] for job, index in batch)
 
 
 def _by_size(batch: list[tuple[Job, int]]) -> list[list[tuple[Job, int]]]:

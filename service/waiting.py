@@ -65,6 +65,10 @@ class Job:
     queued_s: float = 0.0
     decode_s: float = 0.0
     embed_s: float = 0.0
+    costs: list[float] = field(init=False)  # of each image; they are asked for several times
+
+    def __post_init__(self) -> None:
+        self.costs = [cost(payload) for payload in self.payloads]
 
     @property
     def rest(self) -> int:
@@ -73,7 +77,7 @@ class Job:
     @property
     def cost(self) -> float:
         """Of what no lane has taken yet; a function is one."""
-        return 1.0 if self.call else sum(map(cost, self.payloads[self.taken :]))
+        return 1.0 if self.call else sum(self.costs[self.taken :])
 
 
 class Turns:
@@ -254,9 +258,9 @@ class Waiting:
                 images += job.rest
                 continue
             share, used = (budget - work) / (len(jobs) + 1), 0.0
-            while job.rest and len(batch) < room and (not used or used + cost(job.payloads[job.taken]) <= share):
+            while job.rest and len(batch) < room and (not used or used + job.costs[job.taken] <= share):
                 batch.append((job, job.taken))
-                used += cost(job.payloads[job.taken])
+                used += job.costs[job.taken]
                 job.taken += 1
                 images += 1
             work += used
