@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from functools import lru_cache
 
 SAFE = {"GET", "HEAD", "OPTIONS"}
 ANY = "*"
 OWN = {"same-origin", "none"}  # none: the user typed the address
 PRIVATE = (".localhost", ".local", ".internal", ".test", ".home.arpa")  # nobody can have registered a name under these
+LONGEST = 64  # no address is as long, and of what strangers send only so much is kept
 PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -53,6 +55,7 @@ def _same(origin: str, host: str) -> bool:
     return bool(host) and (host == address or host == address.rpartition(":")[0])
 
 
+@lru_cache(16)
 def _is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
@@ -68,10 +71,13 @@ def _name(host: str) -> str:
 def _is_public(host: str, known: set[str]) -> bool:
     """Whether a host has a name that anybody may have registered: one with a dot, that is no address."""
     name = _name(host)
-    if "." not in name or name.endswith(PRIVATE) or name in known:
-        return False
+    return "." in name and not name.endswith(PRIVATE) and name not in known and not _is_address(name[:LONGEST])
+
+
+@lru_cache(256)
+def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return True
-    return False
+        return False
+    return True
