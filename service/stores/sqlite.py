@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -19,9 +18,7 @@ from models.head import Head
 from service.stores import CLAIM_S, MOST_REMEMBERED, MOST_REMEMBERED_BYTES, Expected, Pointer, Record, SealBroken, sql
 from service.stores.record import Base
 from service.stores.sealed import Sealed, ends, next_version
-from service.stores.sqlite_file import SqliteFile, unavailable
-
-MOST_POINTERS = 100_000  # in memory; some 300 bytes each
+from service.stores.sqlite_file import Place, SqliteFile, unavailable
 
 
 @contextmanager
@@ -59,10 +56,9 @@ class SqliteScope:
         # On the event loop on purpose: every classify comes here. In WAL mode a reader waits for nobody, and one row
         # by its primary key takes a few microseconds, much less than the way to another thread and back. But it lets
         # go of the interpreter, and under load it is a while until the loop gets it back: so it is read once.
-        pointers = self._store.pointers
-        pointer, expires = pointers.get((self.tenant, task), (None, 0.0))
-        if pointer is not None and expires > time.time():
-            return pointer
+        place = self._store.places.get((self.tenant, task))
+        if place is not None and place.expires > time.time():
+            return place.pointer
         try:
             row = self._store.reader.execute(sql.POINTER, self._now(task)).fetchone()
         except sqlite3.Error as error:
@@ -70,9 +66,7 @@ class SqliteScope:
         if row is None:
             return None
         pointer = self._sealed.open_pointer(task, row[0])
-        if len(pointers) >= MOST_POINTERS:
-            pointers.clear()
-        pointers[self.tenant, task] = pointer, math.inf if row[1] is None else row[1]
+        self._store.remember((self.tenant, task), Place.of(pointer, row[1]))
         return pointer
 
     async def record(self, task: str, *, version: int | None = None) -> tuple[Pointer, Record] | None:
@@ -141,7 +135,7 @@ class SqliteScope:
     async def commit(
         self, task: str, record: Record, head_id: str, head: Head | None, *, expect: Expected, instead: bool = False
     ) -> Pointer:
-        def work(db: sqlite3.Connection) -> Pointer:
+        def work(db: sqlite3.Connection) -> Place:
             tenant, _, now = self._now(task)
             self._store.expire(db, *sql.EXPIRED)
             # The version has a column of its own, so a damaged pointer does not lose the count.
@@ -166,9 +160,9 @@ class SqliteScope:
                 self._store.drop(db, sql.DROP_HEAD, tenant, dropped)
             if head is not None:
                 self._put_head(db, head_id, head=head, expires=record.expires)
-            return pointer
+            return Place.of(pointer, record.expires)
 
-        return await self._store.change(work, moves=(self.tenant, task))
+        return (await self._store.change(work, moves=(self.tenant, task))).pointer
 
     async def delete(self, task: str, *, expect: Expected = None) -> bool:
         def work(db: sqlite3.Connection) -> bool:

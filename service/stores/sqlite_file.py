@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from models.errors import StoreUnavailable
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 READERS = 4
+MOST_PLACES = 100_000  # in memory; some 300 bytes each
 CLEAR_S = 60  # between two looks for what expired
 LEAST_FREE = 1_000_000  # bytes of the disk; with less it counts as full
 TRY_S = 5  # between two tries to write of who asks for our health, while writes fail
@@ -44,6 +45,17 @@ def write_something(db: sqlite3.Connection) -> None:
 def unavailable(error: sqlite3.Error) -> StoreUnavailable:
     log.warning("SQLite failed: %s", error)  # its messages name no values
     return StoreUnavailable("The store cannot read or write its file.")
+
+
+class Place(NamedTuple):
+    """Where a task is, and when it ends."""
+
+    pointer: Pointer
+    expires: float  # inf: never
+
+    @classmethod
+    def of(cls, pointer: Pointer, expires: float | None) -> Place:
+        return cls(pointer, math.inf if expires is None else expires)
 
 
 class SqliteFile:
@@ -76,8 +88,8 @@ class SqliteFile:
         self.recent = RecentRecords()
         # By tenant: of one only one record is read at a time, so that large ones leave readers to the others.
         self.turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # By tenant and task, with its end. Used on the event loop only.
-        self.pointers: dict[tuple[str, str], tuple[Pointer, float]] = {}
+        # By tenant and task. Used on the event loop only.
+        self.places: dict[tuple[str, str], Place] = {}
 
     async def open(self) -> None:
         """Raises StoreMisconfigured when the folder cannot be used."""
@@ -209,7 +221,10 @@ class SqliteFile:
         self._unclean = bool(busy)
 
     async def run(self, work: Callable[[sqlite3.Connection], T], *, moves: tuple[str, str] | None = None) -> T:
-        """Does work in the writer's thread; to its end, even when the caller leaves. `moves`: tenant and task."""
+        """Does work in the writer's thread; to its end, even when the caller leaves.
+
+        `moves`: tenant and task that are elsewhere after it, at the Place that the work gives, if it gives one.
+        """
 
         def safely() -> T:
             try:
@@ -219,10 +234,22 @@ class SqliteFile:
 
         done = asyncio.get_running_loop().run_in_executor(self._worker, safely)
         if moves is not None:
-            # Before anybody can be told, and whether or not it went well. A reader may still find the earlier pointer
-            # while the work goes on, and remember it: that is forgotten here, too.
-            done.add_done_callback(lambda _: self.pointers.pop(moves, None))
+            done.add_done_callback(lambda done: self._moved(moves, done))
         return await asyncio.shield(done)
+
+    def _moved(self, at: tuple[str, str], done: asyncio.Future[Any]) -> None:
+        """Before anybody can be told, and whether or not it went well, in the order in which it was done.
+
+        A reader may find the earlier place while the work goes on, and remember it: that is forgotten here, too.
+        """
+        self.places.pop(at, None)
+        if not done.cancelled() and done.exception() is None and isinstance(done.result(), Place):
+            self.remember(at, done.result())
+
+    def remember(self, at: tuple[str, str], place: Place) -> None:
+        if len(self.places) >= MOST_PLACES:
+            self.places.clear()
+        self.places[at] = place
 
     async def change(self, work: Callable[[sqlite3.Connection], T], *, moves: tuple[str, str] | None = None) -> T:
         """Does work as one transaction."""

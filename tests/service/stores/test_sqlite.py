@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.errors import StoreUnavailable
+from models.errors import StoreUnavailable, VersionConflict
 from service.stores import Pointer, Record, Scope
 from service.stores.sqlite import SqliteStore
 from tests.service.stores.files import holding, reading_held_up
@@ -152,6 +152,41 @@ async def test_reading_a_pointer_waits_for_no_writer(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable):
         await writing
     assert await commit(scope, "cats", 2) == 2  # the failed change was taken back
+    await store.close()
+
+
+async def test_where_a_task_is_after_a_change_is_not_read_again(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope, reader = store.scope("t"), store.reader
+    ends = time.time() + 0.3
+    assert await commit(scope, "cats", 1) == 1
+    await scope.commit("dogs", make_record(2, expires=ends), "hd_2", make_head(2), expect=None)
+    store.reader = sqlite3.connect(":memory:")  # whoever asks it for a task fails
+    assert await scope.pointer("cats") == Pointer(1, "hd_1")
+    assert await scope.pointer("dogs") == Pointer(1, "hd_2")
+    with pytest.raises(VersionConflict):
+        await commit(scope, "cats", 3, expect=0)
+    with pytest.raises(StoreUnavailable):  # of a change that failed nothing is known
+        await scope.pointer("cats")
+    store.reader.close()
+    store.reader = reader
+    assert await scope.pointer("cats") == Pointer(1, "hd_1")
+    await asyncio.sleep(max(0.0, ends - time.time()))
+    assert await scope.pointer("dogs") is None
+    await store.close()
+
+
+async def test_of_changes_that_come_at_once_the_last_one_tells_where_a_task_is(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope = store.scope("t")
+    for seed in range(20):
+        changes = [commit(scope, "cats", seed), commit(scope, "cats", 100 + seed), scope.delete("cats")]
+        await asyncio.gather(*(changes if seed % 2 else reversed(changes)))
+        known = await scope.pointer("cats")
+        store.places.clear()
+        assert known == await scope.pointer("cats")
     await store.close()
 
 
