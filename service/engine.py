@@ -204,8 +204,12 @@ class Engine:
         learned behind the answer. Questions that come before that wait for it.
         """
         examples = checked(examples, unlabelled, self.limits, whole=False)
-        await self._tasks.at(scope, task)  # an unknown task costs no work
-        embedded = await self._embed([*(example.payload for example in examples), *unlabelled])
+        payloads, have = [*(example.payload for example in examples), *unlabelled], None
+        if self.batcher.waiting:
+            await self._tasks.at(scope, task)  # an unknown task costs no work
+            embedded = await self._embed(payloads)
+        else:  # who does not wait for others does not wait for the store either; those who do would fill the memory
+            embedded, have = await both(self._embed(payloads), self._tasks.found(scope, task))
         errors = [item for item in embedded.items if isinstance(item, FewshotError)]
         if len(errors) == len(embedded.items):
             raise copy(errors[0])
@@ -217,7 +221,7 @@ class Engine:
             )
             return grown(record, rows, self.limits, retain=retain), rejected
 
-        return await self._tasks.change(scope, task, made, expect=expect, embedded=embedded, brief=brief)
+        return await self._tasks.change(scope, task, made, expect=expect, embedded=embedded, brief=brief, have=have)
 
     async def remove_example(
         self, scope: Scope, task: str, example: str, *, expect: Expected = None, brief: bool = False

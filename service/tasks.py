@@ -97,15 +97,18 @@ class Tasks:
         expect: Expected,
         embedded: Embedded | None = None,
         brief: bool,
+        have: tuple[Pointer, Record] | None = None,
     ) -> Adapted:
         """Makes of the record of a task another one and commits it; a task that is gone by then stays so.
 
         Again, when another was faster, unless `expect` forbids it. Changes of one task take turns, so that only those
-        of other processes can be faster.
+        of other processes can be faster. `have`: what was found a moment ago, and is used if the task is still there.
         """
         async with self._turns.setdefault((scope.tenant, task), asyncio.Lock()):
             for _ in range(CHANGES):
-                pointer, before = await self.found(scope, task)
+                if have is None or await self.at(scope, task) != have[0]:
+                    have = await self.found(scope, task)
+                (pointer, before), have = have, None
                 if isinstance(expect, Pointer) and pointer != expect:
                     raise VersionConflict(f"The task is at version {pointer.version} now, and not what it was.")
                 if isinstance(expect, int) and pointer.version != expect:

@@ -120,18 +120,18 @@ def _images(arrays: dict[str, Any], count: int) -> tuple[bytes, ...]:
 
 def difference(base: Base, before: Record, record: Record) -> bytes | None:
     """What leads from `before`, which is stored at `base`, to a record; None where it had better be written whole."""
-    added = set(record.ids).difference(before.ids)
-    old = np.array([name not in added for name in record.ids])
-    kept = len(before.ids)
+    known, kept = set(before.ids), len(before.ids)
+    there = [name in known for name in record.ids]
     fits = (
         kept >= LEAST
-        and len(added) <= MOST_NEW * kept
+        and len(there) - kept <= MOST_NEW * kept
         and before.artifact == record.artifact
         and bool(before.images) == bool(record.images)
-        and list(itertools.compress(record.ids, old)) == list(before.ids)
+        and tuple(itertools.compress(record.ids, there)) == before.ids
     )
     if not fits:
         return None
+    old = np.array(there)
     features, new = _all(record), np.flatnonzero(~old)
     if not _holds(features, _all(before), new):
         return None  # looked at anew, perhaps in another batch, they end in other bits
@@ -157,10 +157,11 @@ def difference(base: Base, before: Record, record: Record) -> bytes | None:
 
 def _holds(features: np.ndarray, known: np.ndarray, new: np.ndarray) -> bool:
     """Whether features but for the rows `new` are those known, bit by bit; run by run, to copy nothing."""
+    words = np.uint64 if features.shape[1] % 4 == 0 else np.uint16  # the wider, the fewer
     start = 0
     for before, end in enumerate([*new.tolist(), len(features)]):
         run, same = features[start:end], known[start - before : end - before]
-        if not np.array_equal(run.view(np.uint16), same.view(np.uint16)):
+        if not (run.view(words) == same.view(words)).all():
             return False
         start = end + 1
     return True
