@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 CHANGES = 16  # how often a change is tried again when others are faster
 MOST_BEHIND = 64  # tasks that wait to be learned behind an answer; the head of any other is made when it is asked for
+LULL_S = 0.05  # without another change, before a task is learned behind the answer: who adds image after image
+MOST_LULLS = 20  # is not to have all that was learned so far in the way of the next; but it is learned by then
 STALE_ADVICE = "Learned with another artifact; it is learned again when it is used, if its images were kept."
 
 
@@ -165,7 +167,7 @@ class Tasks:
         return Adapted(task, pointer, record, report, rejects, created, rejected=rejected, timings_ms=timings)
 
     def _learn_behind(self, scope: Scope, task: str, pointer: Pointer, record: Record) -> None:
-        """Begins to learn what was just stored, or has it learned next: of many changes in a row only a few are."""
+        """Has what was just stored learned in a moment, or when it is asked about: of changes in a row few are."""
         key = scope.tenant, task
         at_work = key in self._to_learn
         if not at_work and len(self._to_learn) >= MOST_BEHIND:
@@ -179,18 +181,29 @@ class Tasks:
     async def _learn_all(self, scope: Scope, task: str) -> None:
         key, done = (scope.tenant, task), None
         try:
-            while (found := self._to_learn[key]) is not done:
-                done = found
-                await self._learn_one(scope, task, *found)
+            while self._to_learn[key] is not done:
+                done = await self._rests(key)
+                await self._learn_one(scope, task, *done)
         finally:
             del self._to_learn[key]  # nobody came between the last look and this
+
+    async def _rests(self, key: tuple[str, str]) -> tuple[Pointer, Record]:
+        """What is to be learned of a task, once it has not been changed for a moment."""
+        found = self._to_learn[key]
+        for _ in range(MOST_LULLS):
+            await asyncio.sleep(LULL_S)
+            before, found = found, self._to_learn[key]
+            if found is before:
+                break
+        return found
 
     async def _learn_one(self, scope: Scope, task: str, pointer: Pointer, record: Record) -> None:
         """From its record, not from the store, which may be away by now: the task can be asked about all the same."""
         flight = scope.tenant, task, pointer.head
         try:
             async with self._one_behind:
-                await self._flights.once(flight, lambda: self._made(scope, task, pointer, record))
+                if scope.head_in_memory(pointer.head) is None:  # or somebody asked, who did not wait for this
+                    await self._flights.once(flight, lambda: self._made(scope, task, pointer, record))
         except FewshotError as error:  # whoever asks about the task is told
             log.warning("Version %d of task %s is kept, but was not learned: %s", pointer.version, task, error)
 
@@ -233,7 +246,7 @@ class Tasks:
 
     async def head(self, scope: Scope, task: str, pointer: Pointer) -> tuple[Pointer, Head]:
         """The head of a task from the store, or made again; and where the task is then."""
-        head = await scope.head(pointer.head)
+        head = None if self._to_be_learned(scope, task, pointer) else await scope.head(pointer.head)
         if head is not None and self._learning.is_ours(head):
             self._metrics.head_found.inc()
             return pointer, head
@@ -242,7 +255,17 @@ class Tasks:
 
     async def made_again(self, scope: Scope, task: str, pointer: Pointer) -> tuple[Pointer, Head]:
         """The same, from its record, whatever the store has; once for all who ask."""
-        return await self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
+        record = self._to_be_learned(scope, task, pointer)
+
+        def work() -> Awaitable[tuple[Pointer, Head]]:
+            return self._made(scope, task, pointer, record) if record else self._rebuild(scope, task)
+
+        return await self._flights.once((scope.tenant, task, pointer.head), work)
+
+    def _to_be_learned(self, scope: Scope, task: str, pointer: Pointer) -> Record | None:
+        """The record of a task at `pointer` that was just stored, and will be learned behind that answer."""
+        at, record = self._to_learn.get((scope.tenant, task), (None, None))
+        return record if at is not None and (at.version, at.head) == (pointer.version, pointer.head) else None
 
 
 def _damaged(task: str) -> TaskStale:

@@ -258,8 +258,9 @@ def test_a_brief_change_is_kept_at_once_and_learned_behind_the_answer(tmp_path: 
     run(tmp_path, work)
 
 
-def test_a_task_changed_briefly_is_known_though_the_store_goes_away_at_once(tmp_path: Path) -> None:
-    """It is learned from what was stored, which is in hand."""
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_task_changed_briefly_is_known_though_the_store_goes_away_at_once(tmp_path: Path, asked: bool) -> None:
+    """It is learned from what was stored, which is in hand: when it is asked about, or after a moment without that."""
 
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
         await engine.adapt(scope, "t", SUPPORT)
@@ -268,6 +269,8 @@ def test_a_task_changed_briefly_is_known_though_the_store_goes_away_at_once(tmp_
         changed = await engine.learn_with(recent, "t", "ridge", brief=True)
         away = AsyncMock(side_effect=StoreUnavailable("It is away."))
         with patch.multiple(type(scope), pointer=away, record=away, head=away, keep_head=away):
+            if asked:
+                await engine.classify(recent, "t", [RED, BLUE])
             while recent.head_in_memory(changed.pointer.head) is None:
                 await asyncio.sleep(0.001)
             answer = await engine.classify(recent, "t", [RED, BLUE])
@@ -293,6 +296,35 @@ def test_what_cannot_be_learned_after_a_brief_change_is_said_in_the_log_and_to_w
         again = await engine.learn_with(scope, "t", "prototype", brief=True)
         while await scope.head(again.pointer.head) is None:
             await asyncio.sleep(0.001)
+
+    run(tmp_path, work)
+
+
+def test_a_task_that_is_changed_briefly_image_after_image_is_learned_when_it_rests_or_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        monkeypatch.setattr("service.tasks.LULL_S", 0.05)
+        monkeypatch.setattr("service.tasks.MOST_LULLS", 3)
+        scope = Recent(store, most=10, stale_ok_s=60).scope("a")
+        await engine.adapt(scope, "t", SUPPORT)
+        learned, original = [], engine._learning.head
+
+        async def noted(record: Record) -> Head:
+            learned.append(len(record.ids) - len(SUPPORT))
+            return await original(record)
+
+        monkeypatch.setattr(engine._learning, "head", noted)
+        for count in range(1, 31):  # most of a second: longer than it is to wait
+            await engine.add(scope, "t", [Example("red", picture("red", seed=100 + count))], brief=True)
+            if count == 1:
+                assert (await engine.classify(scope, "t", [RED])).pointer.version == 2
+                assert learned == [1]
+            await asyncio.sleep(0.025)
+        assert 3 <= len(learned) < 10
+        while learned[-1] != 30:
+            await asyncio.sleep(0.01)
+        assert len(learned) == len(set(learned))  # what was asked about is not learned again
 
     run(tmp_path, work)
 
