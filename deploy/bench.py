@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]
 
-from floor import CORES, Floor, never_seen, pictures  # noqa: E402
+from floor import CORES, Floor, never_seen, pictures, steadiness  # noqa: E402
 from goals import Figure, figure, table  # noqa: E402
 from serving import Service  # noqa: E402
 
@@ -271,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     artifact = Artifact.load(given.artifact)
     machine = f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}"
     print(f"{machine}; medians of {given.rounds} windows of {given.seconds:g} s, in turns with the floor")
-    result: dict[str, Any] = {"machine": machine, "artifact": artifact.digest}
+    half, most = steadiness()
+    print(f"how steady the machine is: the same work takes {half} ms, and {most} ms one time in a hundred", flush=True)
+    result: dict[str, Any] = {"machine": machine, "steadiness_ms": [half, most], "artifact": artifact.digest}
     result["results"] = [
         bench(artifact, precision, seconds=given.seconds, rounds=given.rounds)
         for precision in given.precision.split(",")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.floor import pictures
+from deploy.floor import pictures, steadiness
 from service.settings import PRETRAINED
 from tests.torture.line import Outcome, fault
 from tests.torture.world import ROOT, Service, support
@@ -139,7 +139,7 @@ def overload(n: int, seed: int, folder: Path) -> Outcome:
     times = list(TIMES) if n >= LONG else [5]
     asked = lost = 0
     wrong, missed = [], []
-    figures: dict[str, Any] = {"lanes": LANES}
+    figures: dict[str, Any] = {"lanes": LANES, "steadiness_ms": steadiness(min(3.0, n / 4))}
     with at_work(folder / "bounded", n) as service:
         taught(service)
         alone = load(service, folder, connections=2, seconds=0.5)
