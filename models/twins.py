@@ -45,42 +45,49 @@ def doubles(features: np.ndarray, labels: np.ndarray) -> tuple[tuple[int, ...], 
     One file that was sent under two labels is: no learner can tell which of them it is. The same but for what float16
     and the order of sums make of it, for a file is not always seen in the same batch.
     """
-    n = len(features)
     size = np.einsum("nd,nd->n", features, features).mean()
     if not np.isfinite(size) or not size:
         return ()
-    first, second = _near(features, SAME * size)
-    group = np.arange(n)
-    while True:  # until each row has the number of the first of those that it is joined with
-        before = group.copy()
-        low = np.minimum(group[first], group[second])
-        np.minimum.at(group, first, low)
-        np.minimum.at(group, second, low)
-        group = group[group]
-        if (group == before).all():
-            break
+    group = _near(features, SAME * size)
     several = [np.flatnonzero(group == number) for number in np.flatnonzero(np.bincount(group) > 1)]
     return tuple(tuple(rows.tolist()) for rows in several if (labels[rows] != labels[rows[0]]).any())
 
 
-def _near(features: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows whose squared distance is at most that: of few rows all; of many, those that lie side by side in
-    one of some directions, for all pairs of a thousand would take as long as to learn from them."""
+def _near(features: np.ndarray, most: float) -> np.ndarray:
+    """The number of the first row that each is joined with, through rows whose squared distance is at most that.
+
+    Of few rows all pairs are looked at; of many, those that lie side by side in one of some directions, for all pairs
+    of a thousand would take as long as to learn from them.
+    """
     n, dim = features.shape
+    group = np.arange(n)
     if n <= FEW:
         squares = np.einsum("nd,nd->n", features, features)
-        one, other = np.nonzero(np.triu(squares[:, None] + squares - 2 * features @ features.T <= most, 1))
-        return one, other
+        pairs = np.nonzero(np.triu(squares[:, None] + squares - 2 * features @ features.T <= most, 1))
+        return _merged(group, *pairs)
     seen = features @ _directions(dim)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
     for order in np.argsort(seen, axis=0, kind="stable").T:
         for step in range(1, BESIDE + 1):
             one, other = order[:-step], order[step:]
             close = (np.abs(seen[one] - seen[other]) <= 6 * math.sqrt(most)).all(axis=1)  # what is near is so in each
+            close &= group[one] != group[other]
             one, other = one[close], other[close]
             same = ((features[one] - features[other]) ** 2).sum(axis=1) <= most
-            found.append((one[same], other[same]))
-    return np.concatenate([one for one, _ in found]), np.concatenate([other for _, other in found])
+            if same.any():
+                group = _merged(group, one[same], other[same])
+    return group
+
+
+def _merged(group: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The same with the rows of each pair joined as well."""
+    while True:
+        before = group.copy()
+        low = np.minimum(group[first], group[second])
+        for rows in (first, second, group[first], group[second]):  # and those they were joined with before
+            np.minimum.at(group, rows, low)
+        group = group[group]
+        if (group == before).all():
+            return group
 
 
 @cache
