@@ -74,7 +74,7 @@ def one(tmp_path: Path) -> Iterator[Bench]:
     found = Bench.__new__(Bench)
     found.artifact = Artifact.load(ROOT / "models" / "pretrained" / "characters")
     found.precision, found.folder, found.seconds, found.rounds = "int8", tmp_path, 1.0, 1
-    found.images = [b"\xff\xd8" + bytes([number]) for number in range(64)]
+    found.images = found.many = [b"\xff\xd8" + bytes([number]) for number in range(64)]
     found.files, found.detail = [], {}
     found.floor = Floor()  # type: ignore[assignment]
     (tmp_path / "data").mkdir()
