@@ -47,6 +47,7 @@ LINGER_S = 1.0  # for who was refused to read why: a close with bytes unread wou
 MOST_LINGER = 64
 USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
 RESET = struct.pack("ii", 1, 0)
+MOST_JOINED = 65_536  # bytes of a body that are copied to go out with the head; more take a packet of their own anyway
 RESERVED = 128  # open files that are no connections: store, lanes, log, those who linger
 
 
@@ -354,13 +355,17 @@ class AtOnce:
             self._loop.call_soon(self._let_go)
         elif self._held:
             held, self._held = self._held, b""
-            self._transport.writelines((held, data))
+            if len(data) <= MOST_JOINED:
+                self._transport.write(held + data)
+            else:
+                self._transport.write(held)
+                self._transport.write(data)
         else:
             self._transport.write(data)
 
     def _let_go(self) -> None:
-        if self._held:
-            held, self._held = self._held, b""
+        held, self._held = self._held, b""
+        if held and not self._transport.is_closing():
             self._transport.write(held)
 
     def is_closing(self) -> bool:

@@ -292,8 +292,8 @@ class Sent(asyncio.Transport):
     def write(self, data: Any) -> None:
         self.pieces.append(data)
 
-    def writelines(self, list_of_data: Any) -> None:
-        self.pieces.append(b"".join(list_of_data))
+    def is_closing(self) -> bool:
+        return b"closed" in self.pieces
 
     def close(self) -> None:
         self.pieces.append(b"closed")
@@ -314,6 +314,20 @@ def test_an_answer_leaves_in_one_piece_and_its_end_closes_behind_it() -> None:
     assert asyncio.run(answered(b"head", b"body", b"more", pause=False)) == [b"headbody", b"more", b"closed"]
     assert asyncio.run(answered(b"head", b"body", pause=True)) == [b"head", b"body", b"closed"]
     assert asyncio.run(answered(b"head", pause=False)) == [b"head", b"closed"]
+    assert asyncio.run(answered(b"head", b"", pause=False)) == [b"head", b"closed"]
+    large = bytes(70_000)
+    assert asyncio.run(answered(b"head", large, pause=False)) == [b"head", large, b"closed"]
+
+
+def test_a_head_that_waits_is_not_sent_on_a_connection_that_is_gone() -> None:
+    async def answered() -> list[bytes]:
+        sent = Sent()
+        AtOnce(sent, asyncio.get_running_loop()).write(b"head")
+        sent.close()
+        await asyncio.sleep(0)
+        return sent.pieces
+
+    assert asyncio.run(answered()) == [b"closed"]
 
 
 def test_a_head_does_not_wait_for_a_body_that_comes_later(port: int) -> None:
