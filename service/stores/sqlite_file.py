@@ -15,6 +15,7 @@ import os
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -90,6 +91,7 @@ class SqliteFile:
         self.turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         # By tenant and task. Used on the event loop only.
         self.places: dict[tuple[str, str], Place] = {}
+        self._moving: Counter[tuple[str, str]] = Counter()  # changes under way, likewise
 
     async def open(self) -> None:
         """Raises StoreMisconfigured when the folder cannot be used."""
@@ -234,15 +236,21 @@ class SqliteFile:
 
         done = asyncio.get_running_loop().run_in_executor(self._worker, safely)
         if moves is not None:
+            self._moving[moves] += 1
             done.add_done_callback(lambda done: self._moved(moves, done))
         return await asyncio.shield(done)
 
     def _moved(self, at: tuple[str, str], done: asyncio.Future[Any]) -> None:
         """Before anybody can be told, and whether or not it went well, in the order in which it was done.
 
-        A reader may find the earlier place while the work goes on, and remember it: that is forgotten here, too.
+        A reader may find the earlier place while the work goes on, and remember it: that is forgotten here, too. Of
+        changes that come at once only the last tells where the task is: it may be there by now, and be read there.
         """
         self.places.pop(at, None)
+        self._moving[at] -= 1
+        if self._moving[at]:
+            return
+        del self._moving[at]
         if not done.cancelled() and done.exception() is None and isinstance(done.result(), Place):
             self.remember(at, done.result())
 

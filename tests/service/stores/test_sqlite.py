@@ -159,8 +159,8 @@ async def test_where_a_task_is_after_a_change_is_not_read_again(tmp_path: Path) 
     store = SqliteStore(tmp_path)
     await store.open()
     scope, reader = store.scope("t"), store.reader
-    ends = time.time() + 0.3
     assert await commit(scope, "cats", 1) == 1
+    ends = time.time() + 0.6
     await scope.commit("dogs", make_record(2, expires=ends), "hd_2", make_head(2), expect=None)
     store.reader = sqlite3.connect(":memory:")  # whoever asks it for a task fails
     assert await scope.pointer("cats") == Pointer(1, "hd_1")
