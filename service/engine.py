@@ -204,12 +204,8 @@ class Engine:
         learned behind the answer. Questions that come before that wait for it.
         """
         examples = checked(examples, unlabelled, self.limits, whole=False)
-        payloads, have = [*(example.payload for example in examples), *unlabelled], None
-        if self.batcher.waiting:
-            await self._tasks.at(scope, task)  # an unknown task costs no work
-            embedded = await self._embed(payloads)
-        else:  # who does not wait for others does not wait for the store either; those who do would fill the memory
-            embedded, have = await both(self._embed(payloads), self._tasks.found(scope, task))
+        await self._tasks.at(scope, task)  # an unknown task costs no work
+        embedded = await self._embed([*(example.payload for example in examples), *unlabelled])
         errors = [item for item in embedded.items if isinstance(item, FewshotError)]
         if len(errors) == len(embedded.items):
             raise copy(errors[0])
@@ -221,7 +217,7 @@ class Engine:
             )
             return grown(record, rows, self.limits, retain=retain), rejected
 
-        return await self._tasks.change(scope, task, made, expect=expect, embedded=embedded, brief=brief, have=have)
+        return await self._tasks.change(scope, task, made, expect=expect, embedded=embedded, brief=brief)
 
     async def remove_example(
         self, scope: Scope, task: str, example: str, *, expect: Expected = None, brief: bool = False
@@ -378,8 +374,7 @@ class Engine:
         try:
             found = await scope.delete(task_name(task), expect=expect)
         finally:  # also where nobody knows whether it was deleted
-            # What an earlier caller still waits to be told was undone with it: who asks again is not told the same.
-            self._flights.leave_alone(scope.tenant, task)
+            self._tasks.forgotten(scope.tenant, task)
         if not found:
             raise TaskNotFound(f"There is no task {task!r}.")
 

@@ -13,10 +13,19 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
-from models.errors import FewshotError, TaskNotFound, TaskStale, VersionConflict, VersionNotFound
+from models.errors import (
+    FewshotError,
+    Overloaded,
+    StoreUnavailable,
+    TaskNotFound,
+    TaskStale,
+    VersionConflict,
+    VersionNotFound,
+)
 from models.head import Head
 from models.report import Report
 from service.batcher import Embedded
+from service.callers import has_left, stays
 from service.flights import Flights
 from service.learning import Learning
 from service.metrics import Metrics
@@ -54,7 +63,7 @@ class Tasks:
         self._metrics = metrics
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         # By tenant and task, what was stored last and is to be learned; and who does that.
-        self._to_learn: dict[tuple[str, str], tuple[Pointer, Record]] = {}
+        self._to_learn: dict[tuple[str, str], tuple[Pointer, Record] | None] = {}  # None: not any more
         self._learning_behind: set[asyncio.Task[None]] = set()
         self._one_behind = asyncio.Semaphore(1)  # at a time, or whoever changes much would keep those who ask waiting
 
@@ -99,18 +108,15 @@ class Tasks:
         expect: Expected,
         embedded: Embedded | None = None,
         brief: bool,
-        have: tuple[Pointer, Record] | None = None,
     ) -> Adapted:
         """Makes of the record of a task another one and commits it; a task that is gone by then stays so.
 
         Again, when another was faster, unless `expect` forbids it. Changes of one task take turns, so that only those
-        of other processes can be faster. `have`: what was found a moment ago, and is used if the task is still there.
+        of other processes can be faster.
         """
         async with self._turns.setdefault((scope.tenant, task), asyncio.Lock()):
             for _ in range(CHANGES):
-                if have is None or await self.at(scope, task) != have[0]:
-                    have = await self.found(scope, task)
-                (pointer, before), have = have, None
+                pointer, before = await self.found(scope, task)
                 if isinstance(expect, Pointer) and pointer != expect:
                     raise VersionConflict(f"The task is at version {pointer.version} now, and not what it was.")
                 if isinstance(expect, int) and pointer.version != expect:
@@ -154,6 +160,7 @@ class Tasks:
             pointer = await scope.commit(task, record, head_id, head, expect=expect)
         finally:  # what is still to be told was of before; also where nobody knows whether this was written
             self._flights.leave_alone(scope.tenant, task)
+        self._overtaken(scope.tenant, task)
         timings = {
             **(embedded.stages() if embedded else {}),
             **({} if brief else {"adapt": (adapted - start) * 1e3}),
@@ -172,23 +179,37 @@ class Tasks:
         at_work = key in self._to_learn
         if not at_work and len(self._to_learn) >= MOST_BEHIND:
             return
-        self._to_learn[key] = pointer, record
+        self._to_learn[key] = pointer, replace(record, images=())  # which would fill the memory, and nothing is made of
         if not at_work:
             task_of_ours = asyncio.create_task(self._learn_all(scope, task))
             self._learning_behind.add(task_of_ours)
             task_of_ours.add_done_callback(self._learning_behind.discard)
 
+    def forgotten(self, tenant: str, task: str) -> None:
+        """What an earlier caller still waits to be told was undone with the task: who asks again is not told the same.
+
+        What was to be learned of it is not.
+        """
+        self._flights.leave_alone(tenant, task)
+        self._overtaken(tenant, task)
+
+    def _overtaken(self, tenant: str, task: str) -> None:
+        if (tenant, task) in self._to_learn:
+            self._to_learn[tenant, task] = None
+
     async def _learn_all(self, scope: Scope, task: str) -> None:
+        has_left.set(stays)  # who asked for the change may: it was made
         key, done = (scope.tenant, task), None
         try:
             while self._to_learn[key] is not done:
                 done = await self._rests(key)
-                await self._learn_one(scope, task, *done)
+                if done is not None:
+                    await self._learn_one(scope, task, *done)
         finally:
             del self._to_learn[key]  # nobody came between the last look and this
 
-    async def _rests(self, key: tuple[str, str]) -> tuple[Pointer, Record]:
-        """What is to be learned of a task, once it has not been changed for a moment."""
+    async def _rests(self, key: tuple[str, str]) -> tuple[Pointer, Record] | None:
+        """What is to be learned of a task, if anything, once it has not been changed for a moment."""
         found = self._to_learn[key]
         for _ in range(MOST_LULLS):
             await asyncio.sleep(LULL_S)
@@ -202,10 +223,24 @@ class Tasks:
         flight = scope.tenant, task, pointer.head
         try:
             async with self._one_behind:
-                if scope.head_in_memory(pointer.head) is None:  # or somebody asked, who did not wait for this
+                if scope.head_in_memory(pointer.head) is None and await self._is_at(scope, task, pointer):
                     await self._flights.once(flight, lambda: self._made(scope, task, pointer, record))
+        except Overloaded:  # the service ends
+            return
         except FewshotError as error:  # whoever asks about the task is told
             log.warning("Version %d of task %s is kept, but was not learned: %s", pointer.version, task, error)
+
+    async def _is_at(self, scope: Scope, task: str, pointer: Pointer) -> bool:
+        """Whether a task still is where it was, as far as can be told: another replica may have changed it."""
+        if self._to_be_learned(scope, task, pointer) is None:
+            return False
+        try:
+            at = await scope.pointer(task)
+        except StoreUnavailable:
+            return True
+        except SealBroken:
+            return False
+        return at is not None and (at.version, at.head) == (pointer.version, pointer.head)
 
     async def _made(self, scope: Scope, task: str, pointer: Pointer, record: Record) -> tuple[Pointer, Head]:
         head = await self._learning.head(record)
@@ -246,11 +281,18 @@ class Tasks:
 
     async def head(self, scope: Scope, task: str, pointer: Pointer) -> tuple[Pointer, Head]:
         """The head of a task from the store, or made again; and where the task is then."""
-        head = None if self._to_be_learned(scope, task, pointer) else await scope.head(pointer.head)
+        fresh = self._to_be_learned(scope, task, pointer)
+        try:
+            head = await scope.head(pointer.head)
+        except StoreUnavailable:
+            if fresh is None:
+                raise
+            head = None
         if head is not None and self._learning.is_ours(head):
             self._metrics.head_found.inc()
             return pointer, head
-        self._metrics.head_made_again.inc()
+        if fresh is None:  # else there was none yet
+            self._metrics.head_made_again.inc()
         return await self.made_again(scope, task, pointer)
 
     async def made_again(self, scope: Scope, task: str, pointer: Pointer) -> tuple[Pointer, Head]:
@@ -264,7 +306,7 @@ class Tasks:
 
     def _to_be_learned(self, scope: Scope, task: str, pointer: Pointer) -> Record | None:
         """The record of a task at `pointer` that was just stored, and will be learned behind that answer."""
-        at, record = self._to_learn.get((scope.tenant, task), (None, None))
+        at, record = self._to_learn.get((scope.tenant, task)) or (None, None)
         return record if at is not None and (at.version, at.head) == (pointer.version, pointer.head) else None
 
 

@@ -300,31 +300,80 @@ def test_what_cannot_be_learned_after_a_brief_change_is_said_in_the_log_and_to_w
     run(tmp_path, work)
 
 
-def test_a_task_that_is_changed_briefly_image_after_image_is_learned_when_it_rests_or_is_asked_about(
+def one_more(seed: int) -> list[Example]:
+    return [Example("red", picture("red", seed=seed))]
+
+
+def noting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many examples had what is learned from now on, beside those of SUPPORT."""
+    learned, original = list[int](), engine._learning.head
+
+    async def noted(record: Record) -> Head:
+        learned.append(len(record.ids) - len(SUPPORT))
+        return await original(record)
+
+    monkeypatch.setattr(engine._learning, "head", noted)
+    return learned
+
+
+def test_a_task_that_grows_image_after_image_is_learned_when_it_rests_or_is_asked_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
-        monkeypatch.setattr("service.tasks.LULL_S", 0.05)
-        monkeypatch.setattr("service.tasks.MOST_LULLS", 3)
+        monkeypatch.setattr("service.tasks.LULL_S", 0.3)
         scope = Recent(store, most=10, stale_ok_s=60).scope("a")
         await engine.adapt(scope, "t", SUPPORT)
-        learned, original = [], engine._learning.head
-
-        async def noted(record: Record) -> Head:
-            learned.append(len(record.ids) - len(SUPPORT))
-            return await original(record)
-
-        monkeypatch.setattr(engine._learning, "head", noted)
-        for count in range(1, 31):  # most of a second: longer than it is to wait
-            await engine.add(scope, "t", [Example("red", picture("red", seed=100 + count))], brief=True)
-            if count == 1:
-                assert (await engine.classify(scope, "t", [RED])).pointer.version == 2
-                assert learned == [1]
-            await asyncio.sleep(0.025)
-        assert 3 <= len(learned) < 10
-        while learned[-1] != 30:
+        learned = noting(engine, monkeypatch)
+        for count in range(1, 9):
+            await engine.add(scope, "t", one_more(100 + count), brief=True)
+        assert learned == []
+        assert (await engine.classify(scope, "t", [RED])).pointer.version == 9
+        assert learned == [8]
+        last = await engine.add(scope, "t", one_more(200), brief=True)
+        while scope.head_in_memory(last.pointer.head) is None:
             await asyncio.sleep(0.01)
-        assert len(learned) == len(set(learned))  # what was asked about is not learned again
+        assert learned == [8, 9]  # what was asked about is not learned again
+
+    run(tmp_path, work)
+
+
+def test_a_task_that_never_rests_is_learned_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        monkeypatch.setattr("service.tasks.LULL_S", 0.2)
+        monkeypatch.setattr("service.tasks.MOST_LULLS", 2)
+        await engine.adapt(scope, "t", SUPPORT)
+        learned, count = noting(engine, monkeypatch), 0
+        while not learned:
+            count += 1
+            assert count < 100  # half a second, of which none is a lull
+            await engine.add(scope, "t", one_more(100 + count), brief=True)
+            await asyncio.sleep(0.01)
+
+    run(tmp_path, work)
+
+
+@pytest.mark.parametrize("how", ["forgotten", "taught anew", "changed elsewhere"])
+def test_what_was_overtaken_before_it_was_learned_behind_an_answer_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        scope = Recent(store, most=10, stale_ok_s=60).scope("a")
+        await engine.adapt(scope, "t", SUPPORT)
+        learned = noting(engine, monkeypatch)
+        changed = await engine.add(scope, "t", GREEN, brief=True)
+        if how == "forgotten":
+            await engine.forget(scope, "t")
+        elif how == "taught anew":
+            await engine.adapt(scope, "t", SUPPORT)
+        else:
+            record = dataclasses.replace(changed.record, method="prototype")
+            await store.scope("a").commit("t", record, record_id(record), None, expect=None)
+        if how != "changed elsewhere":
+            assert list(engine._tasks._to_learn.values()) == [None]  # nothing of it stays in memory
+        while engine._tasks._to_learn:
+            await asyncio.sleep(0.01)
+        assert learned == []
+        assert scope.head_in_memory(changed.pointer.head) is None
 
     run(tmp_path, work)
 
