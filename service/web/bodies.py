@@ -44,6 +44,7 @@ from service.web.schemas import (
 )
 
 T = TypeVar("T")
+IDENTITY = "identity"  # the Content-Encoding of what is not compressed
 JSON_LINES = "application/x-ndjson"
 SUPPORT_TYPES = f"multipart/form-data, application/json, {JSON_LINES}, application/zip or application/x-tar"
 QUERY_TYPES = {
@@ -118,8 +119,14 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
+def coding(request: Request) -> str:
+    """In which way a body is compressed; IDENTITY where it is not."""
+    return request.headers.get("content-encoding", "").strip().lower() or IDENTITY
+
+
 async def read_support(request: Request, bounds: Bounds, *, with_queries: bool = False) -> Given:
     """The support set of a request, and its questions where the call is stateless."""
+    _check_coding(request)
     kind = media_type(request)
     if kind == "multipart/form-data":
         given = _from_fields(await _multipart(request, bounds), with_queries)
@@ -154,6 +161,7 @@ async def read_support(request: Request, bounds: Bounds, *, with_queries: bool =
 
 async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
     """The images or texts to classify. A raw body is one of them; its content decides, and not its declared type."""
+    _check_coding(request)
     kind, text = media_type(request), bounds.kind == "text"
     if kind == "application/octet-stream" or (kind == "text/plain" if text else kind.startswith("image/")):
         if kind == "text/plain":
@@ -185,6 +193,12 @@ async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
     other = kind.startswith("image/") if text else kind == "text/plain"
     reads = f"The artifact that is served reads {bounds.kind}s. " if other else ""
     raise UnsupportedMedia(f"{reads}{bounds.kind.capitalize()}s come as {QUERY_TYPES[bounds.kind]}.")
+
+
+def _check_coding(request: Request) -> None:
+    """Raises UnsupportedMedia for a body that is compressed; what it holds is, as a rule."""
+    if coding(request) != IDENTITY:
+        raise UnsupportedMedia("The body is compressed, as its Content-Encoding says; send it as it is.")
 
 
 def _check_charset(request: Request) -> None:

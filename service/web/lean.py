@@ -61,4 +61,6 @@ def _task(scope: ASGIScope) -> str | None:
     headers = dict(scope["headers"])
     if headers.get(b"content-type") not in TYPES or JSON_LINES in headers.get(b"accept", b""):
         return None
+    if b"content-encoding" in headers:
+        return None
     return found[1]

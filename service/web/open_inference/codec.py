@@ -83,9 +83,6 @@ class Output(NamedTuple):
 
 def unpack(body: bytes, encoding: str, limit: int) -> bytes:
     """The body as it was before its Content-Encoding; never makes more than `limit` bytes of it."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return body
     if encoding not in WINDOW:
         raise UnsupportedMedia("The Content-Encoding is unknown here; gzip and deflate are understood.")
     stream = zlib.decompressobj(WINDOW[encoding])

@@ -24,6 +24,7 @@ from service.waiting import Payload
 from service.web import answers
 from service.web.about import is_stopping
 from service.web.access import scope_of
+from service.web.bodies import IDENTITY, coding
 from service.web.open_inference import codec
 
 T = TypeVar("T")
@@ -112,9 +113,9 @@ def create_router(
             at = str((await engine.at(scope_of(request), name)).version)
         _check_version(request, name, at)  # an unknown model, or another version, costs no work
         body = await request.body()
-        encoding = request.headers.get("content-encoding", "")
+        encoding = coding(request)
         header_length = request.headers.get(codec.HEADER_LENGTH)
-        if encoding:  # it is small only until it is unpacked, which counts as if it had been sent
+        if encoding != IDENTITY:  # it is small only until it is unpacked, which counts as if it had been sent
             packed = body
             body = await _aside(True, lambda: codec.unpack(packed, encoding, most.unpacked))
             request.scope["state"]["hold"](len(body))

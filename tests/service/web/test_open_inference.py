@@ -316,6 +316,13 @@ def test_bodies_may_be_compressed(http: httpx.Client, encoding: str, pack: Any) 
     assert tensors(answer)["label"].tolist() == ["red", "blue"]
 
 
+@pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
+def test_bodies_may_say_that_they_are_not_compressed(http: httpx.Client, encoding: str) -> None:
+    body, headers = raw_body(ask(pixels_input()), PIXELS.tobytes())
+    answer = http.post(INFER, content=body, headers={**headers, "Content-Encoding": encoding})
+    assert tensors(answer)["label"].tolist() == ["red", "blue"]
+
+
 @pytest.mark.parametrize(
     ("accept", "encoding"),
     [
@@ -585,7 +592,7 @@ REQUEST = st.fixed_dictionaries(
 def read(body: bytes, header_length: str | None, encoding: str = "") -> None:
     """Reads a request: it is good, or refused with a sentence."""
     try:
-        asked = read_request(codec.unpack(body, encoding, MOST.unpacked), header_length, MOST)
+        asked = read_request(codec.unpack(body, encoding, MOST.unpacked) if encoding else body, header_length, MOST)
     except FewshotError as error:
         sentence = error.detail
     else:
