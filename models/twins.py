@@ -79,15 +79,15 @@ def _near(features: np.ndarray, most: float) -> np.ndarray:
 
 
 def _merged(group: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The same with the rows of each pair joined as well."""
+    """The same with the rows of each pair joined as well, and all that they were joined with before."""
     while True:
-        before = group.copy()
-        low = np.minimum(group[first], group[second])
-        for rows in (first, second, group[first], group[second]):  # and those they were joined with before
-            np.minimum.at(group, rows, low)
-        group = group[group]
-        if (group == before).all():
+        one, other = group[first], group[second]
+        if (one == other).all():
             return group
+        group = group.copy()
+        np.minimum.at(group, np.maximum(one, other), np.minimum(one, other))  # only firsts move, and take theirs along
+        while not np.array_equal(further := group[group], group):
+            group = further
 
 
 @cache

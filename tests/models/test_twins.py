@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from models.twins import MOST, doubles, units
+from models.twins import MOST, _merged, doubles, units
 
 DIM = 64
 NEAR = 0.2  # different things are at some 0.7, pictures of one at less than 0.1
@@ -135,3 +135,22 @@ def test_where_all_look_the_same_they_are_one_group_and_it_takes_no_longer(n: in
 def test_of_features_that_are_no_numbers_none_are_doubles() -> None:
     assert doubles(np.full((3, 8), np.nan, np.float32), np.arange(3)) == ()
     assert doubles(np.zeros((3, 8), np.float32), np.arange(3)) == ()
+
+
+def test_rows_that_are_joined_take_those_along_that_they_were_joined_with() -> None:
+    group = _merged(np.arange(13), np.array([10, 10]), np.array([11, 12]))
+    assert _merged(group, np.array([11, 12]), np.array([5, 3])).tolist() == [*range(5), 3, *range(6, 10), 3, 3, 3]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_joined_as_one_pair_after_the_other_would_be(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    group, sets = np.arange(40), [{row} for row in range(40)]
+    for _ in range(6):
+        first, second = dice.integers(0, 40, (2, 4))
+        group = _merged(group, first, second)
+        for one, other in zip(first.tolist(), second.tolist(), strict=True):
+            joined = sets[one] | sets[other]
+            for row in joined:
+                sets[row] = joined
+        assert group.tolist() == [min(joined) for joined in sets]
