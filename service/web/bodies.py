@@ -121,7 +121,7 @@ def media_type(request: Request) -> str:
 
 def coding(request: Request) -> str:
     """In which way a body is compressed; IDENTITY where it is not."""
-    return request.headers.get("content-encoding", "").strip().lower() or IDENTITY
+    return ", ".join(request.headers.getlist("content-encoding")).strip().lower() or IDENTITY
 
 
 async def read_support(request: Request, bounds: Bounds, *, with_queries: bool = False) -> Given:
