@@ -371,12 +371,7 @@ class Engine:
 
     async def forget(self, scope: Scope, task: str, *, expect: Expected = None) -> None:
         """When this returns, the task is gone for good. Raises TaskNotFound."""
-        try:
-            found = await scope.delete(task_name(task), expect=expect)
-        finally:  # also where nobody knows whether it was deleted
-            self._tasks.forgotten(scope.tenant, task)
-        if not found:
-            raise TaskNotFound(f"There is no task {task!r}.")
+        await self._tasks.forget(scope, task, expect=expect)
 
     async def _embed(self, payloads: Sequence[Payload]) -> Embedded:
         """Features of images, which count for the caller's quota unless there was no room for them."""

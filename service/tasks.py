@@ -185,13 +185,16 @@ class Tasks:
             self._learning_behind.add(task_of_ours)
             task_of_ours.add_done_callback(self._learning_behind.discard)
 
-    def forgotten(self, tenant: str, task: str) -> None:
-        """What an earlier caller still waits to be told was undone with the task: who asks again is not told the same.
-
-        What was to be learned of it is not.
-        """
-        self._flights.leave_alone(tenant, task)
-        self._overtaken(tenant, task)
+    async def forget(self, scope: Scope, task: str, *, expect: Expected) -> None:
+        """When this returns, the task is gone for good. Raises TaskNotFound."""
+        try:
+            found = await scope.delete(task_name(task), expect=expect)
+        finally:  # also where nobody knows whether it was deleted
+            # What an earlier caller still waits to be told was undone with it: who asks again is not told the same.
+            self._flights.leave_alone(scope.tenant, task)
+        self._overtaken(scope.tenant, task)
+        if not found:
+            raise TaskNotFound(f"There is no task {task!r}.")
 
     def _overtaken(self, tenant: str, task: str) -> None:
         if (tenant, task) in self._to_learn:
@@ -287,22 +290,20 @@ class Tasks:
         except StoreUnavailable:
             if fresh is None:
                 raise
-            head = None
+            head = scope.head_in_memory(pointer.head)  # it may have been learned while the store was waited for
         if head is not None and self._learning.is_ours(head):
             self._metrics.head_found.inc()
             return pointer, head
-        if fresh is None:  # else there was none yet
-            self._metrics.head_made_again.inc()
+        if fresh is not None:  # there was none yet
+            return await self._flights.once(
+                (scope.tenant, task, pointer.head), lambda: self._made(scope, task, pointer, fresh)
+            )
+        self._metrics.head_made_again.inc()
         return await self.made_again(scope, task, pointer)
 
     async def made_again(self, scope: Scope, task: str, pointer: Pointer) -> tuple[Pointer, Head]:
         """The same, from its record, whatever the store has; once for all who ask."""
-        record = self._to_be_learned(scope, task, pointer)
-
-        def work() -> Awaitable[tuple[Pointer, Head]]:
-            return self._made(scope, task, pointer, record) if record else self._rebuild(scope, task)
-
-        return await self._flights.once((scope.tenant, task, pointer.head), work)
+        return await self._flights.once((scope.tenant, task, pointer.head), lambda: self._rebuild(scope, task))
 
     def _to_be_learned(self, scope: Scope, task: str, pointer: Pointer) -> Record | None:
         """The record of a task at `pointer` that was just stored, and will be learned behind that answer."""

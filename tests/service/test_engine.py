@@ -258,6 +258,28 @@ def test_a_brief_change_is_kept_at_once_and_learned_behind_the_answer(tmp_path: 
     run(tmp_path, work)
 
 
+def test_who_asks_while_the_store_goes_away_is_answered_by_what_was_learned_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        monkeypatch.setattr("service.tasks.LULL_S", 0.05)
+        await engine.adapt(scope, "t", SUPPORT)
+        recent = Recent(store, most=10, stale_ok_s=60).scope("a")
+        changed = await engine.learn_with(recent, "t", "ridge", brief=True)
+
+        async def away(self: Scope, head: str) -> None:
+            while engine._tasks._to_learn:
+                await asyncio.sleep(0.01)
+            raise StoreUnavailable("It is away.")
+
+        gone = AsyncMock(side_effect=StoreUnavailable("It is away."))
+        with patch.multiple(type(scope), head=away, record=gone):
+            answer = await engine.classify(recent, "t", [RED, BLUE])
+        assert (answer.pointer, labels_of(answer.rows)) == (changed.pointer, [1, 0])
+
+    run(tmp_path, work)
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_task_changed_briefly_is_known_though_the_store_goes_away_at_once(tmp_path: Path, asked: bool) -> None:
     """It is learned from what was stored, which is in hand: when it is asked about, or after a moment without that."""
@@ -357,10 +379,14 @@ def test_what_was_overtaken_before_it_was_learned_behind_an_answer_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        monkeypatch.setattr("service.tasks.LULL_S", 0.5)
         scope = Recent(store, most=10, stale_ok_s=60).scope("a")
         await engine.adapt(scope, "t", SUPPORT)
         learned = noting(engine, monkeypatch)
         changed = await engine.add(scope, "t", GREEN, brief=True)
+        with pytest.raises(VersionConflict):
+            await engine.forget(scope, "t", expect=1)
+        assert list(engine._tasks._to_learn.values()) != [None]  # it is where it was
         if how == "forgotten":
             await engine.forget(scope, "t")
         elif how == "taught anew":

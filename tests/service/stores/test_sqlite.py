@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +188,29 @@ async def test_of_changes_that_come_at_once_the_last_one_tells_where_a_task_is(t
         known = await scope.pointer("cats")
         store.places.clear()
         assert known == await scope.pointer("cats")
+    assert not store._moving
+    await store.close()
+
+
+async def test_where_a_task_is_never_goes_back_while_it_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope, seen, moved = store.scope("t"), list[int](), store._moved
+
+    def looked_at(*given: Any) -> None:
+        """Each time that a change is noted, when all of them are written: what is in the file then, and in memory."""
+        while store._worker._work_queue.qsize() or store.reader.execute("SELECT version FROM tasks").fetchone()[0] < 5:
+            time.sleep(0.001)
+        moved(*given)
+        place = store.places.get(("t", "cats"))
+        seen.append(5 if place is None else place.pointer.version)  # 5: it is read there
+
+    monkeypatch.setattr(store, "_moved", looked_at)
+    await asyncio.gather(*(commit(scope, "cats", seed) for seed in range(5)))
+    assert seen == [5] * 5
+    assert await scope.pointer("cats") == Pointer(5, "hd_4")
     await store.close()
 
 
