@@ -57,7 +57,7 @@ class SqliteScope:
         # by its primary key takes a few microseconds, much less than the way to another thread and back. But it lets
         # go of the interpreter, and under load it is a while until the loop gets it back: so it is read once.
         place = self._store.places.get((self.tenant, task))
-        if place is not None and place.expires > time.time():
+        if place is not None and place.expires > max(time.time(), self._store.ended):
             return place.pointer
         try:
             row = self._store.reader.execute(sql.POINTER, self._now(task)).fetchone()

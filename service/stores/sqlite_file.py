@@ -91,6 +91,8 @@ class SqliteFile:
         self.turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         # By tenant and task. Used on the event loop only.
         self.places: dict[tuple[str, str], Place] = {}
+        # By the clock at which what has an end was cleared away last: the clock may have gone back since.
+        self.ended = -math.inf
         self._moving: Counter[tuple[str, str]] = Counter()  # changes under way, likewise
 
     async def open(self) -> None:
@@ -206,6 +208,7 @@ class SqliteFile:
     def expire(self, db: sqlite3.Connection, *statements: str) -> None:
         """In a transaction; its bytes leave the log as well before long."""
         now, before = time.time(), db.total_changes
+        self.ended = max(self.ended, now)
         for statement in statements:
             db.execute(statement, {"now": now, "claims": now + CLAIM_S})
         if db.total_changes > before:

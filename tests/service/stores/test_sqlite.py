@@ -178,6 +178,24 @@ async def test_where_a_task_is_after_a_change_is_not_read_again(tmp_path: Path) 
     await store.close()
 
 
+async def test_what_ended_by_a_clock_that_went_back_since_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(tmp_path)
+    await store.open()
+    scope, clock, ahead = store.scope("t"), time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
+    await scope.commit("cats", make_record(1, expires=clock() + 3600), "hd_1", make_head(1), expect=None)
+    assert await scope.pointer("cats") == Pointer(1, "hd_1")
+    ahead[0] = 86_400.0
+    await commit(scope, "dogs", 2)  # which clears away what ended
+    ahead[0] = 0.0
+    assert await scope.pointer("cats") is None
+    await scope.commit("birds", make_record(3, expires=clock() + 3600), "hd_3", make_head(3), expect=None)
+    assert await scope.pointer("birds") == Pointer(1, "hd_3")
+    await store.close()
+
+
 async def test_of_changes_that_come_at_once_the_last_one_tells_where_a_task_is(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path)
     await store.open()
