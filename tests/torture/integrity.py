@@ -214,7 +214,7 @@ def corrupted_values(n: int, seed: int, folder: Path) -> Outcome:
         with closing(sqlite3.connect(folder / "fewshot.sqlite3", isolation_level=None)) as db:
             db.execute("PRAGMA synchronous = OFF")
             db.text_factory = bytes
-            found.append(await strike(sqlite, BeneathSqlite(db), n // 10))
+            found.append(await strike(sqlite, BeneathSqlite(db, sqlite), n // 10))
         with RedisServer(folder / "redis", "--appendonly", "no") as server:
             shared = RedisStore(server.url, key=KEY, timeout_s=10)
             await shared.open()
