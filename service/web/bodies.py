@@ -196,7 +196,7 @@ async def read_queries(request: Request, bounds: Bounds) -> list[bytes]:
 
 
 def _check_coding(request: Request) -> None:
-    """Raises UnsupportedMedia for a body that is compressed; what it holds is, as a rule."""
+    """Raises UnsupportedMedia for a body that is compressed: pictures are so already, and archives may be."""
     if coding(request) != IDENTITY:
         raise UnsupportedMedia("The body is compressed, as its Content-Encoding says; send it as it is.")
 
