@@ -119,7 +119,7 @@ class Engine:
         order = hash((*((example.label, example.payload) for example in examples), *unlabelled))
         flight = (scope.tenant, name, head_id, str(order), str(expect), str(ttl_s), str(retain), on_bad_image)
         async with self._places.kept(scope, name):
-            there = await known(head_id)
+            there = None if self._flights.under_way(flight) else await known(head_id)
             if there:
                 return there
             with spending(len(examples) + len(unlabelled), Overloaded):

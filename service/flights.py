@@ -41,6 +41,10 @@ class Flights:
             flight.add_done_callback(landed)
         return asyncio.shield(flight)
 
+    def under_way(self, key: tuple[str, ...]) -> bool:
+        """For who would first see whether it is done: it may be by the time that they are told that it is not."""
+        return key in self._flights
+
     def leave_alone(self, *start: str) -> None:
         """Who comes from now on shares no work under way whose key starts so; who waits for it already still does."""
         for key in [key for key in self._flights if key[: len(start)] == start]:

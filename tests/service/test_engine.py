@@ -39,7 +39,7 @@ from service.engine import Engine
 from service.quota import Allowance
 from service.stores import Expected, Pointer, Record, Scope
 from service.stores.lru import Recent
-from service.stores.memory import MemoryStore
+from service.stores.memory import MemoryScope, MemoryStore
 from service.support import Example, Limits, example_id, record_id, task_name
 from service.tasks import CHANGES, Adapted
 from tests.fakes import Failing, Gated, MeanColour, picture, tiny_artifact
@@ -169,6 +169,27 @@ def test_twins_that_come_at_once_share_one_adaptation(tmp_path: Path) -> None:
         assert sum(extractor.batches) == len(SUPPORT)
 
     run(tmp_path, work, extractor=extractor)
+
+
+def test_a_twin_whom_the_store_answers_late_shares_the_adaptation_too(tmp_path: Path) -> None:
+    """What it is told of the store was so before the first twin was done, and reaches it after that."""
+    extractor = Gated()
+
+    async def work(engine: Engine, scope: Scope, store: MemoryStore) -> None:
+        class Late(MemoryScope):
+            async def pointer(self, task: str) -> Pointer | None:
+                found = await super().pointer(task)
+                await asyncio.wait((first,))
+                return found
+
+        first = asyncio.create_task(engine.adapt(scope, "t", SUPPORT))
+        await asyncio.to_thread(extractor.begun.wait, 5)
+        second = asyncio.create_task(engine.adapt(Late(store, "a"), "t", SUPPORT))
+        await asyncio.sleep(0)
+        extractor.gate.set()
+        assert [adapted.pointer.version for adapted in (await first, await second)] == [1, 1]
+
+    run(tmp_path, work, extractor=extractor, limits=Limits(max_tasks=0))
 
 
 def test_a_twin_who_leaves_takes_nothing_from_the_other(tmp_path: Path) -> None:
