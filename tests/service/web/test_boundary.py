@@ -191,6 +191,8 @@ def test_what_a_compressed_body_unpacks_to_counts_as_if_it_had_been_sent(http: h
         answer = http.post(infer, content=small, headers=kind)
         assert answer.status_code == 503, answer.text
         assert "MAX_BODIES_BYTES" in answer.json()["error"]
+        plain = http.post(infer, content=bytes(40_000), headers={"Content-Encoding": "identity"})
+        assert plain.status_code == 400, plain.text  # counted once it has room
     time.sleep(0.3)
     assert http.post(infer, content=small, headers=kind).status_code == 400  # there is room, and it is no JSON
 
