@@ -9,12 +9,28 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests import audit
 
+# Begun last, these would keep one process busy for a minute or two while the others have nothing to do.
+LONGEST = (
+    "deploy/test_peers.py",
+    "test_journeys.py",
+    "deploy/test_scripts.py",
+    "training/test_export.py",
+    "service/web/test_page.py",
+    "service/test_main.py",
+    "test_audit.py",
+    "training/test_huggingface.py",
+    "training/test_metatrain.py",
+    "training/test_pretrain.py",
+    "deploy/test_docker.py",
+    "deploy/test_many.py",
+)
 SEEN = pytest.StashKey[list[dict[str, object]]]()
 
 
@@ -31,6 +47,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if collection_path.suffix == ".py" and is_whole(config) and "not torch" in config.option.markexpr:
         return True if "\npytestmark = pytest.mark.torch\n" in collection_path.read_text() else None
     return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """File by file: those that take longest, and then those with the most tests."""
+    tests = Path(__file__).parent
+    ranks = {tests / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in ranks)
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), -counts[item.path], item.path))
 
 
 def is_worker(config: pytest.Config) -> bool:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,16 +58,25 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `python -m training demo` leaves behind: shapes/, run/ and artifact/; and printed.md, what it printed."""
     needs("torch", "onnx", "onnxruntime", "onnxscript")
-    folder = tmp_path_factory.mktemp("demo")
-    with (folder / "printed.md").open("w") as printed, (folder / "errors.log").open("w") as errors:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-m", "training", "demo", "--out", folder],
-            cwd=ROOT,
-            env={**os.environ, **THREADS},
-            stdout=printed,
-            stderr=errors,
-        )
-    assert done.returncode == 0, (folder / "errors.log").read_text()
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # one for all processes of the run: it takes a minute to make
+    folder, made = base / "demo", base / "demo.made"
+    with (base / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of who failed
+            folder.mkdir()
+            with (folder / "printed.md").open("w") as printed, (folder / "errors.log").open("w") as errors:
+                done = subprocess.run(
+                    [sys.executable, "-W", "error", "-m", "training", "demo", "--out", folder],
+                    cwd=ROOT,
+                    env={**os.environ, **THREADS},
+                    stdout=printed,
+                    stderr=errors,
+                )
+            assert done.returncode == 0, (folder / "errors.log").read_text()
+            made.touch()
     return folder
 
 
