@@ -1,7 +1,8 @@
 """Over the whole suite, what serves is watched: see tests/audit.py. One event that is not allowed fails the run.
 
-A run of the whole suite takes as many processes as there are cores (pytest-xdist); one of some files takes one, so that
-a debugger and `-s` work. `-n` says otherwise. All of them write what they saw to one file, which the first one reads.
+A run of the whole suite takes as many processes as there are cores (pytest-xdist), and one more with the slow tests,
+which wait as much as they work; one of some files takes one, so that a debugger and `-s` work. `-n` says otherwise. All
+of them write what they saw to one file, which the first one reads.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def is_whole(config: pytest.Config) -> bool:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    return (os.cpu_count() or 1) if is_whole(config) and not config.option.collectonly else 0
+    if not is_whole(config) or config.option.collectonly:
+        return 0
+    return (os.cpu_count() or 1) + ("not slow" not in config.option.markexpr)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
