@@ -219,7 +219,9 @@ async def test_where_a_task_is_never_goes_back_while_it_is_changed(
 
     def looked_at(*given: Any) -> None:
         """Each time that a change is noted, when all of them are written: what is in the file then, and in memory."""
+        give_up = time.monotonic() + 10
         while store._worker._work_queue.qsize() or store.reader.execute("SELECT version FROM tasks").fetchone()[0] < 5:
+            assert time.monotonic() < give_up
             time.sleep(0.001)
         moved(*given)
         place = store.places.get(("t", "cats"))
